@@ -1,0 +1,305 @@
+//! What stands between floodmark and the systems that it reads and writes.
+//!
+//! A connector is a value in [`CONNECTORS`]; no other module names one. It knows streams, windows and outputs
+//! as plain data ([`spec`]), and neither jobs nor runs nor files of SQL. What a connector promises are the
+//! numbered sentences of [`Source`] and [`Target`]; `contract` tests them, for every connector.
+
+use std::{any::Any, collections::BTreeMap, fmt, path::PathBuf, sync::Arc};
+
+use arrow::datatypes::SchemaRef;
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use datafusion::physical_plan::SendableRecordBatchStream;
+use indexmap::IndexMap;
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{
+    error::{Error, Result},
+    names::JobId,
+    record::LoadRecord,
+    watermark::{Mark, Window},
+};
+use spec::{Guarantee, OutputSpec, StreamSpec};
+
+pub mod columns;
+#[cfg(test)]
+pub(crate) mod contract;
+pub mod files;
+pub mod scan;
+pub mod spec;
+pub mod sqlite;
+pub mod tap;
+
+/// Every connector there is.
+pub static CONNECTORS: &[&Connector] = &[&files::CONNECTOR, &sqlite::CONNECTOR];
+
+/// A kind of system.
+#[derive(Debug)]
+pub struct Connector {
+    /// What `kind:` says.
+    pub name: &'static str,
+    /// One line for lists.
+    pub summary: &'static str,
+    /// The schema of its options; their doc comments are the user's documentation.
+    pub options: fn() -> schemars::Schema,
+    /// Checks the options and opens nothing.
+    pub open: fn(Options) -> Result<Arc<dyn Connection>>,
+}
+
+impl Connector {
+    /// The connector that `kind` names.
+    pub fn named(kind: &str) -> Option<&'static Self> {
+        CONNECTORS.iter().copied().find(|connector| connector.name == kind)
+    }
+}
+
+/// A connection's options, with every reference resolved.
+#[derive(Clone)]
+pub struct Options {
+    /// The connection's name in the project.
+    pub name: String,
+    /// The project's folder: relative paths start there.
+    pub base: PathBuf,
+    /// The options, without `kind`.
+    pub values: serde_json::Value,
+}
+
+impl fmt::Debug for Options {
+    /// Without the values, which may hold secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Options").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Options {
+    /// The options as a connector's own struct.
+    ///
+    /// # Errors
+    ///
+    /// If they do not fit, which validation against the schema has told before.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_value(self.values.clone()).map_err(|error| {
+            Error::configuration(format!("the options of connection `{}` do not fit", self.name))
+                .note(error.to_string())
+        })
+    }
+}
+
+/// Who answered, and what it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Identity {
+    /// The product and its version.
+    pub product: String,
+    /// Where it is, without secrets.
+    pub place: String,
+}
+
+/// A table that a connection offers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CatalogTable {
+    /// Its name, as a job would write it.
+    pub name: String,
+    /// Its columns and their types.
+    pub columns: Vec<(String, String)>,
+}
+
+/// A system, reached by one connection of the project.
+#[async_trait]
+pub trait Connection: fmt::Debug + Send + Sync {
+    /// Reaches the system and says who is there.
+    async fn ping(&self) -> Result<Identity>;
+    /// The tables there.
+    async fn discover(&self) -> Result<Vec<CatalogTable>>;
+    /// The reading side, if there is one.
+    fn source(&self) -> Option<&dyn Source>;
+    /// The writing side, if there is one.
+    fn target(&self) -> Option<&dyn Target>;
+}
+
+/// How far each stream of a job was read, by the source's name.
+pub type Marks = BTreeMap<String, Mark>;
+
+/// How sure a bound is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exactness {
+    /// No row below the bound can still appear.
+    Exact,
+    /// None can, unless a clock is off by more than the margin.
+    Margin,
+}
+
+impl fmt::Display for Exactness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Exact => "exact",
+            Self::Margin => "margin",
+        })
+    }
+}
+
+/// What each stream is read for in this run.
+#[derive(Debug, Clone, Default)]
+pub struct Bounds {
+    /// The window of each stream, by its name.
+    pub windows: IndexMap<String, Window>,
+    /// How sure each window's end is.
+    pub exactness: BTreeMap<String, Exactness>,
+    /// What a person should know: rows from the future, a file that changed.
+    pub warnings: Vec<String>,
+}
+
+/// One consistent view of a system, held open until the last scan has ended.
+#[derive(Clone)]
+pub struct Snapshot {
+    /// What a person or another system could call it.
+    pub token: String,
+    /// What keeps it open; only the connector that made it looks inside.
+    pub hold: Arc<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot").field("token", &self.token).finish_non_exhaustive()
+    }
+}
+
+/// When a run happens.
+#[derive(Debug, Clone, Copy)]
+pub struct RunTime {
+    /// The machine's clock, for bounds.
+    pub now: DateTime<Utc>,
+    /// What `now()` is in SQL; no bound lies after it.
+    pub as_of: DateTime<Utc>,
+}
+
+/// Where rows come from.
+///
+/// # Contract
+///
+/// Who implements this promises the following, and `contract::source` tests it:
+///
+/// 1. [`describe`](Self::describe) reads no more than it needs to know names and types, and gives the same answer
+///    until the source's shape changes.
+/// 2. The windows of [`bounds`](Self::bounds) start where the marks end.
+/// 3. A scan gives the rows of the window and no others, once each, with the described columns.
+/// 4. A scan of a projection gives those columns in that order; of none, the right number of rows.
+/// 5. Rows written after the snapshot was opened are not seen, and are in the next window.
+/// 6. Every row that left the source is counted in the tap: as a row, as filtered or as rejected.
+/// 7. A value that does not fit its column is an error that names column and position, or is set aside; never
+///    changed.
+#[async_trait]
+pub trait Source: Send + Sync {
+    /// The columns of a stream.
+    async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef>;
+    /// Lists activity and fixes each stream's window, before anything is opened.
+    async fn bounds(&self, streams: &[StreamSpec], since: &Marks, time: RunTime) -> Result<Bounds>;
+    /// One view for everything this run reads from this connection; never older than the bounds.
+    async fn snapshot(&self, streams: &[StreamSpec], bounds: &Bounds) -> Result<Snapshot>;
+    /// The rows of one scan. Starts no work before the stream is polled.
+    ///
+    /// # Errors
+    ///
+    /// If the snapshot is not this connection's, or is gone.
+    fn scan(&self, snapshot: &Snapshot, scan: &scan::Scan, tap: Arc<tap::Tap>) -> Result<SendableRecordBatchStream>;
+}
+
+/// Where rows go.
+///
+/// # Contract
+///
+/// Who implements this promises the following, and `contract::target` tests it:
+///
+/// 1. Readers see none of the staged rows until [`Load::commit`], and all of them when it has returned.
+/// 2. The record is committed in the same act as the rows, and [`last_record`](Self::last_record) finds it, also in a
+///    process that never made one.
+/// 3. A commit whose `seq` is not the next one is rejected and changes nothing.
+/// 4. A load that is discarded, or dropped, leaves no row behind.
+/// 5. The counts of [`Staged`] are those of the commit.
+/// 6. `merge` updates what its key finds, inserts the rest, and touches no row that is equal already.
+/// 7. `replace` leaves exactly the staged rows; `replace_range` exactly them within their ranges.
+/// 8. What the contract refuses (a new, a dropped, a retyped column) is refused before anything is written.
+/// 9. A key that is null, or comes twice in one load, is refused.
+#[async_trait]
+pub trait Target: Send + Sync {
+    /// What is promised for this output.
+    fn guarantee(&self, output: &OutputSpec) -> Guarantee;
+    /// The newest record of the job: the truth about what was loaded.
+    async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>>;
+    /// The columns that an output has now, and whether it holds rows; `None` if it is not there.
+    async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>>;
+    /// Starts one attempt of a release on top of `base`, the last record.
+    async fn begin(&self, job: &JobId, attempt: &Attempt, base: Option<&LoadRecord>) -> Result<Box<dyn Load>>;
+}
+
+/// What an output is before a load.
+#[derive(Debug, Clone)]
+pub struct Current {
+    /// Its columns, in the target's own order.
+    pub schema: SchemaRef,
+    /// How many rows it has.
+    pub rows: u64,
+}
+
+/// One try at one release.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attempt {
+    /// Unique to this try; in the name of everything that it writes.
+    pub id: uuid::Uuid,
+    /// The run it belongs to.
+    pub run_id: uuid::Uuid,
+    /// The sequence number that it will commit.
+    pub seq: u64,
+    /// The incarnation that the target has, or will get by the first commit.
+    pub incarnation: uuid::Uuid,
+}
+
+/// What staging one output came to. Nothing of it is visible yet.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Staged {
+    /// Rows that the model produced.
+    pub rows: u64,
+    /// Rows that will be new.
+    pub inserted: u64,
+    /// Rows that will be changed.
+    pub updated: u64,
+    /// Rows that are in the target already, as they are.
+    pub unchanged: u64,
+    /// Rows that will be gone.
+    pub deleted: u64,
+    /// Rows that the output has now.
+    pub rows_before: u64,
+    /// Rows that the output will have.
+    pub rows_after: u64,
+}
+
+impl Staged {
+    /// Whether a commit would change the output at all.
+    pub fn changes(&self) -> bool {
+        self.inserted + self.updated + self.deleted > 0
+    }
+}
+
+/// What came of a commit. `Unknown` is settled by asking the target, never by guessing.
+#[derive(Debug)]
+pub enum CommitOutcome {
+    /// The release is visible.
+    Committed,
+    /// It is not, and will not be.
+    Rejected(Error),
+    /// The answer was lost.
+    Unknown(Error),
+}
+
+/// One attempt of a job's atomic release.
+#[async_trait]
+pub trait Load: Send {
+    /// Writes `rows` where readers do not look, and says what a commit would change.
+    async fn stage(&mut self, output: &OutputSpec, rows: SendableRecordBatchStream) -> Result<Staged>;
+    /// Keeps rows that were set aside; they become visible with the release.
+    async fn quarantine(&mut self, rows: SendableRecordBatchStream) -> Result<u64>;
+    /// Makes all staged outputs visible together with `record`.
+    async fn commit(self: Box<Self>, record: &LoadRecord) -> CommitOutcome;
+    /// Removes what was staged.
+    async fn discard(self: Box<Self>) -> Result<()>;
+}

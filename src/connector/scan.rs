@@ -1,0 +1,164 @@
+//! The one execution plan that we write: a scan of a source, as plain data.
+//!
+//! A [`Scan`] says what to read and holds no handle and no secret. Where it executes, the connection is looked
+//! up by name in [`OpenSources`], which the session carries. So the same plan can be sent to another machine.
+//!
+//! Nothing but the projection is pushed down yet: windows are part of the scan, filters of models run above it,
+//! where they are counted as the model's work.
+
+use std::{any::Any, collections::HashMap, fmt, sync::Arc};
+
+use arrow::datatypes::SchemaRef;
+use async_trait::async_trait;
+use datafusion::{
+    catalog::{Session, TableProvider},
+    common::tree_node::TreeNodeRecursion,
+    error::{DataFusionError, Result as DataFusionResult},
+    execution::TaskContext,
+    logical_expr::{Expr, TableType},
+    physical_expr::EquivalenceProperties,
+    physical_plan::{
+        DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PhysicalExpr, PlanProperties,
+        SendableRecordBatchStream,
+        execution_plan::{Boundedness, EmissionType},
+    },
+};
+
+use super::{Connection, Snapshot, spec::StreamSpec, tap::Tap};
+use crate::{error::Error, watermark::Window};
+
+/// What to read: plain data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scan {
+    /// The stream.
+    pub stream: StreamSpec,
+    /// The columns to give, in order: the projection is applied to the stream's own.
+    pub schema: SchemaRef,
+    /// Which rows.
+    pub window: Window,
+}
+
+/// A stream that a run has opened.
+#[derive(Debug, Clone)]
+pub struct OpenSource {
+    /// The connection.
+    pub connection: Arc<dyn Connection>,
+    /// The view that it reads from.
+    pub snapshot: Snapshot,
+    /// Where it counts.
+    pub tap: Arc<Tap>,
+}
+
+/// The streams that a run has opened, by the source's name. Carried by the session.
+#[derive(Debug, Default)]
+pub struct OpenSources(pub HashMap<String, OpenSource>);
+
+/// A stream as a table: what models select from.
+#[derive(Debug)]
+pub struct ScanTable(pub Scan);
+
+#[async_trait]
+impl TableProvider for ScanTable {
+    fn schema(&self) -> SchemaRef {
+        Arc::clone(&self.0.schema)
+    }
+
+    fn table_type(&self) -> TableType {
+        TableType::Base
+    }
+
+    async fn scan(
+        &self,
+        _: &dyn Session,
+        projection: Option<&Vec<usize>>,
+        _: &[Expr],
+        _: Option<usize>,
+    ) -> DataFusionResult<Arc<dyn ExecutionPlan>> {
+        let mut scan = self.0.clone();
+        if let Some(projection) = projection {
+            scan.schema = Arc::new(scan.schema.project(projection)?);
+        }
+        Ok(Arc::new(ScanExec::new(scan)))
+    }
+}
+
+/// Executes a [`Scan`]: one partition, in the source's order.
+#[derive(Debug)]
+pub struct ScanExec {
+    scan: Scan,
+    properties: Arc<PlanProperties>,
+}
+
+impl ScanExec {
+    /// A plan that reads `scan`.
+    pub fn new(scan: Scan) -> Self {
+        let properties = PlanProperties::new(
+            EquivalenceProperties::new(Arc::clone(&scan.schema)),
+            Partitioning::UnknownPartitioning(1),
+            EmissionType::Incremental,
+            Boundedness::Bounded,
+        );
+        Self { scan, properties: Arc::new(properties) }
+    }
+}
+
+impl DisplayAs for ScanExec {
+    fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let columns: Vec<&str> = self.scan.schema.fields().iter().map(|field| field.name().as_str()).collect();
+        write!(f, "ScanExec: source={}, window={}, columns=[{}]", self.scan.stream.name, self.scan.window, columns.join(", "))
+    }
+}
+
+impl ExecutionPlan for ScanExec {
+    fn name(&self) -> &'static str {
+        "ScanExec"
+    }
+
+    fn properties(&self) -> &Arc<PlanProperties> {
+        &self.properties
+    }
+
+    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
+        Vec::new()
+    }
+
+    fn apply_expressions(
+        &self,
+        _: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> DataFusionResult<TreeNodeRecursion>,
+    ) -> DataFusionResult<TreeNodeRecursion> {
+        Ok(TreeNodeRecursion::Continue)
+    }
+
+    fn with_new_children(
+        self: Arc<Self>,
+        _: Vec<Arc<dyn ExecutionPlan>>,
+    ) -> DataFusionResult<Arc<dyn ExecutionPlan>> {
+        Ok(self)
+    }
+
+    fn execute(&self, _: usize, context: Arc<TaskContext>) -> DataFusionResult<SendableRecordBatchStream> {
+        let name = &self.scan.stream.name;
+        let open = context
+            .session_config()
+            .get_extension::<OpenSources>()
+            .and_then(|sources| sources.0.get(name).cloned())
+            .ok_or_else(|| DataFusionError::from(Error::bug(format!("source `{name}` is not open"))))?;
+        let source = open
+            .connection
+            .source()
+            .ok_or_else(|| DataFusionError::from(Error::bug(format!("source `{name}` cannot be read"))))?;
+        open.tap.start();
+        Ok(source.scan(&open.snapshot, &self.scan, Arc::clone(&open.tap))?)
+    }
+}
+
+/// The value that a snapshot holds, if it is a `T`.
+///
+/// # Errors
+///
+/// If the snapshot is of another connection.
+pub fn held<T: Any + Send + Sync>(snapshot: &Snapshot) -> crate::error::Result<Arc<T>> {
+    Arc::clone(&snapshot.hold)
+        .downcast::<T>()
+        .map_err(|_| Error::bug(format!("the snapshot `{}` is of another connection", snapshot.token)))
+}

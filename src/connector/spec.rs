@@ -1,0 +1,288 @@
+//! What a job asks of a connector, as plain data: streams to read, outputs to write.
+//!
+//! Nothing here holds a handle or a secret, and everything serialises, so that a scan can be sent to another
+//! machine as it is.
+
+use std::fmt;
+
+use indexmap::IndexMap;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{types::ColumnType, watermark::Overlap};
+
+/// One stream of rows that a job reads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamSpec {
+    /// The source's name in the job.
+    pub name: String,
+    /// Where the rows are.
+    pub read: Read,
+    /// Types that the job declares; they win over what the source says. Spelled as in the job file.
+    pub columns: IndexMap<String, String>,
+    /// How the bytes of files are to be understood.
+    pub format: Option<Format>,
+    /// The cursor, for incremental reads.
+    pub cursor: Option<CursorSpec>,
+    /// The zone of timestamps that have none, as an IANA name.
+    pub timezone: Option<String>,
+    /// What to do with a row that cannot be read.
+    pub bad_rows: BadRows,
+    /// How many rows may be set aside before the run fails.
+    pub max_bad_rows: u64,
+}
+
+impl StreamSpec {
+    /// The declared type of `column`.
+    pub fn declared(&self, column: &str) -> Option<ColumnType> {
+        self.columns.get(column).and_then(|written| written.parse().ok())
+    }
+}
+
+/// Where a stream's rows are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Read {
+    /// A table or view; for a folder, an output that a job published there.
+    Table(String),
+    /// A SELECT in the source's own dialect.
+    Query(String),
+    /// One file, read whole on every run.
+    File(String),
+    /// Files by pattern.
+    Files {
+        /// A glob, relative to the connection's root.
+        pattern: String,
+        /// Whether each file is read once, or all of them on every run.
+        once: bool,
+    },
+}
+
+/// The cursor of an incremental read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CursorSpec {
+    /// One column, or several in order.
+    pub columns: Vec<String>,
+    /// How far behind the mark to read again.
+    pub overlap: Option<Overlap>,
+    /// What to do with rows whose cursor is null.
+    pub on_null: OnNull,
+}
+
+/// What to do with rows whose cursor is null.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNull {
+    /// Refuse the run.
+    #[default]
+    Error,
+    /// Read them again on every run.
+    Include,
+    /// Leave them out, and count them as filtered.
+    Exclude,
+}
+
+/// What to do with a row that cannot be read: ragged, or with a value that does not fit its column.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BadRows {
+    /// Refuse the run, with line and reason.
+    #[default]
+    Error,
+    /// Set the row aside and go on.
+    Quarantine,
+}
+
+/// The kinds of files that can be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FormatKind {
+    /// Separated values.
+    Csv,
+    /// One JSON object a line.
+    JsonLines,
+    /// One JSON array of objects.
+    Json,
+    /// Apache Parquet.
+    Parquet,
+}
+
+/// How the bytes of files are to be understood.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Format {
+    /// The kind. Unless set, by the file's ending: `.csv`, `.tsv`, `.jsonl`, `.ndjson`, `.json`, `.parquet`, also
+    /// with `.gz` or `.zst` behind it.
+    pub kind: Option<FormatKind>,
+    /// CSV: whether the first line names the columns. Without it, `columns` names them in order.
+    #[serde(default = "yes")]
+    pub header: bool,
+    /// CSV: one character between fields. Unless set, a comma.
+    pub delimiter: Option<String>,
+    /// CSV: one character around fields, or `none`. Unless set, `"`.
+    pub quote: Option<String>,
+    /// CSV: one character before a quote inside quotes. Unless set, quotes are doubled.
+    pub escape: Option<String>,
+    /// CSV: lines that start with this character are skipped.
+    pub comment: Option<String>,
+    /// CSV: whether blanks around unquoted fields are dropped.
+    #[serde(default)]
+    pub trim: bool,
+    /// The mark before decimals, `.` or `,`.
+    pub decimal: Option<String>,
+    /// The mark between thousands, which is dropped.
+    pub thousands: Option<String>,
+    /// How dates are written, in `strftime` notation, such as `%d.%m.%Y`.
+    pub date: Option<String>,
+    /// How timestamps are written, in `strftime` notation.
+    pub timestamp: Option<String>,
+    /// The encoding's name, such as `latin1`, `windows-1252`, `shift_jis`, `utf-16le`. Unless set, UTF-8.
+    pub encoding: Option<String>,
+    /// Unquoted words that mean null, beside the empty field.
+    #[serde(default)]
+    pub nulls: Vec<String>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for Format {
+    fn default() -> Self {
+        Self {
+            kind: None,
+            header: true,
+            delimiter: None,
+            quote: None,
+            escape: None,
+            comment: None,
+            trim: false,
+            decimal: None,
+            thousands: None,
+            date: None,
+            timestamp: None,
+            encoding: None,
+            nulls: Vec::new(),
+        }
+    }
+}
+
+/// How the rows of an output become visible.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Rows are added.
+    Append,
+    /// Rows are inserted, or updated by key.
+    Merge,
+    /// The whole table is replaced.
+    Replace,
+    /// All rows of the ranges that this run produced are replaced.
+    ReplaceRange,
+}
+
+impl Mode {
+    /// Whether this mode needs a model that sees everything.
+    pub fn needs_whole(self) -> bool {
+        matches!(self, Self::Replace | Self::ReplaceRange)
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Append => "append",
+            Self::Merge => "merge",
+            Self::Replace => "replace",
+            Self::ReplaceRange => "replace_range",
+        })
+    }
+}
+
+/// What becomes of a column that is new, gone or of another type.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NewColumn {
+    /// Refuse the run.
+    #[default]
+    Error,
+    /// Add it; older rows are null there.
+    Add,
+}
+
+/// What becomes of a column that the model no longer has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DroppedColumn {
+    /// Refuse the run.
+    #[default]
+    Error,
+    /// Keep it; newer rows are null there.
+    Keep,
+}
+
+/// What becomes of a column whose type changed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TypeChange {
+    /// Refuse the run.
+    #[default]
+    Error,
+    /// Take it if every old value fits the new type exactly.
+    Widen,
+}
+
+/// What a target's tables may become.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Contract {
+    /// A column that the output does not have yet.
+    pub new_column: NewColumn,
+    /// A column that the model no longer has.
+    pub dropped_column: DroppedColumn,
+    /// A column whose type changed.
+    pub type_change: TypeChange,
+}
+
+/// One output of a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputSpec {
+    /// The table, or the folder below the root.
+    pub name: String,
+    /// How rows become visible.
+    pub mode: Mode,
+    /// The columns that identify a row.
+    pub key: Vec<String>,
+    /// The columns that a match may change; all, if empty.
+    pub update: Vec<String>,
+    /// The columns whose values make a range.
+    pub range: Vec<String>,
+    /// Range values named on the command line, deleted also where the run produced no row for them.
+    pub named_ranges: Vec<String>,
+    /// What the table may become.
+    pub contract: Contract,
+    /// Whether the output's rows are replaced whatever the mode says (`--full-refresh`).
+    pub rebuild: bool,
+}
+
+/// How strong a target's promise is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Guarantee {
+    /// Rows and watermark commit in one act.
+    ExactlyOnce,
+    /// Repeats change nothing, by this key.
+    EffectivelyOnce(Vec<String>),
+    /// Rows may come twice.
+    AtLeastOnce,
+}
+
+impl fmt::Display for Guarantee {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ExactlyOnce => f.write_str("exactly once"),
+            Self::EffectivelyOnce(key) => write!(f, "effectively once, by {}", key.join(", ")),
+            Self::AtLeastOnce => f.write_str("at least once"),
+        }
+    }
+}

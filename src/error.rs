@@ -1,0 +1,353 @@
+//! What can go wrong, for people: what happened, where, why, what to do.
+//!
+//! An [`Error`] is one or more [`Problem`]s of one [`ErrorKind`]. The kind decides the exit code; a
+//! problem that stands in a file of the project carries the file and the place, so that the renderer can
+//! underline it. Nothing here prints.
+//!
+//! No message holds a cell value or a secret: a column, a line and a reason say where to look.
+
+use std::{fmt, ops::Range, sync::Arc};
+
+use datafusion::error::DataFusionError;
+
+/// The result of almost everything here.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Whose problem it is, and so what a scheduler should do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// The project is wrong: a file, a name, a type, an argument. Never retry. Exit code 2.
+    Configuration,
+    /// The data was refused: a check, a contract, a guard, a row that cannot be read. Exit code 3.
+    Data,
+    /// Something failed while running: a disk, a query, a permission. Exit code 1.
+    Failed,
+    /// It may work later: locked by another run, a busy database. Exit code 75.
+    Temporary,
+    /// The user, or the scheduler, stopped the run. Exit code 130 or 143.
+    Interrupted,
+    /// A bug in floodmark. Exit code 70.
+    Bug,
+}
+
+/// One text file of the project, kept so that mistakes in it can be shown.
+#[derive(Debug, PartialEq, Eq)]
+pub struct SourceText {
+    /// The path as the user knows it, relative to the project's folder.
+    pub path: String,
+    /// What it holds.
+    pub text: String,
+}
+
+/// A stretch of a [`SourceText`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file.
+    pub file: Arc<SourceText>,
+    /// Bytes of its text.
+    pub span: Range<usize>,
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// What happened, as one sentence without a full stop.
+    pub message: String,
+    /// Where it stands, if it stands in a file of the project.
+    pub place: Option<Place>,
+    /// Said beside the underlined text.
+    pub label: Option<String>,
+    /// Why: causes and details, in order.
+    pub notes: Vec<String>,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+impl Problem {
+    /// A problem that stands nowhere in particular.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), place: None, label: None, notes: Vec::new(), hint: None }
+    }
+
+    /// Says where it stands.
+    #[must_use]
+    pub fn at(mut self, place: Place) -> Self {
+        self.place = Some(place);
+        self
+    }
+
+    /// Says something beside the underlined text.
+    #[must_use]
+    pub fn label(mut self, label: impl Into<String>) -> Self {
+        self.label = Some(label.into());
+        self
+    }
+
+    /// Adds a cause or a detail.
+    #[must_use]
+    pub fn note(mut self, note: impl Into<String>) -> Self {
+        self.notes.push(note.into());
+        self
+    }
+
+    /// Says what to do about it.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+/// Why something could not be done. Never empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    kind: ErrorKind,
+    problems: Vec<Problem>,
+}
+
+impl Error {
+    /// One problem without a place.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, problems: vec![Problem::new(message)] }
+    }
+
+    /// The project is wrong.
+    pub fn configuration(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Configuration, message)
+    }
+
+    /// The data was refused.
+    pub fn data(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Data, message)
+    }
+
+    /// Something failed while running.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Failed, message)
+    }
+
+    /// It may work later.
+    pub fn temporary(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Temporary, message)
+    }
+
+    /// A bug in floodmark.
+    pub fn bug(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Bug, message)
+    }
+
+    /// An operation of the operating system failed at `path`. A full disk says so.
+    #[expect(clippy::needless_pass_by_value, reason = "made for `map_err`")]
+    pub fn io(doing: &str, path: impl fmt::Display, error: std::io::Error) -> Self {
+        let error_kind = error.kind();
+        let this = Self::failed(format!("cannot {doing} `{path}`")).note(error.to_string());
+        match error_kind {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                this.hint("Make room on that disk and run again: nothing was published.")
+            }
+            std::io::ErrorKind::PermissionDenied => {
+                this.hint("Give the user that runs floodmark the right to it.")
+            }
+            _ => this,
+        }
+    }
+
+    /// Several problems of one kind, or `Ok` where there is none.
+    ///
+    /// # Errors
+    ///
+    /// All of `problems`, as one error.
+    pub fn of(kind: ErrorKind, problems: Vec<Problem>) -> Result<()> {
+        if problems.is_empty() { Ok(()) } else { Err(Self { kind, problems }) }
+    }
+
+    /// Adds a cause or a detail to the first problem.
+    #[must_use]
+    pub fn note(mut self, note: impl Into<String>) -> Self {
+        if let Some(first) = self.problems.first_mut() {
+            first.notes.push(note.into());
+        }
+        self
+    }
+
+    /// Says what to do about the first problem.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        if let Some(first) = self.problems.first_mut() {
+            first.hint = Some(hint.into());
+        }
+        self
+    }
+
+    /// Says where the first problem stands, unless it says so itself.
+    #[must_use]
+    pub fn at(mut self, place: Place) -> Self {
+        if let Some(first) = self.problems.first_mut() {
+            first.place.get_or_insert(place);
+        }
+        self
+    }
+
+    /// Puts a sentence in front: what was being done when this happened.
+    #[must_use]
+    pub fn while_doing(mut self, doing: impl Into<String>) -> Self {
+        if let Some(first) = self.problems.first_mut() {
+            let cause = std::mem::replace(&mut first.message, doing.into());
+            first.notes.insert(0, cause);
+        }
+        self
+    }
+
+    /// The same problems as another kind.
+    #[must_use]
+    pub fn with_kind(mut self, kind: ErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// Whose problem it is.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// What is wrong. At least one.
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+
+    /// What is wrong, to keep.
+    pub fn into_problems(self) -> Vec<Problem> {
+        self.problems
+    }
+}
+
+impl From<Problem> for Error {
+    /// A problem that stands in a file of the project is a mistake in it.
+    fn from(problem: Problem) -> Self {
+        Self { kind: ErrorKind::Configuration, problems: vec![problem] }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.problems.iter().enumerate() {
+            if index > 0 {
+                f.write_str("; ")?;
+            }
+            f.write_str(&problem.message)?;
+            for note in &problem.notes {
+                write!(f, ": {note}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<Error> for DataFusionError {
+    fn from(error: Error) -> Self {
+        Self::External(Box::new(error))
+    }
+}
+
+impl From<DataFusionError> for Error {
+    /// An error of ours that travelled through a plan comes out as it went in; memory that ran out and
+    /// values that do not fit become errors for people; what is left is DataFusion's own sentence.
+    fn from(error: DataFusionError) -> Self {
+        match error.find_root() {
+            DataFusionError::External(inner) => {
+                if let Some(ours) = inner.downcast_ref::<Self>() {
+                    return ours.clone();
+                }
+            }
+            DataFusionError::ArrowError(inner, _) => {
+                if let arrow::error::ArrowError::ExternalError(inner) = inner.as_ref()
+                    && let Some(ours) = inner.downcast_ref::<Self>()
+                {
+                    return ours.clone();
+                }
+            }
+            DataFusionError::ResourcesExhausted(what) => {
+                return Self::failed("the memory limit is too small for this query")
+                    .note(first_line(what))
+                    .hint("Raise `limits: { memory: … }` in floodmark.yaml, or join and sort fewer columns.");
+            }
+            _ => {}
+        }
+        let text = error.strip_backtrace();
+        Self::failed(first_line(strip_prefixes(&text)))
+    }
+}
+
+impl From<arrow::error::ArrowError> for Error {
+    fn from(error: arrow::error::ArrowError) -> Self {
+        DataFusionError::from(error).into()
+    }
+}
+
+/// DataFusion and Arrow put their layers' names in front; a person needs the last one.
+fn strip_prefixes(text: &str) -> &str {
+    let mut rest = text;
+    for prefix in [
+        "Arrow error: ",
+        "External error: ",
+        "Execution error: ",
+        "Error during planning: ",
+        "Optimizer rule 'simplify_expressions' failed\ncaused by\n",
+        "Schema error: ",
+        "SQL error: ",
+        "type_coercion\ncaused by\n",
+        "Error during planning: ",
+        "Execution error: ",
+        "Arrow error: ",
+        "Compute error: ",
+        "Cast error: ",
+        "Arithmetic overflow: ",
+    ] {
+        rest = rest.strip_prefix(prefix).unwrap_or(rest);
+    }
+    rest
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().trim_end_matches('.').to_owned()
+}
+
+/// The name among `candidates` that is most like `written`, if one is near enough to be meant.
+pub fn nearest<'a>(written: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let written = written.to_lowercase();
+    candidates
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(&written, &name.to_lowercase()), name))
+        .filter(|(distance, name)| *distance <= 1 + name.len().min(written.len()) / 4)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slip_of_the_finger_is_near_and_another_word_is_not() {
+        let names = ["connection", "columns", "incremental", "key"];
+        for (written, expected) in [
+            ("conection", Some("connection")),
+            ("Columns", Some("columns")),
+            ("colunms", Some("columns")),
+            ("keys", Some("key")),
+            ("schedule", None),
+            ("", None),
+        ] {
+            assert_eq!(nearest(written, names), expected, "{written}");
+        }
+    }
+
+    #[test]
+    fn an_error_of_ours_survives_the_way_through_a_query() {
+        let ours = Error::data("line 17 is ragged").hint("Mend it.");
+        let through = DataFusionError::from(ours.clone()).context("scan").context("join");
+        assert_eq!(Error::from(through), ours);
+    }
+}

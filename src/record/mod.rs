@@ -1,0 +1,265 @@
+//! What is remembered of a load and of a run.
+//!
+//! A [`LoadRecord`] goes into the target, in the same act as the rows: it is the truth. A `RunRecord`
+//! ([`run`]) is the history on this machine. Both carry a version; a record of a newer floodmark is refused, not
+//! guessed at.
+
+use std::collections::BTreeMap;
+
+use arrow::datatypes::{Field, Schema, SchemaRef};
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use crate::{
+    error::{Error, Result},
+    watermark::{FileVersion, Mark, Window},
+};
+
+pub mod run;
+pub mod totals;
+
+/// The version of [`LoadRecord`] that this floodmark writes.
+pub const RECORD_VERSION: u32 = 1;
+
+/// One release of one job, as the target remembers it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadRecord {
+    /// The record's version.
+    pub v: u32,
+    /// The project's name.
+    pub project: String,
+    /// The job's name.
+    pub job: String,
+    /// Made by the job's first commit into this target. Another one means another history.
+    pub incarnation: Uuid,
+    /// Counts the job's commits into this target, from 1.
+    pub seq: u64,
+    /// The SHA-256 of the record before, or of nothing.
+    pub prev_record_sha256: Option<String>,
+    /// The run that committed.
+    pub run_id: Uuid,
+    /// The attempt that committed: after a lost answer it tells whose commit landed.
+    pub attempt_id: Uuid,
+    /// When, by the committing machine's clock.
+    pub committed_at: String,
+    /// What `now()` was.
+    pub as_of: String,
+    /// The engine's version.
+    pub engine: String,
+    /// BLAKE3 of the job's file and its SQL.
+    pub mapping_fp: String,
+    /// What was read.
+    pub sources: IndexMap<String, SourceRecord>,
+    /// What was written.
+    pub outputs: IndexMap<String, OutputRecord>,
+    /// Where rows that were set aside went, if any.
+    pub quarantined: u64,
+    /// Files of set-aside rows, relative to the root; empty for databases.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub quarantine_files: Vec<String>,
+}
+
+/// How far a source was read, and what came of its rows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceRecord {
+    /// How far it is read now; `None` for what is read whole.
+    pub mark: Option<Mark>,
+    /// The window of this run, as people read it.
+    pub window: String,
+    /// Rows that came from the window.
+    pub extracted: u64,
+    /// Rows handed to models.
+    pub passed: u64,
+    /// Rows dropped by a filter of the job.
+    pub filtered: u64,
+    /// Rows set aside by parsing or row checks.
+    pub rejected: u64,
+}
+
+/// One output after this release.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputRecord {
+    /// The mode it was written in.
+    pub mode: String,
+    /// Rows that the model produced.
+    pub rows: u64,
+    /// Rows that are new.
+    pub inserted: u64,
+    /// Rows that were changed.
+    pub updated: u64,
+    /// Rows that were there already.
+    pub unchanged: u64,
+    /// Rows that are gone.
+    pub deleted: u64,
+    /// Rows that the output holds.
+    pub rows_after: u64,
+    /// The order-free hash of the rows that the model produced.
+    pub rowhash: String,
+    /// Its columns.
+    pub columns: Vec<ColumnRecord>,
+    /// The live files, for folders.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<DataFile>,
+}
+
+/// A column of an output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColumnRecord {
+    /// Its name.
+    pub name: String,
+    /// Its Arrow type, as Arrow spells it.
+    pub r#type: String,
+    /// Whether it may be null.
+    pub nullable: bool,
+}
+
+/// One file of a release.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataFile {
+    /// Relative to the output's root.
+    pub path: String,
+    /// Its rows.
+    pub rows: u64,
+    /// Its size.
+    pub bytes: u64,
+    /// The least and the greatest key in it, as text of the first key column that has statistics.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub bounds: BTreeMap<String, (String, String)>,
+}
+
+impl LoadRecord {
+    /// Reads a record.
+    ///
+    /// # Errors
+    ///
+    /// If it is damaged, or written by a newer floodmark.
+    pub fn from_json(text: &str) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Version {
+            v: u32,
+        }
+        let damaged = |error: serde_json::Error| {
+            Error::failed("the load record in the target is damaged").note(error.to_string())
+        };
+        let version: Version = serde_json::from_str(text).map_err(damaged)?;
+        if version.v > RECORD_VERSION {
+            return Err(Error::failed(format!(
+                "the load record in the target has version {}, and this floodmark knows {RECORD_VERSION}",
+                version.v
+            ))
+            .hint("Use the floodmark that wrote it, or a newer one."));
+        }
+        serde_json::from_str(text).map_err(damaged)
+    }
+
+    /// The record as it is stored.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).unwrap_or_default()
+    }
+
+    /// What the next record calls its predecessor.
+    pub fn sha256(&self) -> String {
+        hex::encode(Sha256::digest(self.to_json().as_bytes()))
+    }
+
+    /// How far each source was read.
+    pub fn marks(&self) -> BTreeMap<String, Mark> {
+        self.sources.iter().filter_map(|(name, source)| Some((name.clone(), source.mark.clone()?))).collect()
+    }
+}
+
+impl SourceRecord {
+    /// The record of a source that was read through `window`.
+    pub fn of(window: &Window, counts: run::Counts) -> Self {
+        Self {
+            mark: window.mark(),
+            window: window.to_string(),
+            extracted: counts.extracted,
+            passed: counts.passed,
+            filtered: counts.filtered,
+            rejected: counts.rejected,
+        }
+    }
+}
+
+impl OutputRecord {
+    /// The columns as a schema.
+    ///
+    /// # Errors
+    ///
+    /// If a type is unknown to this floodmark.
+    pub fn schema(&self) -> Result<SchemaRef> {
+        schema_of(&self.columns)
+    }
+}
+
+/// A schema in the words of a record.
+pub fn columns_of(schema: &Schema) -> Vec<ColumnRecord> {
+    schema
+        .fields()
+        .iter()
+        .map(|field| ColumnRecord {
+            name: field.name().clone(),
+            r#type: field.data_type().to_string(),
+            nullable: field.is_nullable(),
+        })
+        .collect()
+}
+
+/// The schema that a record describes.
+///
+/// # Errors
+///
+/// If a type is unknown to this floodmark.
+pub fn schema_of(columns: &[ColumnRecord]) -> Result<SchemaRef> {
+    let fields = columns
+        .iter()
+        .map(|column| {
+            let data_type = column.r#type.parse().map_err(|_| {
+                Error::failed(format!("the record has a type that this floodmark does not know: {}", column.r#type))
+            })?;
+            Ok(Field::new(&column.name, data_type, column.nullable))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Schema::new(fields).into())
+}
+
+/// Files by path, to see which are new.
+pub fn by_path(files: &[FileVersion]) -> BTreeMap<&str, &FileVersion> {
+    files.iter().map(|file| (file.path.as_str(), file)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_type_that_an_output_can_have_survives_its_record() {
+        use arrow::datatypes::{DataType, TimeUnit};
+        let types = [
+            DataType::Utf8,
+            DataType::Int64,
+            DataType::Int32,
+            DataType::Decimal128(38, 10),
+            DataType::Float64,
+            DataType::Boolean,
+            DataType::Date32,
+            DataType::Timestamp(TimeUnit::Microsecond, None),
+            DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into())),
+            DataType::Time64(TimeUnit::Microsecond),
+            DataType::Binary,
+        ];
+        let fields: Vec<Field> =
+            types.into_iter().enumerate().map(|(index, t)| Field::new(format!("c{index}"), t, index % 2 == 0)).collect();
+        let schema = Schema::new(fields);
+        assert_eq!(*schema_of(&columns_of(&schema)).unwrap(), schema);
+    }
+
+    #[test]
+    fn a_record_of_a_newer_floodmark_is_refused() {
+        let error = LoadRecord::from_json(r#"{"v": 99, "whatever": true}"#).unwrap_err();
+        assert!(error.to_string().contains("version 99"), "{error}");
+    }
+}

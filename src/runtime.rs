@@ -1,0 +1,143 @@
+//! Where work runs: tokio waits, blocking threads read, rayon computes. Nothing else spawns.
+//!
+//! Also the limits that a run keeps: memory for DataFusion and spools, a folder for what does not fit, and the
+//! clock.
+
+use std::{path::PathBuf, sync::Arc};
+
+use arrow::{datatypes::SchemaRef, record_batch::RecordBatch};
+use chrono::{DateTime, Utc};
+use datafusion::{
+    execution::{
+        disk_manager::{DiskManagerBuilder, DiskManagerMode},
+        memory_pool::{GreedyMemoryPool, TrackConsumersPool},
+        runtime_env::{RuntimeEnv, RuntimeEnvBuilder},
+    },
+    physical_plan::{SendableRecordBatchStream, stream::RecordBatchReceiverStreamBuilder},
+};
+
+use crate::error::{Error, Result};
+
+/// Rows in a batch, everywhere.
+pub const BATCH_ROWS: usize = 8192;
+
+/// Bytes of one batch at which a source cuts it, however few rows it has.
+pub const BATCH_BYTES: usize = 8 << 20;
+
+/// Batches that wait between a blocking reader and its consumer.
+const CHANNEL_BATCHES: usize = 2;
+
+/// Tells the time, so that a test can hold it still.
+pub trait Clock: Send + Sync + std::fmt::Debug {
+    /// The time now.
+    fn now(&self) -> DateTime<Utc>;
+}
+
+/// The machine's clock.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    #[expect(clippy::disallowed_methods, reason = "this is the clock")]
+    fn now(&self) -> DateTime<Utc> {
+        Utc::now()
+    }
+}
+
+/// A clock that stands still.
+#[derive(Debug, Clone, Copy)]
+pub struct FixedClock(pub DateTime<Utc>);
+
+impl Clock for FixedClock {
+    fn now(&self) -> DateTime<Utc> {
+        self.0
+    }
+}
+
+/// What a run may use.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Bytes for joins, sorts, aggregates and spools together.
+    pub memory_bytes: usize,
+    /// Where what does not fit is written. Emptied when the run ends.
+    pub spill: PathBuf,
+}
+
+impl Limits {
+    /// DataFusion's side of the limits.
+    ///
+    /// # Errors
+    ///
+    /// If the spill folder cannot be used.
+    pub fn environment(&self) -> Result<Arc<RuntimeEnv>> {
+        let ten = std::num::NonZeroUsize::new(5).unwrap_or(std::num::NonZeroUsize::MIN);
+        let pool = TrackConsumersPool::new(GreedyMemoryPool::new(self.memory_bytes), ten);
+        let disk = DiskManagerBuilder::default()
+            .with_mode(DiskManagerMode::Directories(vec![self.spill.clone()]));
+        std::fs::create_dir_all(&self.spill)
+            .map_err(|error| Error::io("make the spill folder", self.spill.display(), error))?;
+        let environment = RuntimeEnvBuilder::new()
+            .with_memory_pool(Arc::new(pool))
+            .with_disk_manager_builder(disk)
+            .build()?;
+        Ok(Arc::new(environment))
+    }
+}
+
+/// The other end of [`blocking_stream`]: takes batches until nobody wants more.
+#[derive(Debug)]
+pub struct BatchSender {
+    sender: tokio::sync::mpsc::Sender<datafusion::error::Result<RecordBatch>>,
+}
+
+impl BatchSender {
+    /// Hands over one batch, and waits while the consumer is behind. False once nobody reads any more.
+    #[must_use]
+    pub fn send(&self, batch: RecordBatch) -> bool {
+        self.sender.blocking_send(Ok(batch)).is_ok()
+    }
+}
+
+/// A stream of what `read` sends from a thread of its own. The channel is short, so a slow consumer stops the
+/// reader. An error ends the stream.
+pub fn blocking_stream(
+    schema: SchemaRef,
+    read: impl FnOnce(&BatchSender) -> Result<()> + Send + 'static,
+) -> SendableRecordBatchStream {
+    let mut builder = RecordBatchReceiverStreamBuilder::new(schema, CHANNEL_BATCHES);
+    let sender = BatchSender { sender: builder.tx() };
+    builder.spawn_blocking(move || read(&sender).map_err(Into::into));
+    builder.build()
+}
+
+/// Runs blocking work on a thread where it may block, and waits for it.
+///
+/// # Errors
+///
+/// What `work` says; a panic there is a bug of ours.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    #[expect(clippy::disallowed_methods, reason = "this is the place that spawns")]
+    let task = tokio::task::spawn_blocking(work);
+    match task.await {
+        Ok(result) => result,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Err(Error::new(crate::error::ErrorKind::Interrupted, "interrupted")),
+    }
+}
+
+/// Starts a task that is aborted when the handle is dropped.
+pub fn spawn(work: impl Future<Output = ()> + Send + 'static) -> TaskGuard {
+    #[expect(clippy::disallowed_methods, reason = "this is the place that spawns")]
+    let task = tokio::task::spawn(work);
+    TaskGuard(task)
+}
+
+/// A running task; dropping it aborts the task.
+#[derive(Debug)]
+pub struct TaskGuard(tokio::task::JoinHandle<()>);
+
+impl Drop for TaskGuard {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
