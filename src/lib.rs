@@ -1,1 +1,19 @@
-//! x
+//! floodmark: a batch data-integration and ETL engine.
+//!
+//! ```text
+//! jobs/*.yaml, sql/**      job ──► plan ──► extract ──► model ──► check ──► load ──► record
+//! ```
+
+pub mod connector;
+pub mod error;
+pub mod functions;
+pub mod load;
+pub mod model;
+pub mod names;
+pub mod project;
+pub mod record;
+pub mod runtime;
+pub mod session;
+pub mod spool;
+pub mod types;
+pub mod watermark;

@@ -47,6 +47,11 @@ pub struct TextRules {
 }
 
 impl TextRules {
+    /// The zone of timestamps that have none.
+    pub fn zone(&self) -> Option<Tz> {
+        self.zone
+    }
+
     /// The rules that a stream declares.
     ///
     /// # Errors
@@ -206,6 +211,25 @@ impl ColumnBuilder {
             }
         }
         Ok(())
+    }
+
+    /// Appends a number that is spelled with a point, as JSON does.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::text`].
+    pub fn number(&mut self, text: &str) -> Result<(), Misfit> {
+        match &mut self.kind {
+            Kind::Decimal(builder, precision, scale) => {
+                builder.append_value(decimal(text, b'.', None, *precision, *scale)?);
+                Ok(())
+            }
+            Kind::Float(builder) => {
+                builder.append_value(text.parse().map_err(|_| Misfit("is not a number".to_owned()))?);
+                Ok(())
+            }
+            _ => self.text(text),
+        }
     }
 
     /// Appends a whole number.

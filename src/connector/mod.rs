@@ -17,6 +17,7 @@ use crate::{
     error::{Error, Result},
     names::JobId,
     record::LoadRecord,
+    spool::Scratch,
     watermark::{Mark, Window},
 };
 use spec::{Guarantee, OutputSpec, StreamSpec};
@@ -24,6 +25,7 @@ use spec::{Guarantee, OutputSpec, StreamSpec};
 pub mod columns;
 #[cfg(test)]
 pub(crate) mod contract;
+pub mod evolve;
 pub mod files;
 pub mod scan;
 pub mod spec;
@@ -242,7 +244,7 @@ pub struct Current {
 }
 
 /// One try at one release.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Attempt {
     /// Unique to this try; in the name of everything that it writes.
     pub id: uuid::Uuid,
@@ -252,6 +254,8 @@ pub struct Attempt {
     pub seq: u64,
     /// The incarnation that the target has, or will get by the first commit.
     pub incarnation: uuid::Uuid,
+    /// Where rows may be put in the meantime.
+    pub scratch: Scratch,
 }
 
 /// What staging one output came to. Nothing of it is visible yet.

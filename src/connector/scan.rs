@@ -8,7 +8,7 @@
 
 use std::{any::Any, collections::HashMap, fmt, sync::Arc};
 
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use async_trait::async_trait;
 use datafusion::{
     catalog::{Session, TableProvider},
@@ -26,6 +26,15 @@ use datafusion::{
 
 use super::{Connection, Snapshot, spec::StreamSpec, tap::Tap};
 use crate::{error::Error, watermark::Window};
+
+/// The column that a model may name to get a row's place in its source.
+pub const POSITION_COLUMN: &str = "_source_position";
+
+/// `schema` with [`POSITION_COLUMN`] behind its columns.
+pub fn with_position(schema: &SchemaRef) -> SchemaRef {
+    let position = Arc::new(Field::new(POSITION_COLUMN, DataType::Utf8, false));
+    Arc::new(Schema::new(schema.fields().iter().cloned().chain([position]).collect::<Vec<_>>()))
+}
 
 /// What to read: plain data.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Result},
-    watermark::{FileVersion, Mark, Window},
+    watermark::{Mark, Window},
 };
 
 pub mod run;
@@ -124,9 +124,6 @@ pub struct DataFile {
     pub rows: u64,
     /// Its size.
     pub bytes: u64,
-    /// The least and the greatest key in it, as text of the first key column that has statistics.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub bounds: BTreeMap<String, (String, String)>,
 }
 
 impl LoadRecord {
@@ -224,11 +221,6 @@ pub fn schema_of(columns: &[ColumnRecord]) -> Result<SchemaRef> {
         })
         .collect::<Result<Vec<_>>>()?;
     Ok(Schema::new(fields).into())
-}
-
-/// Files by path, to see which are new.
-pub fn by_path(files: &[FileVersion]) -> BTreeMap<&str, &FileVersion> {
-    files.iter().map(|file| (file.path.as_str(), file)).collect()
 }
 
 #[cfg(test)]

@@ -1,0 +1,171 @@
+//! A folder of files, as source and as target.
+//!
+//! In: CSV, JSON lines, JSON arrays and Parquet, one file or many by pattern, with gzip and zstd, each remembered
+//! by path, size and content; and the outputs that jobs published here, through their manifests. Out: Parquet by
+//! the manifest protocol, in [`target`]. Everything lies beneath one root; no path leaves it.
+//!
+//! Not done yet: buckets (object_store is already what lists and opens), splitting one file over cores.
+
+use std::{path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+use futures::TryStreamExt;
+use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::{CatalogTable, Connection, Connector, Identity, Source, Target};
+use crate::error::{Error, Result};
+
+mod csv;
+mod durable;
+mod input;
+mod json;
+mod manifest;
+mod merge;
+mod parquet;
+mod source;
+mod target;
+
+/// The line that [`super::CONNECTORS`] holds.
+pub static CONNECTOR: Connector = Connector {
+    name: "files",
+    summary: "a folder: CSV, JSON and Parquet in; Parquet by manifest out",
+    options: || schemars::schema_for!(FilesOptions),
+    open: |options| {
+        let parsed: FilesOptions = options.parse()?;
+        let root = options.base.join(&parsed.root);
+        Ok(Arc::new(Arc::new(FilesConnection {
+            name: options.name,
+            shown: parsed.root,
+            root,
+            row_group_rows: parsed.row_group_rows.unwrap_or(1 << 20).max(1),
+            row_group_bytes: parsed.row_group_bytes.unwrap_or(48 << 20).max(1),
+        })))
+    },
+};
+
+/// A folder of files.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct FilesOptions {
+    /// The folder, relative to the project's. As a target it is created.
+    root: String,
+    /// Rows after which a Parquet row group is closed. Unless set, 1048576.
+    row_group_rows: Option<usize>,
+    /// Encoded bytes after which a Parquet row group is closed. Unless set, 48 MiB.
+    row_group_bytes: Option<usize>,
+}
+
+/// One folder.
+#[derive(Debug)]
+struct FilesConnection {
+    name: String,
+    shown: String,
+    root: PathBuf,
+    row_group_rows: usize,
+    row_group_bytes: usize,
+}
+
+impl FilesConnection {
+    /// The folder as a store, which no path leaves.
+    fn store(&self) -> Result<LocalFileSystem> {
+        if !self.root.is_dir() {
+            return Err(Error::configuration(format!("connection `{}`: there is no folder `{}`", self.name, self.shown))
+                .hint("Mend `root` in connections.yaml, or create the folder."));
+        }
+        LocalFileSystem::new_with_prefix(&self.root).map_err(|error| self.error("open", &self.shown, &error))
+    }
+
+    fn error(&self, doing: &str, path: &str, error: &object_store::Error) -> Error {
+        Error::failed(format!("connection `{}`: cannot {doing} `{path}`", self.name)).note(error.to_string())
+    }
+
+    /// A path within the root, as the store knows it.
+    fn path(&self, written: &str) -> Result<object_store::path::Path> {
+        let outside = || {
+            Error::configuration(format!("connection `{}`: `{written}` is no path within `{}`", self.name, self.shown))
+                .hint("Paths are relative to the connection's root, and do not leave it.")
+        };
+        if written.starts_with('/') || written.split('/').any(|part| part == "..") || written.contains('\\') {
+            return Err(outside());
+        }
+        object_store::path::Path::parse(written.trim_start_matches("./")).map_err(|_| outside())
+    }
+
+    /// The files that `pattern` matches, in order of their paths, with their sizes.
+    async fn matching(&self, pattern: &str) -> Result<Vec<(String, u64)>> {
+        let store = self.store()?;
+        self.path(&pattern.replace(['*', '?', '[', ']', '{', '}'], "x"))?;
+        let glob = globset::GlobBuilder::new(pattern.trim_start_matches("./")).literal_separator(true).build().map_err(|error| {
+            Error::configuration(format!("connection `{}`: `{pattern}` is no pattern", self.name)).note(error.to_string())
+        })?;
+        let glob = glob.compile_matcher();
+        // The folders before the first wildcard need not be searched for.
+        let fixed: Vec<&str> = pattern.split('/').take_while(|part| !part.contains(['*', '?', '[', '{'])).collect();
+        let folders = if fixed.len() == pattern.split('/').count() { fixed.get(..fixed.len() - 1).unwrap_or_default() } else { &fixed };
+        let prefix = self.path(&folders.join("/"))?;
+        let listed: Vec<_> = store.list(Some(&prefix)).try_collect().await.map_err(|error| self.error("list", pattern, &error))?;
+        let mut files: Vec<(String, u64)> = listed
+            .into_iter()
+            .map(|object| (object.location.to_string(), object.size))
+            .filter(|(path, _)| glob.is_match(path))
+            .collect();
+        files.sort();
+        Ok(files)
+    }
+
+    /// One file and its size.
+    async fn one(&self, path: &str) -> Result<(String, u64)> {
+        let location = self.path(path)?;
+        match self.store()?.head(&location).await {
+            Ok(object) => Ok((object.location.to_string(), object.size)),
+            Err(object_store::Error::NotFound { .. }) => {
+                let error = Error::configuration(format!("connection `{}`: there is no file `{path}` in `{}`", self.name, self.shown));
+                let folder = path.rsplit_once('/').map_or("*".to_owned(), |(folder, _)| format!("{folder}/*"));
+                let others = self.matching(&folder).await.unwrap_or_default();
+                Err(match crate::error::nearest(path, others.iter().map(|(path, _)| path.as_str())) {
+                    Some(near) => error.hint(format!("Did you mean `{near}`?")),
+                    None => error,
+                })
+            }
+            Err(error) => Err(self.error("read", path, &error)),
+        }
+    }
+
+    /// Opens a file that listing found.
+    fn open(&self, path: &str) -> Result<std::fs::File> {
+        let full = self.root.join(path);
+        std::fs::File::open(&full).map_err(|error| Error::io("open", path, error))
+    }
+}
+
+#[async_trait]
+impl Connection for Arc<FilesConnection> {
+    async fn ping(&self) -> Result<Identity> {
+        let place = self.shown.clone();
+        if !self.root.exists() {
+            return Ok(Identity { product: "folder, to be created".to_owned(), place });
+        }
+        self.store()?;
+        std::fs::read_dir(&self.root).map_err(|error| Error::io("list", &self.shown, error))?;
+        Ok(Identity { product: "folder".to_owned(), place })
+    }
+
+    async fn discover(&self) -> Result<Vec<CatalogTable>> {
+        let files = self.matching("**").await?;
+        Ok(files
+            .into_iter()
+            .filter(|(path, _)| !path.starts_with("_floodmark/"))
+            .map(|(name, size)| CatalogTable { name, columns: vec![("bytes".to_owned(), size.to_string())] })
+            .collect())
+    }
+
+    fn source(&self) -> Option<&dyn Source> {
+        Some(self)
+    }
+
+    fn target(&self) -> Option<&dyn Target> {
+        Some(self)
+    }
+}

@@ -1,0 +1,240 @@
+//! Parquet in and out.
+//!
+//! Out: one file a call, its columns encoded side by side by rayon, a row group closed by rows or by encoded bytes,
+//! whichever comes first, so that wide rows do not hold more memory than narrow ones.
+
+use std::{fs::File, path::Path, sync::Arc};
+
+use ::parquet::{
+    arrow::{
+        ArrowSchemaConverter, ArrowWriter, ProjectionMask,
+        arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder},
+        arrow_writer::{ArrowColumnWriter, ArrowRowGroupWriterFactory, compute_leaves},
+    },
+    basic::{Compression, ZstdLevel},
+    file::{properties::WriterProperties, writer::SerializedFileWriter},
+};
+use arrow::{
+    array::{ArrayRef, RecordBatch, RecordBatchOptions, StringBuilder},
+    datatypes::SchemaRef,
+};
+use datafusion::physical_plan::SendableRecordBatchStream;
+use futures::StreamExt;
+use rayon::prelude::*;
+
+use super::{FilesConnection, durable::NewFile};
+use crate::{
+    connector::{
+        scan::{POSITION_COLUMN, Scan},
+        tap::Tap,
+    },
+    error::{Error, Result},
+    functions::cast::cast_exactly,
+    record::DataFile,
+    runtime::{self, BATCH_ROWS, BatchSender},
+};
+
+fn damaged(path: &str, error: impl std::fmt::Display) -> Error {
+    Error::data(format!("`{path}` is no Parquet file, or is damaged")).note(error.to_string())
+}
+
+/// The columns of a file, with strings and bytes as plain arrays.
+pub(super) fn schema(file: File, path: &str) -> Result<SchemaRef> {
+    let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new().with_skip_arrow_metadata(false))
+        .map_err(|error| damaged(path, error))?;
+    Ok(Arc::new(crate::model::plain_schema(metadata.schema())))
+}
+
+/// Sends the rows of one file. False once nobody reads any more.
+pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSender) -> Result<bool> {
+    let size = file.metadata().map(|meta| meta.len()).unwrap_or(0);
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| damaged(path, error))?;
+    let file_schema = Arc::clone(builder.schema());
+    let mut wanted = Vec::new();
+    for field in scan.schema.fields() {
+        match file_schema.index_of(field.name()) {
+            Ok(index) => wanted.push(index),
+            Err(_) if field.name() == POSITION_COLUMN => {}
+            Err(_) => {
+                return Err(Error::data(format!("source `{}`: `{path}` has no column `{}`", scan.stream.name, field.name())));
+            }
+        }
+    }
+    let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
+    let rows_in_all = builder.metadata().file_metadata().num_rows().unsigned_abs().max(1);
+    let reader = builder.with_projection(mask).with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(path, error))?;
+    let mut number = 0_u64;
+    for batch in reader {
+        let batch = batch.map_err(|error| damaged(path, error))?;
+        let rows = batch.num_rows();
+        let mut arrays: Vec<ArrayRef> = Vec::with_capacity(scan.schema.fields().len());
+        for field in scan.schema.fields() {
+            if field.name() == POSITION_COLUMN {
+                let mut positions = StringBuilder::new();
+                for row in 0..rows as u64 {
+                    positions.append_value(format!("{path} row {}", number + row + 1));
+                }
+                arrays.push(Arc::new(positions.finish()));
+                continue;
+            }
+            let array = batch.column_by_name(field.name()).ok_or_else(|| Error::bug("a projected column is missing"))?;
+            arrays.push(cast_exactly(array, field.data_type()).map_err(|error| {
+                Error::data(format!("source `{}`: `{path}`, column `{}`", scan.stream.name, field.name())).note(error.to_string())
+            })?);
+        }
+        number += rows as u64;
+        let options = RecordBatchOptions::new().with_row_count(Some(rows));
+        let batch = RecordBatch::try_new_with_options(Arc::clone(&scan.schema), arrays, &options)?;
+        tap.bytes(size * rows as u64 / rows_in_all);
+        tap.rows(&batch)?;
+        if !out.send(batch) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The rows of one data file of our own, as they are.
+pub(super) fn data_file(connection: &FilesConnection, output: &str, file: &DataFile, schema: SchemaRef) -> SendableRecordBatchStream {
+    let path = connection.root.join(output).join(&file.path);
+    let stream_schema = Arc::clone(&schema);
+    runtime::blocking_stream(stream_schema, move |out| {
+        let shown = path.display().to_string();
+        let handle = File::open(&path).map_err(|error| Error::io("open", &shown, error))?;
+        let builder = ParquetRecordBatchReaderBuilder::try_new(handle).map_err(|error| damaged(&shown, error))?;
+        for batch in builder.with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(&shown, error))? {
+            let batch = batch.map_err(|error| damaged(&shown, error))?;
+            let rows = batch.num_rows();
+            let arrays = schema
+                .fields()
+                .iter()
+                .map(|field| match batch.column_by_name(field.name()) {
+                    Some(array) => cast_exactly(array, field.data_type()),
+                    None => Ok(arrow::array::new_null_array(field.data_type(), rows)),
+                })
+                .collect::<Result<Vec<_>>>()?;
+            if !out.send(RecordBatch::try_new(Arc::clone(&schema), arrays)?) {
+                return Ok(());
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A Parquet file under construction.
+struct Writer {
+    file: SerializedFileWriter<NewFile>,
+    factory: ArrowRowGroupWriterFactory,
+    columns: Vec<ArrowColumnWriter>,
+    schema: SchemaRef,
+    group_rows: usize,
+    groups: usize,
+    limits: (usize, usize),
+}
+
+impl Writer {
+    fn new(path: &Path, schema: SchemaRef, limits: (usize, usize)) -> Result<Self> {
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).unwrap_or_default()))
+            .set_created_by(concat!("floodmark ", env!("CARGO_PKG_VERSION")).to_owned())
+            .build();
+        ArrowSchemaConverter::new().convert(&schema).map_err(|error| {
+            Error::configuration("a column cannot be written as Parquet").note(error.to_string())
+        })?;
+        let writer = ArrowWriter::try_new(NewFile::create(path)?, Arc::clone(&schema), Some(properties)).map_err(failed(path))?;
+        let (file, factory) = writer.into_serialized_writer().map_err(failed(path))?;
+        Ok(Self { file, factory, columns: Vec::new(), schema, group_rows: 0, groups: 0, limits })
+    }
+
+    fn write(&mut self, batch: &RecordBatch) -> ::parquet::errors::Result<()> {
+        if self.columns.is_empty() {
+            self.columns = self.factory.create_column_writers(self.groups)?;
+        }
+        let leaves = self
+            .schema
+            .fields()
+            .iter()
+            .zip(batch.columns())
+            .map(|(field, array)| compute_leaves(field, array))
+            .collect::<::parquet::errors::Result<Vec<_>>>()?;
+        let leaves: Vec<_> = leaves.into_iter().flatten().collect();
+        self.columns.par_iter_mut().zip(leaves).try_for_each(|(column, leaf)| column.write(&leaf))?;
+        self.group_rows += batch.num_rows();
+        let bytes: usize = self.columns.iter().map(ArrowColumnWriter::get_estimated_total_bytes).sum();
+        if self.group_rows >= self.limits.0 || bytes >= self.limits.1 {
+            self.close_group()?;
+        }
+        Ok(())
+    }
+
+    fn close_group(&mut self) -> ::parquet::errors::Result<()> {
+        let columns = std::mem::take(&mut self.columns);
+        if columns.is_empty() {
+            return Ok(());
+        }
+        let chunks = columns.into_par_iter().map(ArrowColumnWriter::close).collect::<::parquet::errors::Result<Vec<_>>>()?;
+        let mut group = self.file.next_row_group()?;
+        for chunk in chunks {
+            chunk.append_to_row_group(&mut group)?;
+        }
+        group.close()?;
+        self.groups += 1;
+        self.group_rows = 0;
+        Ok(())
+    }
+}
+
+/// An error of the Parquet writer as one for people: underneath it is nearly always the disk.
+fn failed(path: &Path) -> impl Fn(::parquet::errors::ParquetError) -> Error {
+    let shown = path.display().to_string();
+    move |error| match error {
+        ::parquet::errors::ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
+            Ok(io) => Error::io("write", &shown, *io),
+            Err(inner) => Error::failed(format!("cannot write `{shown}`")).note(inner.to_string()),
+        },
+        error => Error::failed(format!("cannot write `{shown}`")).note(error.to_string()),
+    }
+}
+
+/// Writes all rows into the file `data/<name>` of an output and makes it durable; `None` where there is no row.
+pub(super) async fn write(
+    connection: &FilesConnection,
+    output: &str,
+    name: &str,
+    mut rows: SendableRecordBatchStream,
+    mut each: impl FnMut(&RecordBatch) -> Result<()>,
+) -> Result<Option<DataFile>> {
+    let relative = format!("data/{name}");
+    let path = connection.root.join(output).join(&relative);
+    let limits = (connection.row_group_rows, connection.row_group_bytes);
+    let (schema, mut writer, mut count) = (rows.schema(), None, 0_u64);
+    while let Some(batch) = rows.next().await {
+        let batch = batch?;
+        if batch.num_rows() == 0 {
+            continue;
+        }
+        each(&batch)?;
+        count += batch.num_rows() as u64;
+        let (path, schema) = (path.clone(), Arc::clone(&schema));
+        writer = Some(
+            runtime::blocking(move || {
+                let mut writer = match writer {
+                    Some(writer) => writer,
+                    None => Writer::new(&path, schema, limits)?,
+                };
+                writer.write(&batch).map_err(failed(&path))?;
+                Ok(writer)
+            })
+            .await?,
+        );
+    }
+    let Some(mut writer) = writer else { return Ok(None) };
+    runtime::blocking(move || {
+        writer.close_group().map_err(failed(&path))?;
+        let file = writer.file.into_inner().map_err(failed(&path))?;
+        file.finish()?;
+        let bytes = path.metadata().map_err(|error| Error::io("look at", path.display(), error))?.len();
+        Ok(Some(DataFile { path: relative, rows: count, bytes }))
+    })
+    .await
+}

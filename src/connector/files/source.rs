@@ -1,0 +1,536 @@
+//! Reading a folder: which files, and their rows.
+//!
+//! `file:` is read whole on every run. `files:` is read once per file: the mark is the set of (path, size, SHA-256).
+//! `table:` is an output that a job published here; its manifest says which files are live. Files are hashed
+//! before they are read, and a file whose size or time of change moved while it was read fails the run.
+
+use std::{
+    io::Read as _,
+    sync::Arc,
+    time::SystemTime,
+};
+
+use arrow::{
+    array::{ArrayRef, RecordBatch, RecordBatchOptions, StringBuilder},
+    datatypes::{Field, Schema, SchemaRef},
+};
+use async_trait::async_trait;
+use datafusion::physical_plan::SendableRecordBatchStream;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::{FilesConnection, csv, input, json, manifest, parquet};
+use crate::{
+    connector::{
+        Bounds, Exactness, Marks, RunTime, Snapshot, Source,
+        columns::{ColumnBuilder, Guess, Misfit, TextRules, arrow_type, effective},
+        scan::{POSITION_COLUMN, Scan, held},
+        spec::{Format, FormatKind, Read, StreamSpec},
+        tap::Tap,
+    },
+    error::{Error, Result, nearest},
+    runtime::{self, BATCH_BYTES, BATCH_ROWS, BatchSender},
+    types::ColumnType,
+    watermark::{FileVersion, Mark, WatermarkError, Window},
+};
+
+/// Rows that are looked at to find types that nobody declared.
+const SAMPLE_ROWS: usize = 20_480;
+
+/// The files of each stream, fixed by the snapshot.
+struct Fixed(indexmap::IndexMap<String, Vec<String>>);
+
+#[async_trait]
+impl Source for Arc<FilesConnection> {
+    async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef> {
+        if let Read::Table(output) = &stream.read {
+            let published = manifest::published(self, output).await?;
+            return published.schema();
+        }
+        let files = self.candidates(stream).await?;
+        let (this, stream) = (Self::clone(self), stream.clone());
+        runtime::blocking(move || this.describe_files(&stream, &files)).await
+    }
+
+    async fn bounds(&self, streams: &[StreamSpec], since: &Marks, _: RunTime) -> Result<Bounds> {
+        let mut bounds = Bounds::default();
+        for stream in streams {
+            if let Some(cursor) = &stream.cursor {
+                return Err(Error::configuration(format!(
+                    "source `{}` reads files, and files have no cursor `{}`",
+                    stream.name,
+                    cursor.columns.join(", ")
+                ))
+                .hint("Remove `incremental`: with `files:` each file is read once."));
+            }
+            let window = match &stream.read {
+                Read::Files { pattern, once: true } => {
+                    let found = self.matching(pattern).await?;
+                    let this = Self::clone(self);
+                    let versions = runtime::blocking(move || this.hash(&found)).await?;
+                    let seen = match since.get(&stream.name) {
+                        None => Vec::new(),
+                        Some(Mark::Files(files)) => files.clone(),
+                        Some(Mark::Cursor(_)) => {
+                            let changed = WatermarkError::ShapeChanged { was: "a cursor", is: "files" };
+                            return Err(Error::data(format!("source `{}`: {changed}", stream.name))
+                                .hint("If that is right, load it anew: `floodmark run --full-refresh`."));
+                        }
+                    };
+                    let new: Vec<FileVersion> = versions.into_iter().filter(|file| !seen.contains(file)).collect();
+                    for file in &new {
+                        if seen.iter().any(|known| known.path == file.path) {
+                            bounds.warnings.push(format!("source `{}`: `{}` was read before and has changed: it is read again", stream.name, file.path));
+                        } else if let Some(known) = seen.iter().find(|known| known.sha256 == file.sha256) {
+                            bounds.warnings.push(format!("source `{}`: `{}` has the same content as `{}`, which was read before", stream.name, file.path, known.path));
+                        }
+                    }
+                    bounds.exactness.insert(stream.name.clone(), Exactness::Exact);
+                    Window::Files { new, seen }
+                }
+                _ => Window::Whole,
+            };
+            bounds.windows.insert(stream.name.clone(), window);
+        }
+        Ok(bounds)
+    }
+
+    async fn snapshot(&self, streams: &[StreamSpec], bounds: &Bounds) -> Result<Snapshot> {
+        let mut fixed = indexmap::IndexMap::new();
+        for stream in streams {
+            let files = match (bounds.windows.get(&stream.name), &stream.read) {
+                (Some(Window::Files { new, .. }), _) => new.iter().map(|file| file.path.clone()).collect(),
+                (_, Read::Table(output)) => manifest::published(self, output).await?.paths(output),
+                _ => self.candidates(stream).await?.into_iter().map(|(path, _)| path).collect(),
+            };
+            fixed.insert(stream.name.clone(), files);
+        }
+        Ok(Snapshot { token: format!("files:{}", self.shown), hold: Arc::new(Fixed(fixed)) })
+    }
+
+    fn scan(&self, snapshot: &Snapshot, scan: &Scan, tap: Arc<Tap>) -> Result<SendableRecordBatchStream> {
+        let fixed: Arc<Fixed> = held(snapshot)?;
+        let files = fixed.0.get(&scan.stream.name).cloned().unwrap_or_default();
+        let (this, scan) = (Self::clone(self), scan.clone());
+        Ok(runtime::blocking_stream(Arc::clone(&scan.schema), move |out| {
+            let sizes: u64 = files.iter().filter_map(|path| this.root.join(path).metadata().ok()).map(|meta| meta.len()).sum();
+            tap.expect_bytes(sizes);
+            for path in &files {
+                if !this.read_file(path, &scan, &tap, out)? {
+                    return Ok(());
+                }
+            }
+            tap.finish();
+            Ok(())
+        }))
+    }
+}
+
+impl FilesConnection {
+    /// The files that a stream may read, in order.
+    async fn candidates(&self, stream: &StreamSpec) -> Result<Vec<(String, u64)>> {
+        let found = match &stream.read {
+            Read::File(path) => Ok(vec![self.one(path).await?]),
+            Read::Files { pattern, .. } => self.matching(pattern).await,
+            Read::Table(_) => Ok(Vec::new()),
+            Read::Query(_) => Err(Error::configuration("a folder takes no `query:`").hint("Use `file:`, `files:` or `table:`.")),
+        };
+        found.map_err(|error| error.while_doing(format!("source `{}` cannot be read", stream.name)))
+    }
+
+    fn hash(&self, files: &[(String, u64)]) -> Result<Vec<FileVersion>> {
+        files
+            .par_iter()
+            .map(|(path, _)| {
+                let mut file = self.open(path)?;
+                let (mut hash, mut size, mut buffer) = (Sha256::new(), 0, vec![0; 256 << 10]);
+                loop {
+                    let read = file.read(&mut buffer).map_err(|error| Error::io("read", path, error))?;
+                    if read == 0 {
+                        break;
+                    }
+                    size += read as u64;
+                    hash.update(buffer.get(..read).unwrap_or_default());
+                }
+                Ok(FileVersion { path: path.clone(), size, sha256: hex::encode(hash.finalize()) })
+            })
+            .collect()
+    }
+
+    fn describe_files(&self, stream: &StreamSpec, files: &[(String, u64)]) -> Result<SchemaRef> {
+        let format = stream.format.clone().unwrap_or_default();
+        let Some((first, _)) = files.first() else {
+            if stream.columns.is_empty() {
+                return Err(Error::configuration(format!("source `{}`: no file matches, and no columns are declared", stream.name))
+                    .hint("Mend the pattern, or declare `columns:` so that the job can be checked before the first file comes."));
+            }
+            return declared_schema(stream);
+        };
+        match kind(&format, first)? {
+            FormatKind::Parquet => {
+                let schema = parquet::schema(self.open(first)?, first)?;
+                let fields: Vec<Field> = schema
+                    .fields()
+                    .iter()
+                    .map(|field| {
+                        let declared = stream.declared(field.name()).map(|column| arrow_type(&column, stream));
+                        Field::new(field.name(), declared.unwrap_or_else(|| field.data_type().clone()), true)
+                    })
+                    .collect();
+                Ok(Arc::new(Schema::new(fields)))
+            }
+            FormatKind::Csv => self.describe_csv(stream, &format, files),
+            kind @ (FormatKind::JsonLines | FormatKind::Json) => self.describe_json(stream, &format, kind, files),
+        }
+    }
+
+    fn records(&self, path: &str, format: &Format, tap: Option<Arc<Tap>>) -> Result<csv::Records> {
+        Ok(csv::Records::new(self.text(path, format, tap)?, csv::Dialect::of(format, path)?))
+    }
+
+    fn text(&self, path: &str, format: &Format, tap: Option<Arc<Tap>>) -> Result<input::TextReader> {
+        let bytes = input::decompressed(self.open(path)?, tap).map_err(|error| Error::io("read", path, error))?;
+        Ok(input::TextReader::new(bytes, input::encoding(format.encoding.as_deref())?))
+    }
+
+    fn describe_csv(&self, stream: &StreamSpec, format: &Format, files: &[(String, u64)]) -> Result<SchemaRef> {
+        let rules = TextRules::of(stream)?;
+        let first = files.first().map(|(path, _)| path.as_str()).unwrap_or_default();
+        let mut record = csv::Record::default();
+        let mut records = self.records(first, format, None)?;
+        let names = header(stream, format, first, &mut records, &mut record)?;
+        for declared in stream.columns.keys() {
+            if !names.contains(declared) {
+                let error = Error::configuration(format!("source `{}`: `{first}` has no column `{declared}`", stream.name));
+                return Err(match nearest(declared, names.iter().map(String::as_str)) {
+                    Some(near) => error.hint(format!("Did you mean `{near}`?")),
+                    None => error.hint(format!("It has: {}.", names.join(", "))),
+                });
+            }
+        }
+        let mut guesses = vec![Guess::default(); names.len()];
+        if names.iter().any(|name| !stream.columns.contains_key(name)) {
+            let mut rows = 0;
+            'files: for (path, _) in files {
+                if path != first {
+                    records = self.records(path, format, None)?;
+                    header(stream, format, path, &mut records, &mut record)?;
+                }
+                // What is broken is told when it is read; here it only teaches nothing.
+                while let Ok(next) = records.next(&mut record) {
+                    match next {
+                        csv::Next::Record => {}
+                        csv::Next::Broken(_) => continue,
+                        csv::Next::End => break,
+                    }
+                    for (index, guess) in guesses.iter_mut().enumerate() {
+                        if let Some(text) = record.field(index).and_then(|(field, quoted)| value(field, quoted, format)) {
+                            guess.see(text, &rules);
+                        }
+                    }
+                    rows += 1;
+                    if rows == SAMPLE_ROWS {
+                        break 'files;
+                    }
+                }
+            }
+        }
+        let fields: Vec<Field> = names
+            .iter()
+            .zip(&guesses)
+            .map(|(name, guess)| {
+                let column = stream.declared(name).unwrap_or_else(|| guess.column_type());
+                Field::new(name, arrow_type(&column, stream), true)
+            })
+            .collect();
+        Ok(Arc::new(Schema::new(fields)))
+    }
+
+    fn describe_json(&self, stream: &StreamSpec, format: &Format, kind: FormatKind, files: &[(String, u64)]) -> Result<SchemaRef> {
+        let rules = TextRules::of(stream)?;
+        let mut guesses: indexmap::IndexMap<String, Guess> = indexmap::IndexMap::new();
+        let mut count = 0;
+        'files: for (path, _) in files {
+            let mut rows = json::Rows::new(self.text(path, format, None)?, kind == FormatKind::Json);
+            let mut row = json::Row::default();
+            while let Ok(true) = rows.next(&mut row) {
+                let Ok(object) = serde_json::from_slice::<json::Object<'_>>(&row.text) else { continue };
+                for (key, raw) in object.0 {
+                    let guess = guesses.entry(key.into_owned()).or_default();
+                    match json::Scalar::of(raw) {
+                        Ok(json::Scalar::Number(text) | json::Scalar::Bool(text)) => guess.see(text, &rules),
+                        Ok(json::Scalar::Text(text)) if text.contains('-') => guess.see(&text, &rules),
+                        Ok(json::Scalar::Text(_) | json::Scalar::Nested(_)) => guess.see_text(),
+                        Ok(json::Scalar::Null) | Err(_) => {}
+                    }
+                }
+                count += 1;
+                if count == SAMPLE_ROWS {
+                    break 'files;
+                }
+            }
+        }
+        for declared in stream.columns.keys() {
+            guesses.entry(declared.clone()).or_default();
+        }
+        let fields: Vec<Field> = guesses
+            .iter()
+            .map(|(name, guess)| {
+                let column = stream.declared(name).unwrap_or_else(|| guess.column_type());
+                Field::new(name, arrow_type(&column, stream), true)
+            })
+            .collect();
+        Ok(Arc::new(Schema::new(fields)))
+    }
+
+    /// Sends the rows of one file. False once nobody reads any more.
+    fn read_file(&self, path: &str, scan: &Scan, tap: &Arc<Tap>, out: &BatchSender) -> Result<bool> {
+        let before = self.version(path)?;
+        let format = scan.stream.format.clone().unwrap_or_default();
+        let more = match if matches!(scan.stream.read, Read::Table(_)) { FormatKind::Parquet } else { kind(&format, path)? } {
+            FormatKind::Parquet => parquet::read(self.open(path)?, path, scan, tap, out)?,
+            FormatKind::Csv => self.read_csv(path, &format, scan, tap, out)?,
+            kind @ (FormatKind::JsonLines | FormatKind::Json) => {
+                self.read_json(path, &format, kind == FormatKind::Json, scan, tap, out)?
+            }
+        };
+        if self.version(path)? != before {
+            return Err(Error::temporary(format!("source `{}`: `{path}` changed while it was read", scan.stream.name))
+                .hint("Run again once it has been delivered completely."));
+        }
+        Ok(more)
+    }
+
+    fn version(&self, path: &str) -> Result<(u64, Option<SystemTime>)> {
+        let meta = self.root.join(path).metadata().map_err(|error| Error::io("look at", path, error))?;
+        Ok((meta.len(), meta.modified().ok()))
+    }
+
+    fn read_csv(&self, path: &str, format: &Format, scan: &Scan, tap: &Arc<Tap>, out: &BatchSender) -> Result<bool> {
+        let mut records = self.records(path, format, Some(Arc::clone(tap)))?;
+        let mut record = csv::Record::default();
+        let names = header(&scan.stream, format, path, &mut records, &mut record)?;
+        let mut batch = BatchBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
+        if let Some(missing) = batch.missing() {
+            return Err(Error::data(format!("source `{}`: `{path}` has no column `{missing}`", scan.stream.name))
+                .hint("All files of a source have the same columns; read others as a source of their own."));
+        }
+        loop {
+            let next = records.next(&mut record).map_err(|why| {
+                Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name))
+            })?;
+            let place = || format!("`{path}` line {}, byte {}", record.line, record.byte);
+            let broken = match next {
+                csv::Next::End => break,
+                csv::Next::Broken(why) => Some(why),
+                csv::Next::Record if record.len() != names.len() => {
+                    Some(format!("the row has {} fields and the header {}", record.len(), names.len()))
+                }
+                csv::Next::Record => batch
+                    .row(
+                        |index, builder| match record.field(index).and_then(|(field, quoted)| value(field, quoted, format)) {
+                            Some(text) => builder.text(text).map(|()| text.len()),
+                            None => {
+                                builder.null();
+                                Ok(0)
+                            }
+                        },
+                        || format!("{path}:{}", record.line),
+                    )
+                    .err(),
+            };
+            if let Some(reason) = broken {
+                batch.send(tap, out)?;
+                let raw = || serde_json::json!({ "line": String::from_utf8_lossy(&record.raw) }).to_string();
+                tap.reject(&scan.stream, place(), reason, raw)?;
+            } else if batch.is_full() && !batch.send(tap, out)? {
+                return Ok(false);
+            }
+        }
+        batch.send(tap, out)
+    }
+
+    fn read_json(&self, path: &str, format: &Format, array: bool, scan: &Scan, tap: &Arc<Tap>, out: &BatchSender) -> Result<bool> {
+        let mut rows = json::Rows::new(self.text(path, format, Some(Arc::clone(tap)))?, array);
+        let mut row = json::Row::default();
+        let names: Vec<String> = scan.schema.fields().iter().map(|field| field.name().clone()).collect();
+        let mut batch = BatchBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
+        let fatal = |why: String| Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name));
+        while rows.next(&mut row).map_err(fatal)? {
+            let object = std::str::from_utf8(&row.text)
+                .map_err(|_| "the row is not UTF-8".to_owned())
+                .and_then(|text| serde_json::from_str::<json::Object<'_>>(text).map_err(|error| format!("the row is no JSON object: {error}")));
+            let broken = object.and_then(|object| {
+                batch.row(
+                    |index, builder| {
+                        let name = names.get(index).map(String::as_str).unwrap_or_default();
+                        let Some((_, raw)) = object.0.iter().find(|(key, _)| key == name) else {
+                            builder.null();
+                            return Ok(0);
+                        };
+                        match json::Scalar::of(raw).map_err(Misfit)? {
+                            json::Scalar::Null => builder.null(),
+                            json::Scalar::Text(text) => builder.text(&text)?,
+                            // A number is spelled with a point, whatever mark the file uses in text.
+                            json::Scalar::Number(text) => builder.number(text)?,
+                            json::Scalar::Bool(text) | json::Scalar::Nested(text) => builder.text(text)?,
+                        }
+                        Ok(raw.get().len())
+                    },
+                    || format!("{path}:{}", row.line),
+                )
+            });
+            if let Err(reason) = broken {
+                batch.send(tap, out)?;
+                let place = format!("`{path}` line {}, byte {}", row.line, row.byte);
+                let raw = || serde_json::json!({ "line": String::from_utf8_lossy(&row.text).trim() }).to_string();
+                tap.reject(&scan.stream, place, reason, raw)?;
+            } else if batch.is_full() && !batch.send(tap, out)? {
+                return Ok(false);
+            }
+        }
+        batch.send(tap, out)
+    }
+}
+
+/// The columns of a header line, or the declared ones where a file has none.
+fn header(stream: &StreamSpec, format: &Format, path: &str, records: &mut csv::Records, record: &mut csv::Record) -> Result<Vec<String>> {
+    let refuse = |why: String| Error::data(format!("source `{}`: `{path}`: {why}", stream.name));
+    if !format.header {
+        if stream.columns.is_empty() {
+            return Err(Error::configuration(format!("source `{}`: without a header the columns must be declared", stream.name))
+                .hint("List all of them in order: `columns: { id: int, name: string }`."));
+        }
+        return Ok(stream.columns.keys().cloned().collect());
+    }
+    match records.next(record).map_err(refuse)? {
+        csv::Next::Record => {}
+        csv::Next::Broken(why) => return Err(refuse(format!("line {}: {why}", record.line))),
+        csv::Next::End => return Err(refuse("the file is empty, and has not even a header".to_owned())),
+    }
+    let mut names: Vec<String> = Vec::with_capacity(record.len());
+    for index in 0..record.len() {
+        let (field, _) = record.field(index).unwrap_or_default();
+        let name = String::from_utf8_lossy(field).trim().to_owned();
+        if name.is_empty() {
+            return Err(refuse(format!("line {}: the name of column {} is empty", record.line, index + 1))
+                .hint("Mend the header; or a delimiter other than the file's is set."));
+        }
+        if names.contains(&name) {
+            return Err(refuse(format!("line {}: the column `{name}` is there twice", record.line)));
+        }
+        names.push(name);
+    }
+    Ok(names)
+}
+
+/// A field's text; `None` for null. A quoted field is never null.
+fn value<'a>(field: &'a [u8], quoted: bool, format: &Format) -> Option<&'a str> {
+    let text = std::str::from_utf8(field).ok()?;
+    let null = !quoted && (text.is_empty() || format.nulls.iter().any(|word| word == text));
+    (!null).then_some(text)
+}
+
+/// The kind of a file: as declared, or by its name.
+fn kind(format: &Format, path: &str) -> Result<FormatKind> {
+    if let Some(kind) = format.kind {
+        return Ok(kind);
+    }
+    let plain = path.trim_end_matches(".gz").trim_end_matches(".zst");
+    match plain.rsplit('.').next().unwrap_or_default().to_ascii_lowercase().as_str() {
+        "csv" | "tsv" | "txt" => Ok(FormatKind::Csv),
+        "jsonl" | "ndjson" => Ok(FormatKind::JsonLines),
+        "json" => Ok(FormatKind::Json),
+        "parquet" => Ok(FormatKind::Parquet),
+        _ => Err(Error::configuration(format!("the name of `{path}` does not tell its format"))
+            .hint("Say it: `format: { kind: csv }`, or json_lines, json, parquet.")),
+    }
+}
+
+fn declared_schema(stream: &StreamSpec) -> Result<SchemaRef> {
+    let fields: Vec<Field> = stream
+        .columns
+        .keys()
+        .map(|name| Field::new(name, arrow_type(&stream.declared(name).unwrap_or(ColumnType::String), stream), true))
+        .collect();
+    Ok(Arc::new(Schema::new(fields)))
+}
+
+/// Builds batches of a scan's schema row by row.
+struct BatchBuilder<'a> {
+    scan: &'a Scan,
+    /// For each column that is parsed: its index in the row, its name, its builder.
+    columns: Vec<(Option<usize>, String, ColumnBuilder)>,
+    positions: Option<(usize, StringBuilder)>,
+    rows: usize,
+    bytes: usize,
+}
+
+impl<'a> BatchBuilder<'a> {
+    fn new(scan: &'a Scan, index_of: impl Fn(&str) -> Option<usize>) -> Result<Self> {
+        let rules = TextRules::of(&scan.stream)?;
+        let (mut columns, mut positions) = (Vec::new(), None);
+        for (at, field) in scan.schema.fields().iter().enumerate() {
+            if field.name() == POSITION_COLUMN {
+                positions = Some((at, StringBuilder::new()));
+                continue;
+            }
+            let declared = scan.stream.declared(field.name()).map(|column| effective(column, &scan.stream));
+            let column = match declared {
+                Some(column) => column,
+                None => crate::types::describe(field.data_type()).parse().map_err(|_| {
+                    Error::bug(format!("no text becomes a column of type {}", field.data_type()))
+                })?,
+            };
+            columns.push((index_of(field.name()), field.name().clone(), ColumnBuilder::new(&column, &rules, BATCH_ROWS)?));
+        }
+        Ok(Self { scan, columns, positions, rows: 0, bytes: 0 })
+    }
+
+    /// A column that the row will not have.
+    fn missing(&self) -> Option<&str> {
+        self.columns.iter().find(|(index, ..)| index.is_none()).map(|(_, name, _)| name.as_str())
+    }
+
+    fn is_full(&self) -> bool {
+        self.rows >= BATCH_ROWS || self.bytes >= BATCH_BYTES
+    }
+
+    /// Appends one row. If a value does not fit, the row is not in the batch, and the batch must be sent before
+    /// the next row.
+    fn row(
+        &mut self,
+        mut append: impl FnMut(usize, &mut ColumnBuilder) -> Result<usize, Misfit>,
+        position: impl FnOnce() -> String,
+    ) -> Result<(), String> {
+        for (index, name, builder) in &mut self.columns {
+            match append(index.unwrap_or(usize::MAX), builder) {
+                Ok(bytes) => self.bytes += bytes,
+                Err(why) => return Err(format!("`{name}` {why}")),
+            }
+        }
+        if let Some((_, positions)) = &mut self.positions {
+            positions.append_value(position());
+        }
+        self.rows += 1;
+        Ok(())
+    }
+
+    /// Sends what there is. False once nobody reads any more.
+    fn send(&mut self, tap: &Tap, out: &BatchSender) -> Result<bool> {
+        let rows = std::mem::take(&mut self.rows);
+        self.bytes = 0;
+        let mut arrays: Vec<ArrayRef> =
+            self.columns.iter_mut().map(|(_, _, builder)| builder.finish().slice(0, rows)).collect();
+        if let Some((at, positions)) = &mut self.positions {
+            arrays.insert(*at, Arc::new(positions.finish()));
+        }
+        if rows == 0 {
+            return Ok(true);
+        }
+        let options = RecordBatchOptions::new().with_row_count(Some(rows));
+        let batch = RecordBatch::try_new_with_options(Arc::clone(&self.scan.schema), arrays, &options)?;
+        tap.rows(&batch)?;
+        Ok(out.send(batch))
+    }
+}

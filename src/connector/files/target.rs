@@ -1,0 +1,213 @@
+//! Publishing into a folder: one attempt, one manifest, one rename.
+//!
+//! Staging writes Parquet files under names that no other attempt uses; nobody lists them, so nobody sees them.
+//! The commit gives the record its name, `commits/<seq>.json`, which only one attempt can have: it is the fence, and
+//! the rows and the watermark become true in that one act. Two runs at once may both stage; one commits.
+
+use std::{fs, sync::Arc};
+
+use async_trait::async_trait;
+use datafusion::physical_plan::SendableRecordBatchStream;
+use indexmap::IndexMap;
+
+use super::{FilesConnection, merge::Staging, parquet};
+use crate::{
+    connector::{
+        Attempt, CommitOutcome, Current, Load, Staged, Target,
+        evolve::evolve,
+        spec::{Guarantee, Mode, OutputSpec},
+    },
+    error::{Error, Result},
+    names::JobId,
+    record::{DataFile, LoadRecord, columns_of},
+    runtime, session,
+    spool::Spool,
+};
+
+#[async_trait]
+impl Target for Arc<FilesConnection> {
+    fn guarantee(&self, _: &OutputSpec) -> Guarantee {
+        Guarantee::ExactlyOnce
+    }
+
+    async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>> {
+        let (this, job) = (Self::clone(self), job.clone());
+        runtime::blocking(move || this.newest(&job)).await
+    }
+
+    async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>> {
+        let Some(record) = self.last_record(job).await? else {
+            // Files that no record of this job names: somebody else's, or a state that was deleted.
+            let data = self.root.join(output).join("data");
+            let foreign = fs::read_dir(&data).is_ok_and(|mut entries| {
+                entries.any(|entry| entry.is_ok_and(|entry| entry.path().extension().is_some_and(|ending| ending == "parquet")))
+            });
+            let published = super::manifest::published(self, output).await.is_ok();
+            return Ok((foreign && published).then(|| Current { schema: arrow::datatypes::Schema::empty().into(), rows: 1 }));
+        };
+        match record.outputs.get(output) {
+            Some(found) => Ok(Some(Current { schema: found.schema()?, rows: found.rows_after })),
+            None => Ok(None),
+        }
+    }
+
+    async fn begin(&self, job: &JobId, attempt: &Attempt, base: Option<&LoadRecord>) -> Result<Box<dyn Load>> {
+        if let Some(base) = base {
+            let (this, job, base) = (Self::clone(self), job.clone(), base.clone());
+            // A run that died between its commit and the switch left `current` behind.
+            runtime::blocking(move || this.switch_current(&job, &base)).await?;
+        }
+        Ok(Box::new(FilesLoad {
+            connection: Self::clone(self),
+            job: job.clone(),
+            attempt: attempt.clone(),
+            base: base.cloned(),
+            staged: IndexMap::new(),
+            quarantine: None,
+            keep: false,
+        }))
+    }
+}
+
+/// One attempt.
+struct FilesLoad {
+    connection: Arc<FilesConnection>,
+    job: JobId,
+    attempt: Attempt,
+    base: Option<LoadRecord>,
+    staged: IndexMap<String, (arrow::datatypes::SchemaRef, Vec<DataFile>)>,
+    quarantine: Option<DataFile>,
+    /// Whether the files are part of a release, or may be.
+    keep: bool,
+}
+
+/// The folder of set-aside rows, as an output's name.
+const QUARANTINE: &str = "_quarantine";
+
+impl FilesLoad {
+    fn base_files(&self, output: &str) -> Vec<DataFile> {
+        self.base.as_ref().and_then(|record| record.outputs.get(output)).map(|found| found.files.clone()).unwrap_or_default()
+    }
+
+    /// Removes what this attempt wrote.
+    fn remove_staged(&mut self) {
+        let quarantine = self.quarantine.take().map(|file| (self.quarantine_folder(), file));
+        let staged: Vec<(String, DataFile)> = std::mem::take(&mut self.staged)
+            .into_iter()
+            .flat_map(|(output, (_, files))| {
+                let base = self.base_files(&output);
+                files.into_iter().filter(move |file| !base.contains(file)).map(move |file| (output.clone(), file)).collect::<Vec<_>>()
+            })
+            .collect();
+        for (output, file) in staged.into_iter().chain(quarantine) {
+            // Best effort: a file that stays is garbage that nobody lists.
+            drop(fs::remove_file(self.connection.root.join(output).join(file.path)));
+        }
+    }
+
+    fn quarantine_folder(&self) -> String {
+        format!("_floodmark/{}/{}/{QUARANTINE}", self.job.project, self.job.job)
+    }
+}
+
+impl Drop for FilesLoad {
+    fn drop(&mut self) {
+        if !self.keep {
+            self.remove_staged();
+        }
+    }
+}
+
+#[async_trait]
+impl Load for FilesLoad {
+    async fn stage(&mut self, output: &OutputSpec, rows: SendableRecordBatchStream) -> Result<Staged> {
+        let base = self.base_files(&output.name);
+        let current = self.base.as_ref().and_then(|record| record.outputs.get(&output.name)).map(|found| found.schema()).transpose()?;
+        let model = rows.schema();
+        let schema = match &current {
+            Some(current) if !output.rebuild => evolve(output, current, &model)?,
+            _ => Arc::clone(&model),
+        };
+        let evolved = current.is_some_and(|current| columns_of(&current) != columns_of(&schema)) && !output.rebuild;
+        let (attempt, connection) = (self.attempt.clone(), Arc::clone(&self.connection));
+        let mut staging =
+            Staging { connection: &connection, attempt: &attempt, output, schema: Arc::clone(&schema), base, evolved, parts: 0 };
+        let (files, staged) = match output.mode {
+            Mode::Append if !output.rebuild => staging.append(session::conform(rows, Arc::clone(&schema))).await?,
+            Mode::Replace | Mode::Append => staging.replace(session::conform(rows, Arc::clone(&schema))).await?,
+            Mode::Merge => {
+                let spool = Spool::of(&output.name, rows, &attempt.scratch).await?;
+                if output.rebuild {
+                    // Against nothing: keys are checked, and every row is new.
+                    let before = std::mem::take(&mut staging.base).iter().map(|file| file.rows).sum();
+                    let (files, staged) = staging.merge(&spool).await?;
+                    (files, Staged { rows_before: before, deleted: before, ..staged })
+                } else {
+                    staging.merge(&spool).await?
+                }
+            }
+            Mode::ReplaceRange => {
+                let spool = Spool::of(&output.name, rows, &attempt.scratch).await?;
+                if output.rebuild {
+                    staging.replace(session::conform(spool.stream(), Arc::clone(&schema))).await?
+                } else {
+                    staging.replace_range(&spool).await?
+                }
+            }
+        };
+        self.staged.insert(output.name.clone(), (schema, files));
+        Ok(staged)
+    }
+
+    async fn quarantine(&mut self, rows: SendableRecordBatchStream) -> Result<u64> {
+        let name = format!("{:08}-{}.parquet", self.attempt.seq, self.attempt.id.simple());
+        self.quarantine = parquet::write(&self.connection, &self.quarantine_folder(), &name, rows, |_| Ok(())).await?;
+        Ok(self.quarantine.as_ref().map_or(0, |file| file.rows))
+    }
+
+    async fn commit(mut self: Box<Self>, record: &LoadRecord) -> CommitOutcome {
+        let mut record = record.clone();
+        for (output, (schema, files)) in &self.staged {
+            if let Some(written) = record.outputs.get_mut(output) {
+                written.columns = columns_of(schema);
+                written.files.clone_from(files);
+            }
+        }
+        // Outputs that this run did not touch stay as they were.
+        for (output, before) in self.base.iter().flat_map(|base| &base.outputs) {
+            if !record.outputs.contains_key(output) {
+                record.outputs.insert(output.clone(), before.clone());
+            }
+        }
+        let folder = self.quarantine_folder();
+        record.quarantine_files = self.quarantine.iter().map(|file| format!("{folder}/{}", file.path)).collect();
+        let (connection, job) = (Arc::clone(&self.connection), self.job.clone());
+        // From here on the files may be part of a release: they are removed only when it is certain that they are not.
+        self.keep = true;
+        let outcome = runtime::blocking(move || {
+            if connection.commit_record(&job, &record)? {
+                return Ok((true, connection.switch_current(&job, &record)));
+            }
+            let landed = connection.record_at(&job, record.seq)?;
+            Ok((landed.is_some_and(|landed| landed.attempt_id == record.attempt_id), Ok(())))
+        })
+        .await;
+        match outcome {
+            // The release is visible to manifest readers; the link is repaired by the next run.
+            Ok((true, _)) => CommitOutcome::Committed,
+            Ok((false, _)) => {
+                self.keep = false;
+                CommitOutcome::Rejected(
+                    Error::temporary(format!("another run of `{}` committed first", self.job))
+                        .hint("Nothing of this run was published. Run again: it starts where the other ended."),
+                )
+            }
+            Err(error) => CommitOutcome::Unknown(error),
+        }
+    }
+
+    async fn discard(mut self: Box<Self>) -> Result<()> {
+        self.remove_staged();
+        Ok(())
+    }
+}

@@ -1,0 +1,161 @@
+//! Analyzer rules: what must hold in every expression of every plan.
+
+use arrow::datatypes::DataType;
+use datafusion::{
+    common::{Column, DFSchema, Diagnostic, Result as DataFusionResult, Span, config::ConfigOptions, tree_node::{Transformed, TreeNode, TreeNodeRecursion}},
+    error::DataFusionError,
+    logical_expr::{
+        BinaryExpr, Expr, ExprSchemable, LogicalPlan, Operator,
+        expr::{Between, Cast, ScalarFunction},
+        expr_rewriter::NamePreserver,
+        utils::merge_schema,
+    },
+    optimizer::AnalyzerRule,
+};
+
+use super::{arithmetic, cast};
+
+/// Before types are coerced: a timestamp without a zone is not compared with one that has a zone.
+#[derive(Debug)]
+pub struct ZonesApart;
+
+impl AnalyzerRule for ZonesApart {
+    fn name(&self) -> &'static str {
+        "zones_apart"
+    }
+
+    fn analyze(&self, plan: LogicalPlan, _: &ConfigOptions) -> DataFusionResult<LogicalPlan> {
+        plan.apply_with_subqueries(|node| {
+            let schema = merge_schema(&node.inputs());
+            if let LogicalPlan::Join(join) = node {
+                for (left, right) in &join.on {
+                    refuse_mixed(left, right, &schema)?;
+                }
+            }
+            node.apply_expressions(|expr| {
+                expr.apply(|expr| {
+                    match expr {
+                        Expr::BinaryExpr(BinaryExpr { left, op, right }) if op.supports_propagation() => {
+                            refuse_mixed(left, right, &schema)?;
+                        }
+                        Expr::Between(Between { expr, low, high, .. }) => {
+                            refuse_mixed(expr, low, &schema)?;
+                            refuse_mixed(expr, high, &schema)?;
+                        }
+                        _ => {}
+                    }
+                    Ok(TreeNodeRecursion::Continue)
+                })
+            })
+        })?;
+        Ok(plan)
+    }
+}
+
+fn refuse_mixed(left: &Expr, right: &Expr, schema: &DFSchema) -> DataFusionResult<()> {
+    // A type that cannot be told here is told better by the rule that comes next.
+    let (Ok(a), Ok(b)) = (left.get_type(schema), right.get_type(schema)) else { return Ok(()) };
+    let mixed = matches!(
+        (&a, &b),
+        (DataType::Timestamp(_, None), DataType::Timestamp(_, Some(_))) | (DataType::Timestamp(_, Some(_)), DataType::Timestamp(_, None))
+    );
+    if !mixed {
+        return Ok(());
+    }
+    let text = "a timestamp without a zone is compared with one that has a zone";
+    let span = span_of(left).or_else(|| span_of(right));
+    let hint = "Declare `timezone:` on the source of the one without, or cast it: `x at time zone 'Europe/Berlin'`";
+    let diagnostic = Diagnostic::new_error(text, span).with_help(hint, None);
+    Err(DataFusionError::Plan(text.to_owned()).with_diagnostic(diagnostic))
+}
+
+/// Where the first column of an expression stands in the SQL.
+pub fn span_of(expr: &Expr) -> Option<Span> {
+    let mut found = None;
+    drop(expr.apply(|expr| {
+        if let Expr::Column(Column { spans, .. }) = expr
+            && let Some(span) = spans.first()
+        {
+            found = Some(span);
+            return Ok(TreeNodeRecursion::Stop);
+        }
+        Ok(TreeNodeRecursion::Continue)
+    }));
+    found
+}
+
+/// After types are coerced: arithmetic that checks, and casts that keep every digit.
+#[derive(Debug)]
+pub struct Exact;
+
+impl AnalyzerRule for Exact {
+    fn name(&self) -> &'static str {
+        "exact"
+    }
+
+    fn analyze(&self, plan: LogicalPlan, _: &ConfigOptions) -> DataFusionResult<LogicalPlan> {
+        let plan = plan.transform_up_with_subqueries(|node| {
+            let schema = merge_schema(&node.inputs());
+            let names = NamePreserver::new(&node);
+            node.map_expressions(|expr| {
+                let name = names.save(&expr);
+                let exact = expr.transform_up(|expr| exact(expr, &schema))?;
+                Ok(exact.update_data(|expr| name.restore(expr)))
+            })
+        })?;
+        plan.data.recompute_schema()
+    }
+}
+
+fn exact(expr: Expr, schema: &DFSchema) -> DataFusionResult<Transformed<Expr>> {
+    match expr {
+        Expr::BinaryExpr(BinaryExpr { left, op, right }) if is_arithmetic(op) => {
+            let types = (left.get_type(schema)?, right.get_type(schema)?);
+            match arithmetic::function(op) {
+                Some(function) if arithmetic::is_exact_number(&types.0) && arithmetic::is_exact_number(&types.1) => {
+                    let call = ScalarFunction::new_udf(function, vec![*left, *right]);
+                    Ok(Transformed::yes(Expr::ScalarFunction(call)))
+                }
+                _ => Ok(Transformed::no(Expr::BinaryExpr(BinaryExpr { left, op, right }))),
+            }
+        }
+        Expr::Cast(Cast { expr, field }) => {
+            let from = expr.get_type(schema)?;
+            if cast::can_lose(&from, field.data_type()) {
+                let function = cast::ExactCast::to(field.data_type().clone());
+                Ok(Transformed::yes(function.call(vec![*expr])))
+            } else {
+                Ok(Transformed::no(Expr::Cast(Cast { expr, field })))
+            }
+        }
+        other => Ok(Transformed::no(other)),
+    }
+}
+
+fn is_arithmetic(op: Operator) -> bool {
+    matches!(op, Operator::Plus | Operator::Minus | Operator::Multiply | Operator::Divide | Operator::Modulo)
+}
+
+/// Decimals that pass through a float: what a plan-time warning names.
+pub fn floats_of_money(plan: &LogicalPlan) -> Vec<(String, Option<Span>)> {
+    let mut found = Vec::new();
+    drop(plan.apply_with_subqueries(|node| {
+        let schema = merge_schema(&node.inputs());
+        node.apply_expressions(|expr| {
+            expr.apply(|expr| {
+                if let Expr::Cast(Cast { expr: inner, field }) = expr
+                    && field.data_type().is_floating()
+                    && inner.get_type(&schema).is_ok_and(|from| matches!(from, DataType::Decimal128(..) | DataType::Decimal256(..)))
+                    && !matches!(inner.as_ref(), Expr::Literal(..))
+                {
+                    let entry = (inner.to_string(), span_of(inner));
+                    if !found.contains(&entry) {
+                        found.push(entry);
+                    }
+                }
+                Ok(TreeNodeRecursion::Continue)
+            })
+        })
+    }));
+    found
+}

@@ -1,0 +1,28 @@
+//! From models to a release: stage every output, audit, commit or discard.
+
+use crate::{
+    connector::spec::OutputSpec,
+    error::{Error, Result},
+};
+
+/// Refuses keys that are null or come twice.
+///
+/// # Errors
+///
+/// How many of them there are, and what to do.
+pub fn refuse_keys(output: &OutputSpec, nulls: u64, twice: u64) -> Result<()> {
+    let key = output.key.join(", ");
+    if nulls > 0 {
+        return Err(Error::data(format!("output `{}`: the key ({key}) is null in {nulls} {}", output.name, rows(nulls)))
+            .hint("Leave such rows out in the model, or set them aside with `not_null` and `on_fail: quarantine`."));
+    }
+    if twice > 0 {
+        return Err(Error::data(format!("output `{}`: {twice} {} of ({key}) come more than once in this run", output.name, if twice == 1 { "value" } else { "values" }))
+            .hint("Say which row wins: `latest_by: updated_at` on the output; or make the key complete."));
+    }
+    Ok(())
+}
+
+fn rows(count: u64) -> &'static str {
+    if count == 1 { "row" } else { "rows" }
+}

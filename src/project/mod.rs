@@ -1,0 +1,3 @@
+//! The project's folder.
+pub mod validate;
+pub mod yaml;

@@ -1,0 +1,97 @@
+//! DataFusion sessions, as floodmark sets them up.
+//!
+//! One partition: rows come out in the order in which the sources gave them, so a run can be compared with
+//! another. Decimal literals, checked arithmetic, UTC. No DDL, no statements, no file functions: models are SELECTs.
+
+use std::sync::Arc;
+
+use arrow::{
+    array::RecordBatch,
+    datatypes::SchemaRef,
+};
+use chrono::{DateTime, Utc};
+use datafusion::{
+    execution::{SessionStateBuilder, config::SessionConfig},
+    optimizer::{Analyzer, AnalyzerRule},
+    physical_plan::{SendableRecordBatchStream, stream::RecordBatchStreamAdapter},
+    prelude::SessionContext,
+};
+use futures::StreamExt;
+
+use crate::{
+    connector::scan::OpenSources,
+    error::{Error, Result},
+    functions::{cast::cast_exactly, now, rules, sum::ExactSum},
+    runtime::BATCH_ROWS,
+    spool::Scratch,
+};
+
+/// A session for models and checks.
+pub fn for_models(scratch: &Scratch, as_of: DateTime<Utc>, sources: Arc<OpenSources>) -> SessionContext {
+    let mut config = config(true);
+    config.set_extension(sources);
+    let defaults = Analyzer::new().rules;
+    let first: Arc<dyn AnalyzerRule + Send + Sync> = Arc::new(rules::ZonesApart);
+    let last: Arc<dyn AnalyzerRule + Send + Sync> = Arc::new(rules::Exact);
+    let state = SessionStateBuilder::new()
+        .with_config(config)
+        .with_runtime_env(Arc::clone(&scratch.environment))
+        .with_default_features()
+        .with_analyzer_rules([first].into_iter().chain(defaults).chain([last]).collect())
+        .build();
+    let context = SessionContext::new_with_state(state);
+    context.register_udaf(ExactSum::sum());
+    context.register_udaf(ExactSum::avg());
+    for function in now::functions(as_of) {
+        context.register_udf(function);
+    }
+    context
+}
+
+/// A session for connectors' own work, with SQL of ours.
+pub fn internal(scratch: &Scratch, hash_joins: bool) -> SessionContext {
+    SessionContext::new_with_config_rt(config(hash_joins), Arc::clone(&scratch.environment))
+}
+
+fn config(hash_joins: bool) -> SessionConfig {
+    let mut config = SessionConfig::new()
+        .with_batch_size(BATCH_ROWS)
+        .with_target_partitions(1)
+        .with_information_schema(false)
+        .with_round_robin_repartition(false);
+    let options = config.options_mut();
+    options.sql_parser.parse_float_as_decimal = true;
+    options.sql_parser.collect_spans = true;
+    options.sql_parser.map_string_types_to_utf8view = false;
+    options.execution.enable_ansi_mode = true;
+    options.execution.time_zone = Some(crate::types::UTC.to_owned());
+    options.optimizer.prefer_hash_join = hash_joins;
+    config
+}
+
+/// The rows with exactly the columns of `schema`, by name: cast without loss, null where a column is missing.
+pub fn conform(rows: SendableRecordBatchStream, schema: SchemaRef) -> SendableRecordBatchStream {
+    let columns = Arc::clone(&schema);
+    let conformed = rows.map(move |batch| {
+        let batch = batch?;
+        let count = batch.num_rows();
+        let arrays = columns
+            .fields()
+            .iter()
+            .map(|field| {
+                let array = match batch.column_by_name(field.name()) {
+                    Some(array) if array.data_type() == field.data_type() => Arc::clone(array),
+                    Some(array) => cast_exactly(array, field.data_type())
+                        .map_err(|error| error.while_doing(format!("column `{}` cannot be converted", field.name())))?,
+                    None => arrow::array::new_null_array(field.data_type(), count),
+                };
+                if !field.is_nullable() && array.null_count() > 0 {
+                    return Err(Error::data(format!("column `{}` must not be null", field.name())));
+                }
+                Ok(array)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(RecordBatch::try_new(Arc::clone(&columns), arrays)?)
+    });
+    Box::pin(RecordBatchStreamAdapter::new(schema, conformed))
+}
