@@ -4,12 +4,15 @@
 //! jobs/*.yaml, sql/**      job ──► plan ──► extract ──► model ──► check ──► load ──► record
 //! ```
 
+pub mod check;
 pub mod connector;
 pub mod error;
 pub mod functions;
+pub mod job;
 pub mod load;
 pub mod model;
 pub mod names;
+pub mod plan;
 pub mod project;
 pub mod record;
 pub mod runtime;

@@ -1,3 +1,392 @@
-//! The project's folder.
+//! The project's folder: read, checked, and told all at once what is wrong with it.
+//!
+//! This is the only module that reads the environment. Nothing here reaches a system; what is resolved (references,
+//! environments) goes into new values and never back into what was parsed.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use chrono::{DateTime, Utc};
+use indexmap::IndexMap;
+
+use crate::{
+    connector::{CONNECTORS, Connection, Connector, Options},
+    error::{Error, ErrorKind, Place, Problem, Result, SourceText, nearest},
+    job::JobFile,
+    names::{is_name, is_output_name},
+    runtime::Limits,
+};
+use yaml::{Document, Entry};
+
+mod check;
+pub mod files;
 pub mod validate;
 pub mod yaml;
+
+/// A project, parsed and checked.
+#[derive(Debug)]
+pub struct Project {
+    /// Its folder.
+    pub root: PathBuf,
+    /// Its name.
+    pub name: String,
+    /// The chosen environment.
+    pub environment: String,
+    /// What the environment changes.
+    pub settings: files::EnvironmentSpec,
+    /// Its limits.
+    pub limits: Limits,
+    /// Its connections, by name.
+    pub connections: IndexMap<String, ConnectionFile>,
+    /// Its jobs, by name.
+    pub jobs: IndexMap<String, JobDocument>,
+}
+
+/// A connection as it is written.
+#[derive(Debug)]
+pub struct ConnectionFile {
+    /// The connector.
+    pub connector: &'static Connector,
+    /// The options, without `kind`, with references unresolved.
+    pub options: serde_json::Value,
+    /// Where it stands.
+    pub place: Place,
+}
+
+/// A job and the document it was read from, for the places of later mistakes.
+#[derive(Debug)]
+pub struct JobDocument {
+    /// The job.
+    pub job: JobFile,
+    /// Its document.
+    pub document: Document,
+}
+
+/// The connection that sources without one use: the project's own folder.
+pub const PROJECT_CONNECTION: &str = "project";
+
+impl Project {
+    /// Reads the project in `root`.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with it, as one error.
+    pub fn load(root: &Path, environment: Option<&str>) -> Result<Self> {
+        let mut problems = Vec::new();
+        if !root.join("floodmark.yaml").is_file() {
+            return Err(Error::configuration(format!("there is no project in `{}`", root.display()))
+                .note("a project's folder holds a file `floodmark.yaml`")
+                .hint("Make one with `floodmark init`, or say where it is: `--project DIR`."));
+        }
+        let file = read_document(root, "floodmark.yaml", &mut problems)
+            .and_then(|document| typed::<files::ProjectFile>(&document, "floodmark.yaml", &mut problems).map(|file| (file, document)));
+        let connections = if root.join("connections.yaml").is_file() {
+            read_document(root, "connections.yaml", &mut problems)
+                .map(|document| read_connections(&document, &mut problems))
+                .unwrap_or_default()
+        } else {
+            IndexMap::new()
+        };
+        let mut jobs: IndexMap<String, JobDocument> = IndexMap::new();
+        for path in yaml_files(root, "jobs")? {
+            let Some(document) = read_document(root, &path, &mut problems) else { continue };
+            let Some(job) = typed::<JobFile>(&document, "a job file", &mut problems) else { continue };
+            if let Some(other) = jobs.get(&job.job) {
+                problems.push(
+                    Problem::new(format!("there are two jobs `{}`", job.job))
+                        .at(document.place(&["job"]))
+                        .note(format!("the other one is in {}", other.document.file.path)),
+                );
+                continue;
+            }
+            jobs.insert(job.job.clone(), JobDocument { job, document });
+        }
+        let Some((file, document)) = file else {
+            return Err(Error::of(ErrorKind::Configuration, problems).err().unwrap_or_else(|| Error::bug("no problem")));
+        };
+        if !is_name(&file.project) {
+            problems.push(bad_name("project", &file.project).at(document.place(&["project"])));
+        }
+        let environment = match environment.or(file.default_environment.as_deref()) {
+            Some(name) if file.environments.contains_key(name) => name.to_owned(),
+            None => "default".to_owned(),
+            Some(name) => {
+                let mut problem = Problem::new(format!("there is no environment `{name}`"));
+                if environment.is_none() {
+                    problem = problem.at(document.place(&["default_environment"]));
+                }
+                let known: Vec<&str> = file.environments.keys().map(String::as_str).collect();
+                problem = match nearest(name, known.iter().copied()) {
+                    Some(near) => problem.hint(format!("Did you mean `{near}`?")),
+                    None => problem.hint(format!("There are: {}.", known.join(", "))),
+                };
+                problems.push(problem);
+                String::new()
+            }
+        };
+        let settings = file.environments.get(&environment).cloned().unwrap_or_default();
+        let memory = file.limits.memory.as_deref().map(files::bytes);
+        if memory == Some(None) {
+            problems.push(Problem::new("`memory` is no number of bytes").at(document.place(&["limits", "memory"])).hint("Such as `512MiB` or `2GiB`."));
+        }
+        let project = Self {
+            root: root.to_owned(),
+            name: file.project.clone(),
+            environment,
+            settings,
+            limits: Limits {
+                memory_bytes: memory.flatten().unwrap_or(1 << 30),
+                spill: root.join(file.limits.spill.as_deref().unwrap_or(".floodmark/spill")),
+            },
+            connections,
+            jobs,
+        };
+        check::check(&project, &document, &mut problems);
+        Error::of(ErrorKind::Configuration, problems)?;
+        Ok(project)
+    }
+
+    /// Opens a connection: resolves its references and checks its options. Reaches nothing.
+    ///
+    /// # Errors
+    ///
+    /// A reference that leads nowhere, or an option that does not fit.
+    pub fn connection(&self, name: &str) -> Result<Arc<dyn Connection>> {
+        if name == PROJECT_CONNECTION && !self.connections.contains_key(name) {
+            let connector = Connector::named("files").ok_or_else(|| Error::bug("no connector for files"))?;
+            let values = serde_json::json!({ "root": "." });
+            return (connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values });
+        }
+        let file = self.connections.get(name).ok_or_else(|| Error::configuration(format!("there is no connection `{name}`")))?;
+        let mut values = file.options.clone();
+        if let (Some(object), Some(changes)) = (values.as_object_mut(), self.settings.connections.get(name)) {
+            for (key, value) in changes {
+                object.insert(key.clone(), value.clone().into());
+            }
+        }
+        resolve(&mut values, &self.root).map_err(|error| error.while_doing(format!("connection `{name}` cannot be used")).at(file.place.clone()))?;
+        (file.connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values })
+            .map_err(|error| error.at(file.place.clone()))
+    }
+
+    /// The environment's fixed `as_of`.
+    ///
+    /// # Errors
+    ///
+    /// If it is no point in time.
+    pub fn as_of(&self) -> Result<Option<DateTime<Utc>>> {
+        self.settings.as_of.as_deref().map(as_of).transpose()
+    }
+
+    /// The text of a file of SQL.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn sql(&self, path: &str) -> Result<Arc<SourceText>> {
+        let full = self.root.join(path);
+        let text = fs::read_to_string(&full).map_err(|error| Error::io("read", path, error).with_kind(ErrorKind::Configuration))?;
+        Ok(Arc::new(SourceText { path: path.to_owned(), text }))
+    }
+
+    /// The file of a model.
+    pub fn model_path(job: &JobFile, model: &str) -> String {
+        match job.models.get(model) {
+            Some(Some(path)) => path.clone(),
+            _ => format!("sql/mappings/{}/{model}.sql", job.job),
+        }
+    }
+}
+
+/// A point in time, as `--as-of` and `as_of:` take it.
+///
+/// # Errors
+///
+/// If it is none.
+pub fn as_of(written: &str) -> Result<DateTime<Utc>> {
+    crate::connector::columns::instant(written, None, Some(chrono_tz::UTC))
+        .ok()
+        .and_then(DateTime::from_timestamp_micros)
+        .ok_or_else(|| {
+            Error::configuration(format!("`{written}` is no point in time")).hint("Such as `2026-11-01T01:30:00Z`, or `2026-11-01`.")
+        })
+}
+
+fn read_document(root: &Path, path: &str, problems: &mut Vec<Problem>) -> Option<Document> {
+    let text = match fs::read(root.join(path)) {
+        Ok(bytes) => match String::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(error) => {
+                let at = error.utf8_error().valid_up_to();
+                problems.push(Problem::new(format!("`{path}` is not UTF-8 at byte {at}")).hint("Save it as UTF-8."));
+                return None;
+            }
+        },
+        Err(error) => {
+            problems.push(Problem::new(format!("`{path}` cannot be read")).note(error.to_string()));
+            return None;
+        }
+    };
+    match yaml::parse(Arc::new(SourceText { path: path.to_owned(), text })) {
+        Ok(document) => Some(document),
+        Err(found) => {
+            problems.extend(found);
+            None
+        }
+    }
+}
+
+fn typed<T: serde::de::DeserializeOwned + schemars::JsonSchema>(document: &Document, what: &str, problems: &mut Vec<Problem>) -> Option<T> {
+    let found = validate::validate(document, &schemars::schema_for!(T), what);
+    if !found.is_empty() {
+        problems.extend(found);
+        return None;
+    }
+    match serde_json::from_value(document.root.to_json()) {
+        Ok(value) => Some(value),
+        Err(error) => {
+            problems.push(Problem::new(format!("{what} cannot be understood")).note(error.to_string()).at(document.place(&[])));
+            None
+        }
+    }
+}
+
+fn read_connections(document: &Document, problems: &mut Vec<Problem>) -> IndexMap<String, ConnectionFile> {
+    let mut connections = IndexMap::new();
+    for Entry { key, node, .. } in document.root.entries() {
+        if !is_name(key) {
+            problems.push(bad_name("connection", key).at(document.key_place(&[key])));
+        }
+        let kinds: Vec<&str> = CONNECTORS.iter().map(|connector| connector.name).collect();
+        let Some(kind) = node.get("kind").and_then(yaml::Node::text) else {
+            let problem = Problem::new(format!("connection `{key}` needs a `kind`"));
+            problems.push(problem.at(document.key_place(&[key])).hint(format!("One of: {}.", kinds.join(", "))));
+            continue;
+        };
+        let Some(connector) = Connector::named(kind) else {
+            let mut problem = Problem::new(format!("there is no connector `{kind}`")).at(document.place(&[key, "kind"]));
+            problem = match nearest(kind, kinds.iter().copied()) {
+                Some(near) => problem.hint(format!("Did you mean `{near}`?")),
+                None => problem.hint(format!("One of: {}.", kinds.join(", "))),
+            };
+            problems.push(problem);
+            continue;
+        };
+        let mut options = node.clone();
+        if let yaml::Value::Map(entries) = &mut options.value {
+            entries.retain(|entry| entry.key != "kind");
+        }
+        let found = validate::validate_node(document, &options, &(connector.options)(), &format!("a `{kind}` connection"));
+        if found.is_empty() {
+            let place = document.key_place(&[key]);
+            connections.insert(key.clone(), ConnectionFile { connector, options: options.to_json(), place });
+        } else {
+            problems.extend(found);
+        }
+    }
+    connections
+}
+
+fn bad_name(what: &str, name: &str) -> Problem {
+    Problem::new(format!("`{name}` cannot name a {what}"))
+        .hint("Use lower-case letters, digits and `_`, starting with a letter, so that SQL takes it without quotes.")
+}
+
+/// The YAML files of a folder, sorted.
+fn yaml_files(root: &Path, folder: &str) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(root.join(folder)) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io("list", folder, error)),
+    };
+    let mut files: Vec<String> = entries
+        .filter_map(std::result::Result::ok)
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.ends_with(".yaml") || name.ends_with(".yml"))
+        .map(|name| format!("{folder}/{name}"))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// Replaces every `${env:…}` and `${file:…}` in the strings of `value`.
+fn resolve(value: &mut serde_json::Value, root: &Path) -> Result<()> {
+    match value {
+        serde_json::Value::String(text) => *text = references(text, root)?,
+        serde_json::Value::Array(items) => items.iter_mut().try_for_each(|item| resolve(item, root))?,
+        serde_json::Value::Object(entries) => entries.values_mut().try_for_each(|entry| resolve(entry, root))?,
+        _ => {}
+    }
+    Ok(())
+}
+
+fn references(text: &str, root: &Path) -> Result<String> {
+    let mut resolved = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, behind)) = rest.split_once("${") {
+        resolved.push_str(before);
+        let (reference, after) = behind.split_once('}').ok_or_else(|| {
+            Error::configuration("a reference `${` is not closed").hint("Write `${env:NAME}` or `${file:path}`.")
+        })?;
+        resolved.push_str(&reference_value(reference, root)?);
+        rest = after;
+    }
+    resolved.push_str(rest);
+    Ok(resolved)
+}
+
+fn reference_value(reference: &str, root: &Path) -> Result<String> {
+    match reference.split_once(':') {
+        Some(("env", name)) => {
+            let (name, default) = match name.split_once(":-") {
+                Some((name, default)) => (name, Some(default)),
+                None => (name, None),
+            };
+            #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
+            let found = std::env::var(name).ok().or_else(|| dotenv(root, name));
+            found.or_else(|| default.map(str::to_owned)).ok_or_else(|| {
+                Error::configuration(format!("the variable `{name}` is not set"))
+                    .hint(format!("Set {name} in the environment or in the project's `.env`; for what is no secret, give a default: `${{env:{name}:-value}}`."))
+            })
+        }
+        Some(("file", path)) => fs::read_to_string(root.join(path))
+            .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
+            .map_err(|error| Error::io("read the referenced file", path, error).with_kind(ErrorKind::Configuration)),
+        _ => Err(Error::configuration(format!("`${{{reference}}}` is no reference")).hint("Write `${env:NAME}` or `${file:path}`.")),
+    }
+}
+
+/// A variable of the project's `.env`: lines of `NAME=value`, comments with `#`.
+fn dotenv(root: &Path, name: &str) -> Option<String> {
+    let text = fs::read_to_string(root.join(".env")).ok()?;
+    text.lines()
+        .filter(|line| !line.trim_start().starts_with('#'))
+        .filter_map(|line| line.split_once('='))
+        .find(|(known, _)| known.trim().trim_start_matches("export ") == name)
+        .map(|(_, value)| value.trim().trim_matches(['"', '\'']).to_owned())
+}
+
+/// The variables with which connections may be given, for the renderer's help.
+pub fn variables() -> BTreeMap<&'static str, &'static str> {
+    BTreeMap::from([
+        ("FLOODMARK_ENV", "the environment, as --env"),
+        ("FLOODMARK_PROJECT", "the project's folder, as --project"),
+        ("NO_COLOR", "no colours"),
+    ])
+}
+
+pub(crate) fn name_problem(what: &str, name: &str, place: Place) -> Option<Problem> {
+    (!is_name(name)).then(|| bad_name(what, name).at(place))
+}
+
+pub(crate) fn output_name_problem(name: &str, place: Place) -> Option<Problem> {
+    (!is_output_name(name)).then(|| {
+        Problem::new(format!("`{name}` cannot name an output"))
+            .at(place)
+            .hint("Use letters, digits, `_` and `-`, in words joined by dots: `finance.journal`.")
+    })
+}

@@ -1,0 +1,590 @@
+//! From a job to a plan: names resolved, SQL parsed and typed, edges decided, guarantees derived.
+//!
+//! Planning asks sources for the names and types of columns, and reads no rows. What a run would do is all here;
+//! `explain` prints it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use arrow::datatypes::{DataType, SchemaRef};
+use chrono::{DateTime, Utc};
+use datafusion::{
+    common::tree_node::TreeNodeRecursion,
+    logical_expr::LogicalPlan,
+    prelude::SessionContext,
+};
+use indexmap::IndexMap;
+
+use crate::{
+    connector::{
+        Connection,
+        scan::{OpenSources, POSITION_COLUMN, Scan, ScanTable, with_position},
+        spec::{CursorSpec, Guarantee, Mode, OutputSpec, Read, StreamSpec},
+    },
+    error::{Error, ErrorKind, Problem, Result, nearest},
+    functions::rules,
+    job::{GuardSpec, JobFile, SourceSpec, micros, param::Param},
+    model::plain_schema,
+    names::JobId,
+    project::{JobDocument, PROJECT_CONNECTION, Project},
+    record::totals::{Totals, TotalsSpec},
+    session,
+    spool::Scratch,
+    watermark::{Overlap, Window},
+};
+
+pub mod sql;
+
+/// What the command line says about a run.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// What `now()` is.
+    pub as_of: DateTime<Utc>,
+    /// Values of parameters.
+    pub params: BTreeMap<String, String>,
+    /// Whether everything is read again and replaces what was there.
+    pub full_refresh: bool,
+    /// Ranges that `replace_range` also deletes.
+    pub ranges: Vec<String>,
+}
+
+/// A job, ready to run.
+#[derive(Debug)]
+pub struct Plan {
+    /// The job's identity.
+    pub id: JobId,
+    /// What `now()` is.
+    pub as_of: DateTime<Utc>,
+    /// What is read.
+    pub streams: IndexMap<String, Stream>,
+    /// What is computed, in an order in which it can be.
+    pub models: IndexMap<String, Model>,
+    /// What must hold.
+    pub checks: Vec<crate::check::Check>,
+    /// What is written.
+    pub outputs: Vec<Output>,
+    /// Where to.
+    pub target: String,
+    /// What is refused although it is well-formed.
+    pub guard: GuardSpec,
+    /// The fingerprint of the job's file and its SQL.
+    pub mapping_fp: String,
+    /// What a person should know.
+    pub warnings: Vec<Problem>,
+}
+
+/// A source in a plan.
+#[derive(Debug, Clone)]
+pub struct Stream {
+    /// What is asked of the connector.
+    pub spec: StreamSpec,
+    /// The connection's name.
+    pub connection: String,
+    /// The columns that models see.
+    pub schema: SchemaRef,
+    /// Whether a run sees its window only.
+    pub partial: bool,
+    /// Whether its rows are written down because several read them, or checks look at all of them.
+    pub spool: bool,
+    /// Control totals.
+    pub totals: Option<TotalsSpec>,
+}
+
+/// A model in a plan.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// Its SELECT.
+    pub select: sql::Select,
+    /// Its columns.
+    pub schema: SchemaRef,
+    /// Whether a windowed source is upstream.
+    pub partial: bool,
+    /// Whether its rows are written down.
+    pub spool: bool,
+}
+
+/// An output in a plan.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// What is asked of the target.
+    pub spec: OutputSpec,
+    /// The source or model that it holds.
+    pub from: String,
+    /// The column that decides between rows with one key.
+    pub latest_by: Option<String>,
+    /// Control totals.
+    pub totals: Option<TotalsSpec>,
+    /// Its columns.
+    pub schema: SchemaRef,
+    /// What the target promises.
+    pub guarantee: Guarantee,
+}
+
+/// Columns of outputs that jobs of this project publish, by connection and output: what a job sees that is planned
+/// before the other has run.
+pub type Promised = HashMap<(String, String), SchemaRef>;
+
+/// Plans one job.
+///
+/// # Errors
+///
+/// Every mistake that planning finds, each with its place.
+pub async fn plan(
+    project: &Project,
+    job: &JobDocument,
+    request: &Request,
+    promised: &Promised,
+    connections: &BTreeMap<String, Arc<dyn Connection>>,
+    scratch: &Scratch,
+) -> Result<Plan> {
+    Planner { project, job: &job.job, document: &job.document, request, promised, connections, problems: Vec::new(), warnings: Vec::new() }
+        .plan(scratch)
+        .await
+}
+
+struct Planner<'a> {
+    project: &'a Project,
+    job: &'a JobFile,
+    document: &'a crate::project::yaml::Document,
+    request: &'a Request,
+    promised: &'a Promised,
+    connections: &'a BTreeMap<String, Arc<dyn Connection>>,
+    problems: Vec<Problem>,
+    warnings: Vec<Problem>,
+}
+
+impl Planner<'_> {
+    fn take(&mut self, error: Error, path: &[&str]) -> Option<Error> {
+        if error.kind() != ErrorKind::Configuration {
+            return Some(error);
+        }
+        self.problems.extend(error.at(self.document.place(path)).into_problems());
+        None
+    }
+
+    fn done(&mut self) -> Result<()> {
+        Error::of(ErrorKind::Configuration, std::mem::take(&mut self.problems))
+    }
+
+    async fn plan(mut self, scratch: &Scratch) -> Result<Plan> {
+        let params = self.params();
+        let selects = self.selects(&params);
+        self.done()?;
+        let positions = selects.values().any(|select| select.file.text.contains(POSITION_COLUMN));
+        let mut streams = self.streams(positions).await?;
+        let order = self.order(&selects, &streams);
+        self.done()?;
+        let context = session::for_models(scratch, self.request.as_of, Arc::new(OpenSources::default()));
+        for (name, stream) in &streams {
+            context.register_table(name, scan_table(stream, Window::Whole))?;
+        }
+        let mut models: IndexMap<String, Model> = IndexMap::new();
+        let mut readers: BTreeMap<String, usize> = BTreeMap::new();
+        for name in order {
+            let Some(select) = selects.get(&name) else { continue };
+            match typed(&context, select).await {
+                Ok(logical) => {
+                    for table in scanned(&logical) {
+                        *readers.entry(table).or_default() += 1;
+                    }
+                    for (what, span) in rules::floats_of_money(&logical) {
+                        let place = span.map(|span| {
+                            let of = |location: datafusion::common::Location| sqlparser::tokenizer::Location { line: location.line, column: location.column };
+                            sql::place(&select.file, sqlparser::tokenizer::Span { start: of(span.start), end: of(span.end) })
+                        });
+                        self.warnings.push(
+                            Problem::new(format!("model `{name}`: `{what}` is exact and becomes a float here"))
+                                .at(place.unwrap_or_else(|| sql::whole(&select.file)))
+                                .hint("Cast the other side to a decimal instead."),
+                        );
+                    }
+                    let schema = Arc::new(plain_schema(logical.schema().as_arrow()));
+                    if let Some(field) = schema.fields().iter().find(|field| field.data_type() == &DataType::Null) {
+                        self.problems.push(
+                            Problem::new(format!("model `{name}`: the column `{}` has no type", field.name()))
+                                .at(sql::whole(&select.file))
+                                .hint("Give its null a type: `cast(null as varchar)`."),
+                        );
+                    }
+                    let partial = select.reads.iter().any(|read| {
+                        streams.get(read).is_some_and(|stream| stream.partial) || models.get(read).is_some_and(|model| model.partial)
+                    });
+                    // Readers see the model as a table of its own columns: so uses are counted per model.
+                    context.register_table(&name, placeholder(&name, &schema))?;
+                    models.insert(name.clone(), Model { select: select.clone(), schema, partial, spool: false });
+                }
+                Err(problem) => {
+                    self.problems.push(problem);
+                    // Models above it would only repeat the problem.
+                    break;
+                }
+            }
+        }
+        self.done()?;
+        let relations: IndexMap<String, SchemaRef> = streams
+            .iter()
+            .map(|(name, stream)| (name.clone(), Arc::clone(&stream.schema)))
+            .chain(models.iter().map(|(name, model)| (name.clone(), Arc::clone(&model.schema))))
+            .collect();
+        let checks = self.checks(&context, &relations, &params, &mut readers).await?;
+        let outputs = self.outputs(&relations, &streams, &models, &mut readers)?;
+        self.done()?;
+        for (name, stream) in &mut streams {
+            let count = readers.get(name).copied().unwrap_or_default();
+            stream.spool = count > 1 || checks.iter().any(|check| check.on == *name);
+            if count == 0 && !checks.iter().any(|check| check.on == *name) {
+                self.warnings.push(
+                    Problem::new(format!("source `{name}` is read by no model and no output"))
+                        .at(self.document.key_place(&["sources", name]))
+                        .hint("Remove it, or select from it."),
+                );
+            }
+        }
+        for (name, model) in &mut models {
+            let count = readers.get(name).copied().unwrap_or_default();
+            model.spool = count > 1 || checks.iter().any(|check| check.on == *name);
+        }
+        Ok(Plan {
+            id: JobId { project: self.project.name.clone(), job: self.job.job.clone() },
+            as_of: self.request.as_of,
+            streams,
+            models,
+            checks,
+            outputs,
+            target: self.job.target.connection.clone(),
+            guard: self.job.target.guard.clone(),
+            mapping_fp: fingerprint(self.document, &selects),
+            warnings: self.warnings,
+        })
+    }
+
+    fn params(&mut self) -> IndexMap<String, Param> {
+        let mut params = IndexMap::new();
+        for given in self.request.params.keys() {
+            if !self.job.params.contains_key(given) {
+                let problem = Problem::new(format!("job `{}` has no parameter `{given}`", self.job.job));
+                self.problems.push(match nearest(given, self.job.params.keys().map(String::as_str)) {
+                    Some(near) => problem.hint(format!("Did you mean `{near}`?")),
+                    None => problem,
+                });
+            }
+        }
+        for (name, spec) in &self.job.params {
+            let given = self.request.params.get(name).or_else(|| self.project.settings.params.get(name));
+            match Param::of(spec, given.map(String::as_str), self.request.as_of) {
+                Ok(param) => {
+                    params.insert(name.clone(), param);
+                }
+                Err(error) => self.problems.push(
+                    Problem::new(format!("parameter `{name}`: {error}"))
+                        .at(self.document.key_place(&["params", name]))
+                        .hint(format!("Give it with `--param {name}=…`, or a `default:`.")),
+                ),
+            }
+        }
+        params
+    }
+
+    fn selects(&mut self, params: &IndexMap<String, Param>) -> IndexMap<String, sql::Select> {
+        let mut selects = IndexMap::new();
+        for name in self.job.models.keys() {
+            let parsed = self.project.sql(&Project::model_path(self.job, name)).and_then(|file| sql::parse(&file, params));
+            match parsed {
+                Ok(select) => {
+                    selects.insert(name.clone(), select);
+                }
+                Err(error) => self.problems.extend(error.into_problems()),
+            }
+        }
+        selects
+    }
+
+    async fn streams(&mut self, positions: bool) -> Result<IndexMap<String, Stream>> {
+        let mut streams = IndexMap::new();
+        for (name, source) in &self.job.sources {
+            let spec = self.stream(name, source)?;
+            let connection = source.connection.clone().unwrap_or_else(|| PROJECT_CONNECTION.to_owned());
+            let Some(open) = self.connections.get(&connection) else { continue };
+            let Some(readable) = open.source() else {
+                self.problems.push(Problem::new(format!("connection `{connection}` cannot be read")).at(self.document.place(&["sources", name])));
+                continue;
+            };
+            let promised = match &spec.read {
+                Read::Table(table) => self.promised.get(&(connection.clone(), table.clone())),
+                _ => None,
+            };
+            let described = match (readable.describe(&spec).await, promised) {
+                (Ok(schema), _) => Ok(schema),
+                (Err(_), Some(schema)) => Ok(Arc::clone(schema)),
+                (Err(error), None) => Err(error),
+            };
+            let schema = match described {
+                Ok(schema) => schema,
+                Err(error) => {
+                    if let Some(fatal) = self.take(error, &["sources", name]) {
+                        return Err(fatal.at(self.document.key_place(&["sources", name])));
+                    }
+                    continue;
+                }
+            };
+            for column in source.key.iter().chain(spec.columns.keys()) {
+                if schema.field_with_name(column).is_err() {
+                    let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+                    let problem = Problem::new(format!("source `{name}` has no column `{column}`")).at(self.document.place(&["sources", name]));
+                    self.problems.push(match nearest(column, names.iter().copied()) {
+                        Some(near) => problem.hint(format!("Did you mean `{near}`?")),
+                        None => problem.hint(format!("It has: {}.", names.join(", "))),
+                    });
+                }
+            }
+            if let Some(why) = source.totals.as_ref().and_then(|totals| Totals::problem(totals, &schema)) {
+                self.problems.push(Problem::new(format!("source `{name}`, totals: {why}")).at(self.document.place(&["sources", name, "totals"])));
+            }
+            let partial = spec.cursor.is_some() || matches!(spec.read, Read::Files { once: true, .. });
+            let partial = partial && !self.request.full_refresh;
+            let schema = if positions { with_position(&schema) } else { schema };
+            streams.insert(name.clone(), Stream { spec, connection, schema, partial, spool: false, totals: source.totals.clone() });
+        }
+        self.done()?;
+        Ok(streams)
+    }
+
+    fn stream(&self, name: &str, source: &SourceSpec) -> Result<StreamSpec> {
+        let read = match (&source.table, &source.query, &source.file, &source.files) {
+            (Some(table), ..) => Read::Table(table.clone()),
+            (_, Some(query), ..) => Read::Query(self.project.sql(query)?.text.clone()),
+            (.., Some(file), _) => Read::File(file.clone()),
+            (.., files) => Read::Files {
+                pattern: files.clone().unwrap_or_default(),
+                once: source.read != Some(crate::job::ReadHow::Always),
+            },
+        };
+        let cursor = source.incremental.as_ref().map(|incremental| CursorSpec {
+            columns: incremental.cursor.to_vec(),
+            overlap: incremental.overlap.as_deref().and_then(|overlap| {
+                micros(overlap).map(Overlap::Micros).or_else(|| overlap.parse().ok().map(Overlap::Count))
+            }),
+            on_null: incremental.on_null,
+        });
+        Ok(StreamSpec {
+            name: name.to_owned(),
+            read,
+            columns: source.columns.clone(),
+            format: source.format.clone(),
+            cursor,
+            timezone: source.timezone.clone(),
+            bad_rows: source.bad_rows,
+            max_bad_rows: source.max_bad_rows.unwrap_or(1000),
+        })
+    }
+
+    /// The models in an order in which each comes after what it reads.
+    fn order(&mut self, selects: &IndexMap<String, sql::Select>, streams: &IndexMap<String, Stream>) -> Vec<String> {
+        for (name, select) in selects {
+            for read in &select.reads {
+                if !streams.contains_key(read) && !selects.contains_key(read) {
+                    let known: Vec<&str> = streams.keys().chain(selects.keys()).map(String::as_str).filter(|known| known != name).collect();
+                    let problem = Problem::new(format!("model `{name}` reads `{read}`, which is no source and no model of the job")).at(select.place_of(read));
+                    self.problems.push(match nearest(read, known.iter().copied()) {
+                        Some(near) => problem.hint(format!("Did you mean `{near}`?")),
+                        None => problem.hint(format!("There are: {}.", known.join(", "))),
+                    });
+                }
+            }
+        }
+        let mut order: Vec<String> = Vec::new();
+        let mut waiting: Vec<&String> = selects.keys().collect();
+        loop {
+            let ready: Vec<&String> = waiting
+                .iter()
+                .copied()
+                .filter(|name| {
+                    selects.get(*name).is_some_and(|select| select.reads.iter().all(|read| !selects.contains_key(read) || order.contains(read)))
+                })
+                .collect();
+            if ready.is_empty() {
+                break;
+            }
+            waiting.retain(|name| !ready.contains(name));
+            order.extend(ready.into_iter().cloned());
+        }
+        if let (Some(first), true) = (waiting.first(), self.problems.is_empty()) {
+            let names: Vec<&str> = waiting.iter().map(|name| name.as_str()).collect();
+            self.problems.push(
+                Problem::new(format!("these models read each other in a circle: {}", names.join(", ")))
+                    .at(self.document.key_place(&["models", first]))
+                    .hint("Take the part that both need into a model of its own."),
+            );
+        }
+        order
+    }
+
+    async fn checks(
+        &mut self,
+        context: &SessionContext,
+        relations: &IndexMap<String, SchemaRef>,
+        params: &IndexMap<String, Param>,
+        readers: &mut BTreeMap<String, usize>,
+    ) -> Result<Vec<crate::check::Check>> {
+        let mut checks = Vec::new();
+        for (on, specs) in &self.job.checks {
+            for (index, spec) in specs.iter().enumerate() {
+                let place = self.document.place(&["checks", on, &index.to_string()]);
+                let query = match &spec.query {
+                    Some(path) => match self.project.sql(path).and_then(|file| sql::parse(&file, params)) {
+                        Ok(select) => Some(select),
+                        Err(error) => {
+                            self.problems.extend(error.into_problems());
+                            continue;
+                        }
+                    },
+                    None => None,
+                };
+                let check = crate::check::Check { on: on.clone(), spec: spec.clone(), query };
+                match check.validate(context, relations).await {
+                    Ok(()) => {}
+                    Err(problem) => {
+                        let place_of_check = problem.place.clone().unwrap_or(place);
+                        self.problems.push(problem.at(place_of_check));
+                        continue;
+                    }
+                }
+                for other in check.reads() {
+                    *readers.entry(other).or_default() += 1;
+                }
+                checks.push(check);
+            }
+        }
+        for (name, source) in &self.job.sources {
+            if source.key.is_empty() {
+                continue;
+            }
+            let key = crate::job::OneOrMany::Many(source.key.clone());
+            for spec in [
+                crate::job::CheckSpec { not_null: Some(key.clone()), ..Default::default() },
+                crate::job::CheckSpec { unique: Some(key.clone()), ..Default::default() },
+            ] {
+                checks.push(crate::check::Check { on: name.clone(), spec, query: None });
+            }
+        }
+        Ok(checks)
+    }
+
+    fn outputs(
+        &mut self,
+        relations: &IndexMap<String, SchemaRef>,
+        streams: &IndexMap<String, Stream>,
+        models: &IndexMap<String, Model>,
+        readers: &mut BTreeMap<String, usize>,
+    ) -> Result<Vec<Output>> {
+        let mut outputs = Vec::new();
+        let connection = self.connections.get(&self.job.target.connection);
+        let Some(target) = connection.and_then(|connection| connection.target()) else {
+            self.problems.push(Problem::new(format!("connection `{}` cannot be written", self.job.target.connection)).at(self.document.place(&["target", "connection"])));
+            return Ok(outputs);
+        };
+        for (name, output) in &self.job.target.outputs {
+            let path = ["target", "outputs", name.as_str()];
+            let Some(schema) = relations.get(&output.from) else { continue };
+            *readers.entry(output.from.clone()).or_default() += 1;
+            let columns: BTreeSet<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+            for column in output.key.iter().chain(&output.range).chain(&output.update).chain(&output.latest_by) {
+                if !columns.contains(column.as_str()) {
+                    let problem = Problem::new(format!("output `{name}`: `{}` has no column `{column}`", output.from)).at(self.document.place(&path));
+                    self.problems.push(match nearest(column, columns.iter().copied()) {
+                        Some(near) => problem.hint(format!("Did you mean `{near}`?")),
+                        None => problem.hint(format!("It has: {}.", columns.iter().copied().collect::<Vec<_>>().join(", "))),
+                    });
+                }
+            }
+            if let Some(why) = output.totals.as_ref().and_then(|totals| Totals::problem(totals, schema)) {
+                self.problems.push(Problem::new(format!("output `{name}`, totals: {why}")).at(self.document.place(&path)));
+            }
+            let partial = streams.get(&output.from).is_some_and(|stream| stream.partial) || models.get(&output.from).is_some_and(|model| model.partial);
+            if partial && output.mode.needs_whole() {
+                self.problems.push(
+                    Problem::new(format!("output `{name}` replaces rows by those of `{}`, which sees only what is new", output.from))
+                        .at(self.document.place(&["target", "outputs", name, "mode"]))
+                        .hint("Publish the lines with `merge` or `append` in this job, and let a second job read what was published and replace."),
+                );
+            }
+            let kept: Vec<_> = schema.fields().iter().filter(|field| field.name() != POSITION_COLUMN).cloned().collect();
+            let spec = OutputSpec {
+                name: name.clone(),
+                mode: output.mode,
+                key: output.key.clone(),
+                update: output.update.clone(),
+                range: output.range.clone(),
+                named_ranges: if output.mode == Mode::ReplaceRange { self.request.ranges.clone() } else { Vec::new() },
+                contract: self.job.target.contract,
+                rebuild: self.request.full_refresh,
+            };
+            let guarantee = target.guarantee(&spec);
+            outputs.push(Output {
+                spec,
+                from: output.from.clone(),
+                latest_by: output.latest_by.clone(),
+                totals: output.totals.clone(),
+                schema: Arc::new(arrow::datatypes::Schema::new(kept)),
+                guarantee,
+            });
+        }
+        Ok(outputs)
+    }
+}
+
+/// A stream as a table of a session.
+pub fn scan_table(stream: &Stream, window: Window) -> Arc<ScanTable> {
+    Arc::new(ScanTable(Scan { stream: stream.spec.clone(), schema: Arc::clone(&stream.schema), window }))
+}
+
+fn placeholder(name: &str, schema: &SchemaRef) -> Arc<ScanTable> {
+    let stream = StreamSpec {
+        name: name.to_owned(),
+        read: Read::Table(name.to_owned()),
+        columns: IndexMap::new(),
+        format: None,
+        cursor: None,
+        timezone: None,
+        bad_rows: crate::connector::spec::BadRows::Error,
+        max_bad_rows: 0,
+    };
+    Arc::new(ScanTable(Scan { stream, schema: Arc::clone(schema), window: Window::Whole }))
+}
+
+/// A SELECT's plan, with all types settled.
+///
+/// # Errors
+///
+/// The problem, at its place in the file.
+pub async fn typed(context: &SessionContext, select: &sql::Select) -> Result<LogicalPlan, Problem> {
+    let state = context.state();
+    let plan = state.statement_to_plan(select.for_datafusion()).await.map_err(|error| sql::problem(&error, &select.file))?;
+    state
+        .analyzer()
+        .execute_and_check(plan, state.config_options(), |_, _| {})
+        .map_err(|error| sql::problem(&error, &select.file))
+}
+
+/// The tables that a plan scans, as often as it does.
+fn scanned(plan: &LogicalPlan) -> Vec<String> {
+    let mut tables = Vec::new();
+    drop(plan.apply_with_subqueries(|node| {
+        if let LogicalPlan::TableScan(scan) = node {
+            tables.push(scan.table_name.table().to_owned());
+        }
+        Ok(TreeNodeRecursion::Continue)
+    }));
+    tables
+}
+
+fn fingerprint(document: &crate::project::yaml::Document, selects: &IndexMap<String, sql::Select>) -> String {
+    let mut hash = blake3::Hasher::new();
+    hash.update(document.file.text.as_bytes());
+    for select in selects.values() {
+        hash.update(select.file.text.as_bytes());
+    }
+    format!("blake3:{}", hash.finalize().to_hex())
+}

@@ -1,0 +1,194 @@
+//! SQL files: parsed once, parameters bound, tables named; and DataFusion's errors put back into them.
+
+use std::{collections::BTreeSet, ops::ControlFlow, sync::Arc};
+
+use datafusion::{
+    error::DataFusionError,
+    sql::{parser::Statement as DataFusionStatement, resolve::resolve_table_references},
+};
+use indexmap::IndexMap;
+use sqlparser::{
+    ast::{Expr, Spanned, Statement, Value, visit_expressions_mut, visit_relations},
+    dialect::GenericDialect,
+    parser::{Parser, ParserError},
+    tokenizer::{Location, Span},
+};
+
+use crate::{
+    error::{Error, Place, Problem, Result, SourceText, nearest},
+    job::param::Param,
+};
+
+/// One SELECT, with its parameters bound.
+#[derive(Debug, Clone)]
+pub struct Select {
+    /// The file.
+    pub file: Arc<SourceText>,
+    /// The statement.
+    pub statement: Statement,
+    /// The tables that it reads.
+    pub reads: BTreeSet<String>,
+}
+
+/// Parses one SELECT.
+///
+/// # Errors
+///
+/// What is not SQL, is no SELECT, or names an unknown parameter; with its place.
+pub fn parse(file: &Arc<SourceText>, params: &IndexMap<String, Param>) -> Result<Select> {
+    let mut statements = Parser::parse_sql(&GenericDialect {}, &file.text).map_err(|error| parser_problem(&error, file))?;
+    if statements.len() != 1 {
+        let problem = Problem::new(format!("`{}` holds {} statements", file.path, statements.len()));
+        return Err(problem.at(whole(file)).hint("A file of SQL holds one SELECT and nothing else.").into());
+    }
+    let Some(mut statement @ Statement::Query(_)) = statements.pop() else {
+        let problem = Problem::new(format!("`{}` is no SELECT", file.path));
+        return Err(problem.at(first_word(file)).hint("Models and checks only read: write one SELECT, with WITH before it if you like.").into());
+    };
+    let mut unknown = None;
+    let bound: ControlFlow<()> = visit_expressions_mut(&mut statement, |expr| {
+        if let Expr::Value(value) = expr
+            && let Value::Placeholder(name) = &value.value
+        {
+            match params.get(name.trim_start_matches('$')) {
+                Some(param) => *expr = param.expression(),
+                None => {
+                    unknown = Some((name.clone(), value.span));
+                    return ControlFlow::Break(());
+                }
+            }
+        }
+        ControlFlow::Continue(())
+    });
+    if let (ControlFlow::Break(()), Some((name, span))) = (bound, unknown) {
+        let problem = Problem::new(format!("there is no parameter `{name}`")).at(place(file, span));
+        let bare = name.trim_start_matches('$');
+        return Err(match nearest(bare, params.keys().map(String::as_str)) {
+            Some(near) => problem.hint(format!("Did you mean `${near}`?")),
+            None => problem.hint(format!("Declare it in the job: `params: {{ {bare}: {{ type: string }} }}`.")),
+        }
+        .into());
+    }
+    let wrapped = DataFusionStatement::Statement(Box::new(statement.clone()));
+    let (tables, _) = resolve_table_references(&wrapped, true).map_err(|error| problem(&error, file))?;
+    let reads = tables.iter().map(|table| table.table().to_owned()).collect();
+    Ok(Select { file: Arc::clone(file), statement, reads })
+}
+
+impl Select {
+    /// Where the table `name` is named.
+    pub fn place_of(&self, name: &str) -> Place {
+        let mut found = None;
+        let _: ControlFlow<()> = visit_relations(&self.statement, |relation| {
+            let last = relation.0.last().and_then(|part| part.as_ident()).map(|ident| ident.value.to_lowercase());
+            if last.as_deref() == Some(name) {
+                found = Some(relation.span());
+                return ControlFlow::Break(());
+            }
+            ControlFlow::Continue(())
+        });
+        found.map_or_else(|| whole(&self.file), |span| place(&self.file, span))
+    }
+
+    /// The statement as DataFusion takes it.
+    pub fn for_datafusion(&self) -> DataFusionStatement {
+        DataFusionStatement::Statement(Box::new(self.statement.clone()))
+    }
+}
+
+/// The first line of a file, for problems of the whole file.
+pub fn whole(file: &Arc<SourceText>) -> Place {
+    let end = file.text.find('\n').unwrap_or(file.text.len());
+    Place { file: Arc::clone(file), span: 0..end }
+}
+
+/// The first word that is no comment.
+fn first_word(file: &Arc<SourceText>) -> Place {
+    let mut at = 0;
+    for line in file.text.split_inclusive('\n') {
+        let blank = line.len() - line.trim_start().len();
+        if !line.trim().is_empty() && !line.trim_start().starts_with("--") {
+            let start = at + blank;
+            let length = line.trim_start().find(char::is_whitespace).unwrap_or(1);
+            return Place { file: Arc::clone(file), span: start..start + length };
+        }
+        at += line.len();
+    }
+    whole(file)
+}
+
+/// A place from the parser's lines and columns, which count characters from 1.
+pub fn place(file: &Arc<SourceText>, span: Span) -> Place {
+    let start = byte_of(&file.text, span.start);
+    let end = byte_of(&file.text, span.end);
+    match (start, end) {
+        (Some(start), Some(end)) if span.start.line > 0 => {
+            Place { file: Arc::clone(file), span: start..end.max((start + 1).min(file.text.len())) }
+        }
+        _ => whole(file),
+    }
+}
+
+fn byte_of(text: &str, location: Location) -> Option<usize> {
+    let line = usize::try_from(location.line).ok()?.checked_sub(1)?;
+    let column = usize::try_from(location.column).ok()?.saturating_sub(1);
+    let before: usize = text.split_inclusive('\n').take(line).map(str::len).sum();
+    let rest = text.get(before..)?;
+    let line = rest.split('\n').next().unwrap_or_default();
+    Some(before + line.char_indices().nth(column).map_or(line.len(), |(at, _)| at))
+}
+
+fn parser_problem(error: &ParserError, file: &Arc<SourceText>) -> Problem {
+    let text = error.to_string();
+    let (message, at) = match text.rsplit_once(" at Line: ") {
+        Some((message, at)) => (message.to_owned(), Some(at)),
+        None => (text.clone(), None),
+    };
+    let location = at.and_then(|at| {
+        let (line, column) = at.split_once(", Column: ")?;
+        Some(Location { line: line.trim().parse().ok()?, column: column.trim().parse().ok()? })
+    });
+    let message = message.trim_start_matches("sql parser error: ").to_owned();
+    let problem = Problem::new(format!("this is not SQL: {message}"));
+    match location {
+        Some(location) => {
+            let start = byte_of(&file.text, location).unwrap_or(0);
+            let rest = file.text.get(start..).unwrap_or_default();
+            let word = rest.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(rest.len()).max(1);
+            let end = (start + word).min(file.text.len());
+            problem.at(Place { file: Arc::clone(file), span: start.min(end)..end })
+        }
+        None => problem.at(Place { file: Arc::clone(file), span: file.text.trim_end().len()..file.text.len() }),
+    }
+}
+
+/// An error of DataFusion's planner as a mistake in the file.
+pub fn problem(error: &DataFusionError, file: &Arc<SourceText>) -> Problem {
+    if let DataFusionError::External(inner) = error.find_root()
+        && let Some(ours) = inner.downcast_ref::<Error>()
+        && let Some(first) = ours.problems().first()
+    {
+        let mut first = first.clone();
+        first.place.get_or_insert_with(|| whole(file));
+        return first;
+    }
+    let Some(diagnostic) = error.diagnostic() else {
+        let text = error.strip_backtrace();
+        let text = Error::from(DataFusionError::Plan(text)).to_string();
+        let text = text.trim_start_matches("type_coercion").trim_start_matches("caused by").trim().to_owned();
+        return Problem::new(text).at(whole(file));
+    };
+    let span = diagnostic.span.map(|span| {
+        let of = |location: datafusion::common::Location| Location { line: location.line, column: location.column };
+        Span { start: of(span.start), end: of(span.end) }
+    });
+    let mut problem = Problem::new(diagnostic.message.clone());
+    problem = problem.at(span.map_or_else(|| whole(file), |span| place(file, span)));
+    for note in &diagnostic.notes {
+        problem = problem.note(note.message.clone());
+    }
+    if let Some(help) = diagnostic.helps.first() {
+        problem = problem.hint(help.message.clone());
+    }
+    problem
+}

@@ -1,0 +1,60 @@
+//! `floodmark.yaml` and `connections.yaml` as they are written.
+
+use indexmap::IndexMap;
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+/// The project: its name, its environments, its limits.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectFile {
+    /// The project's name. Part of every job's identity.
+    pub project: String,
+    /// The environment used unless `--env` names another.
+    pub default_environment: Option<String>,
+    /// What differs between environments.
+    #[serde(default)]
+    pub environments: IndexMap<String, EnvironmentSpec>,
+    /// What a run may use.
+    #[serde(default)]
+    pub limits: LimitsSpec,
+}
+
+/// One environment.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EnvironmentSpec {
+    /// Options of connections that are other here, by the connection's name.
+    pub connections: IndexMap<String, IndexMap<String, String>>,
+    /// Values of parameters here, by name.
+    pub params: IndexMap<String, String>,
+    /// A fixed `as_of`, for examples and tests.
+    pub as_of: Option<String>,
+}
+
+/// What a run may use.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsSpec {
+    /// Memory for joins, sorts and spools together: `512MiB`, `2GiB`. Unless set, 1 GiB.
+    pub memory: Option<String>,
+    /// The folder for what does not fit. Unless set, `.floodmark/spill`.
+    pub spill: Option<String>,
+}
+
+/// A number of bytes: `512MiB`, `2GiB`, `100MB`.
+pub fn bytes(written: &str) -> Option<usize> {
+    let written = written.trim();
+    let at = written.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = written.split_at(at);
+    let unit = match unit.trim() {
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        "KB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        _ => return None,
+    };
+    number.parse::<usize>().ok()?.checked_mul(unit)
+}
