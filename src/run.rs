@@ -1,0 +1,681 @@
+//! One run of a job, from the marks it finds in the target to the record it leaves there.
+//!
+//! # What a run promises
+//!
+//! **Every row of the window is in every output once, or the target is as it was.** The target is asked first; windows are fixed
+//! before the snapshot opens; everything is staged where nobody looks and audited there; rows and marks become true in
+//! one act of the target; an answer that was lost is settled by asking the target, never by guessing.
+//!
+//! # What it does not do
+//!
+//! It does not retry: the caller starts another run. It does not lock the job: of two runs at once, the sequence number
+//! lets one commit, and the other ends with exit code 75.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use datafusion::{physical_plan::SendableRecordBatchStream, prelude::SessionContext};
+use futures::{StreamExt, future::join_all};
+use indexmap::IndexMap;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    check::{Check, Sorter, quarantine_batch, quarantine_schema, row_query, whole},
+    connector::{
+        Attempt, Bounds, CommitOutcome, Connection, Load, Marks, RunTime, Staged,
+        scan::{OpenSource, OpenSources},
+        spec::{Mode, StreamSpec},
+        tap::Tap,
+    },
+    error::{Error, ErrorKind, Result},
+    job::parts_per_million,
+    names::quoted,
+    plan::{self, Output, Plan, Promised, Request, scan_table},
+    project::{JobDocument, PROJECT_CONNECTION, Project},
+    record::{
+        LoadRecord, OutputRecord, RECORD_VERSION, SourceRecord, columns_of,
+        run::{CheckReport, Counts, Outcome, OutputReport, RUN_VERSION, RunRecord, SourceReport, Verdict},
+        totals::{RowHash, Totals},
+    },
+    runtime::Clock,
+    session,
+    spool::{Scratch, Spool, SpoolWriter},
+    state::Store,
+    watermark::Window,
+};
+
+/// What the renderer looks at while runs go on: each job's sources and their counters.
+#[derive(Debug, Clone, Default)]
+pub struct Progress(Arc<Mutex<Vec<(String, String, Arc<Tap>)>>>);
+
+impl Progress {
+    fn watch(&self, job: &str, source: &str, tap: &Arc<Tap>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((job.to_owned(), source.to_owned(), Arc::clone(tap)));
+    }
+
+    /// What is read at the moment: job, source, counters.
+    pub fn watched(&self) -> Vec<(String, String, Arc<Tap>)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What all runs of one call share.
+#[derive(Debug)]
+pub struct Conductor {
+    /// The project.
+    pub project: Project,
+    /// The clock.
+    pub clock: Arc<dyn Clock>,
+    /// Memory and disk.
+    pub scratch: Scratch,
+    /// Counters for the renderer.
+    pub progress: Progress,
+    /// Ends everything that has not begun to commit.
+    pub stop: CancellationToken,
+}
+
+/// Connections by name, opened as jobs need them.
+pub type Connections = BTreeMap<String, Arc<dyn Connection>>;
+
+impl Conductor {
+    /// The connections that a job uses.
+    ///
+    /// # Errors
+    ///
+    /// If one cannot be opened.
+    pub fn connections(&self, job: &JobDocument) -> Result<Connections> {
+        let names = job.job.sources.values().map(|source| source.connection.as_deref().unwrap_or(PROJECT_CONNECTION));
+        names.chain([job.job.target.connection.as_str()]).map(|name| Ok((name.to_owned(), self.project.connection(name)?))).collect()
+    }
+
+    /// The jobs in waves: each job after those whose outputs it reads.
+    ///
+    /// # Errors
+    ///
+    /// If jobs read each other in a circle.
+    pub fn waves(&self, selected: &[String]) -> Result<Vec<Vec<String>>> {
+        let reads = |job: &str| -> Vec<&String> {
+            let Some(document) = self.project.jobs.get(job) else { return Vec::new() };
+            selected.iter().filter(|other| *other != job && self.reads_from(document, other)).collect()
+        };
+        let mut waves: Vec<Vec<String>> = Vec::new();
+        let mut waiting: Vec<&String> = selected.iter().collect();
+        while !waiting.is_empty() {
+            let ready: Vec<String> =
+                waiting.iter().filter(|job| reads(job).iter().all(|other| !waiting.contains(other))).map(|job| (*job).clone()).collect();
+            if ready.is_empty() {
+                let names: Vec<&str> = waiting.iter().map(|name| name.as_str()).collect();
+                return Err(Error::configuration(format!("these jobs read each other's outputs in a circle: {}", names.join(", ")))
+                    .hint("Let one of them read the source itself."));
+            }
+            waiting.retain(|job| !ready.contains(job));
+            waves.push(ready);
+        }
+        Ok(waves)
+    }
+
+    /// Whether a job reads what the job `other` publishes.
+    pub fn reads_from(&self, job: &JobDocument, other: &str) -> bool {
+        let Some(other) = self.project.jobs.get(other) else { return false };
+        job.job.sources.values().any(|source| {
+            source.connection.as_ref() == Some(&other.job.target.connection)
+                && source.table.as_ref().is_some_and(|table| other.job.target.outputs.contains_key(table))
+        })
+    }
+
+    /// Plans every selected job, in order, so that all mistakes are told before any of them runs.
+    ///
+    /// # Errors
+    ///
+    /// All mistakes of all jobs.
+    pub async fn plan_all(&self, waves: &[Vec<String>], request: &Request) -> Result<IndexMap<String, Plan>> {
+        let (mut plans, mut problems, mut promised) = (IndexMap::new(), Vec::new(), Promised::new());
+        for name in waves.iter().flatten() {
+            let Some(job) = self.project.jobs.get(name) else { continue };
+            let mut request = request.clone();
+            request.params.retain(|param, _| job.job.params.contains_key(param) || waves.iter().flatten().count() == 1);
+            let planned = match self.connections(job) {
+                Ok(connections) => plan::plan(&self.project, job, &request, &promised, &connections, &self.scratch).await,
+                Err(error) => Err(error),
+            };
+            match planned {
+                Ok(plan) => {
+                    for output in &plan.outputs {
+                        promised.insert((plan.target.clone(), output.spec.name.clone()), Arc::clone(&output.schema));
+                    }
+                    plans.insert(name.clone(), plan);
+                }
+                Err(error) if error.kind() == ErrorKind::Configuration => problems.extend(error.into_problems()),
+                Err(error) => return Err(error),
+            }
+        }
+        Error::of(ErrorKind::Configuration, problems)?;
+        Ok(plans)
+    }
+
+    /// Runs the selected jobs, each wave side by side. A job whose source's job did not succeed is skipped.
+    ///
+    /// # Errors
+    ///
+    /// Mistakes of the project; what a job itself comes to is in its record.
+    pub async fn run_all(&self, waves: &[Vec<String>], request: &Request) -> Result<Vec<(RunRecord, Option<Error>)>> {
+        drop(self.plan_all(waves, request).await?);
+        let mut done: Vec<(RunRecord, Option<Error>)> = Vec::new();
+        for wave in waves {
+            let runs = wave.iter().filter_map(|name| self.project.jobs.get(name)).map(|job| {
+                let failed = done.iter().find(|(run, _)| {
+                    !matches!(run.outcome, Outcome::Published | Outcome::NothingNew) && self.reads_from(job, &run.job)
+                });
+                let failed = failed.map(|(run, _)| run.job.clone());
+                async move {
+                    match failed {
+                        Some(other) => {
+                            let mut record = self.blank(job, request);
+                            record.outcome = Outcome::Skipped;
+                            record.warnings.push(format!("skipped: job `{other}`, which it reads from, did not succeed"));
+                            (record, None)
+                        }
+                        None => self.run(job, request).await,
+                    }
+                }
+            });
+            done.extend(join_all(runs.collect::<Vec<_>>()).await);
+        }
+        Ok(done)
+    }
+
+    fn blank(&self, job: &JobDocument, request: &Request) -> RunRecord {
+        RunRecord {
+            v: RUN_VERSION,
+            run_id: Uuid::now_v7(),
+            project: self.project.name.clone(),
+            job: job.job.job.clone(),
+            environment: self.project.environment.clone(),
+            started_at: self.clock.now().to_rfc3339_opts(SecondsFormat::Millis, true),
+            duration_ms: 0,
+            as_of: request.as_of.to_rfc3339_opts(SecondsFormat::AutoSi, true),
+            outcome: Outcome::Failed,
+            exit_code: 0,
+            seq: None,
+            sources: IndexMap::new(),
+            outputs: IndexMap::new(),
+            checks: Vec::new(),
+            quarantined: 0,
+            warnings: Vec::new(),
+            errors: Vec::new(),
+        }
+    }
+
+    /// Runs one job. Whatever happens is in the record; an error is also given back, with its places.
+    pub async fn run(&self, job: &JobDocument, request: &Request) -> (RunRecord, Option<Error>) {
+        let mut record = self.blank(job, request);
+        let started = Instant::now();
+        let mut request = request.clone();
+        request.params.retain(|param, _| job.job.params.contains_key(param));
+        let result = Box::pin(self.attempt(job, &request, &mut record)).await;
+        record.duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let error = match result {
+            Ok(outcome) => {
+                record.outcome = outcome;
+                None
+            }
+            Err(error) => {
+                record.outcome = match error.kind() {
+                    ErrorKind::Data => Outcome::Refused,
+                    ErrorKind::Interrupted => Outcome::Interrupted,
+                    _ => Outcome::Failed,
+                };
+                record.errors = error.problems().iter().map(|problem| problem.message.clone()).collect();
+                Some(error)
+            }
+        };
+        record.exit_code = error.as_ref().map_or(0, |error| exit_code(error.kind()));
+        if let Err(error) = Store::open(&self.project.root).and_then(|store| store.keep_run(&record)) {
+            record.warnings.push(format!("the run could not be recorded here: {error}"));
+        }
+        (record, error)
+    }
+
+    async fn attempt(&self, job: &JobDocument, request: &Request, record: &mut RunRecord) -> Result<Outcome> {
+        let connections = self.connections(job)?;
+        let plan = plan::plan(&self.project, job, request, &Promised::new(), &connections, &self.scratch).await?;
+        record.warnings.extend(plan.warnings.iter().map(|warning| warning.message.clone()));
+        let open = connections.get(&plan.target).cloned().ok_or_else(|| Error::bug("the target is not open"))?;
+        let target = open.target().ok_or_else(|| Error::bug("the target cannot be written"))?;
+        let base = target.last_record(&plan.id).await?;
+        self.same_history(&plan, target, base.as_ref()).await?;
+        let marks = match &base {
+            Some(base) if !request.full_refresh => base.marks(),
+            _ => Marks::new(),
+        };
+        let attempt = Attempt {
+            id: Uuid::now_v7(),
+            run_id: record.run_id,
+            seq: base.as_ref().map_or(1, |base| base.seq + 1),
+            incarnation: base.as_ref().map_or_else(Uuid::new_v4, |base| base.incarnation),
+            scratch: self.scratch.clone(),
+        };
+        let load = target.begin(&plan.id, &attempt, base.as_ref()).await?;
+        let mut release = Release { plan: &plan, base: base.as_ref(), attempt: &attempt, conductor: self, load, request };
+        let staged = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(Error::new(ErrorKind::Interrupted, "interrupted; nothing was published")),
+            staged = Box::pin(release.stage(&connections, &marks, record)) => staged,
+        };
+        let load_record = match staged {
+            Ok(Some(load_record)) => load_record,
+            Ok(None) => {
+                release.load.discard().await?;
+                return Ok(Outcome::NothingNew);
+            }
+            Err(error) => {
+                release.load.discard().await?;
+                return Err(error);
+            }
+        };
+        let changed = record.outputs.values().any(|output| output.inserted + output.updated + output.deleted > 0) || record.quarantined > 0;
+        match release.load.commit(&load_record).await {
+            CommitOutcome::Committed => {}
+            CommitOutcome::Rejected(error) => return Err(error),
+            CommitOutcome::Unknown(error) => {
+                // The answer was lost. The target knows.
+                let landed = target.last_record(&plan.id).await.map_err(|_| error.clone())?;
+                if landed.is_none_or(|landed| landed.attempt_id != attempt.id) {
+                    return Err(error.hint("The target says that nothing was published. Run again."));
+                }
+            }
+        }
+        record.seq = Some(load_record.seq);
+        let remembered = Store::open(&self.project.root).and_then(|store| store.remember(&plan.id, &plan.target, &load_record));
+        if let Err(error) = remembered {
+            record.warnings.push(format!("the local store could not be brought up to date: {error}"));
+        }
+        if self.stop.is_cancelled() {
+            record.warnings.push("interrupted after the commit had landed: the run is finished".to_owned());
+        }
+        Ok(if changed { Outcome::Published } else { Outcome::NothingNew })
+    }
+
+    /// Refuses a target that is not the one of last time, or has rows that no record knows.
+    async fn same_history(&self, plan: &Plan, target: &dyn crate::connector::Target, base: Option<&LoadRecord>) -> Result<()> {
+        let known = Store::open(&self.project.root).and_then(|store| store.incarnation(&plan.id, &plan.target)).ok().flatten();
+        match (base, known) {
+            (Some(base), Some(known)) if base.incarnation != known => Err(Error::data(format!(
+                "the target of job `{}` is not the one of last time: its history began anew",
+                plan.id
+            ))
+            .note(format!("it is incarnation {}, and the last run here saw {known}", base.incarnation))
+            .hint("If that is right, delete `.floodmark/state.db` and run again; if not, mend the connection.")),
+            (Some(_), _) => Ok(()),
+            (None, _) => {
+                for output in &plan.outputs {
+                    if target.current(&plan.id, &output.spec.name).await?.is_some_and(|current| current.rows > 0) {
+                        return Err(Error::data(format!("output `{}` holds rows, and no record of job `{}`", output.spec.name, plan.id))
+                            .note("floodmark did not write them, or its record was deleted: it cannot know what was loaded")
+                            .hint("Move the old rows away, or give the output another name."));
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The exit code of an error.
+pub fn exit_code(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Configuration => 2,
+        ErrorKind::Data => 3,
+        ErrorKind::Failed => 1,
+        ErrorKind::Temporary => 75,
+        ErrorKind::Interrupted => 130,
+        ErrorKind::Bug => 70,
+    }
+}
+
+/// One attempt at one release.
+struct Release<'a> {
+    plan: &'a Plan,
+    base: Option<&'a LoadRecord>,
+    attempt: &'a Attempt,
+    conductor: &'a Conductor,
+    load: Box<dyn Load>,
+    request: &'a Request,
+}
+
+/// What is set aside while a release is staged.
+struct Aside(SpoolWriter);
+
+impl Release<'_> {
+    /// Extracts, maps, checks, stages and audits. The record to commit, or `None` where there is nothing to remember.
+    async fn stage(&mut self, connections: &Connections, marks: &Marks, record: &mut RunRecord) -> Result<Option<LoadRecord>> {
+        let plan = self.plan;
+        let (open, windows) = self.open(connections, marks, record).await?;
+        let taps: IndexMap<String, Arc<Tap>> = open.0.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.tap))).collect();
+        let context = session::for_models(&self.attempt.scratch, plan.as_of, Arc::new(open));
+        let mut aside = Aside(SpoolWriter::new("set aside", quarantine_schema(), &self.attempt.scratch));
+        let mut row_rejects: HashMap<String, u64> = HashMap::new();
+        for (name, stream) in &plan.streams {
+            let window = windows.get(name).cloned().unwrap_or(Window::Whole);
+            context.register_table(name, scan_table(stream, window))?;
+            if stream.spool {
+                let count = self.write_down(&context, name, &mut aside, record).await?;
+                row_rejects.insert(name.clone(), count);
+            }
+        }
+        for (name, model) in &plan.models {
+            let plan = context.state().statement_to_plan(model.select.for_datafusion()).await?;
+            let view = context.execute_logical_plan(plan).await?;
+            context.register_table(name, view.into_view())?;
+            if model.spool {
+                self.write_down(&context, name, &mut aside, record).await?;
+            }
+        }
+        self.whole_checks(&context, record).await?;
+        refuse(&record.checks, &plan.id.job)?;
+        let mut written = IndexMap::new();
+        for output in &plan.outputs {
+            let (staged, hash) = self.output(&context, output, record).await?;
+            self.guard(output, &staged)?;
+            written.insert(output.spec.name.clone(), (staged, hash));
+        }
+        // Sources are let go before the target is locked: they may be the same database.
+        drop(context);
+        let sources = self.account(&taps, &windows, &row_rejects, record)?;
+        for (name, tap) in &taps {
+            let rejects = tap.rejects();
+            let rows = rejects.into_iter().map(|reject| [name.clone(), "readable".to_owned(), reject.reason, reject.position, reject.row]);
+            aside.0.push(&quarantine_batch(rows)?)?;
+        }
+        let aside = aside.0.finish()?;
+        record.quarantined = aside.rows();
+        if aside.rows() > 0 {
+            self.load.quarantine(aside.stream()).await?;
+        }
+        let unchanged = written.iter().all(|(name, (staged, hash))| self.is_unchanged(name, staged, hash));
+        if unchanged {
+            for output in record.outputs.values_mut() {
+                (output.unchanged, output.inserted, output.updated, output.deleted) = (output.rows, 0, 0, 0);
+            }
+        }
+        let before = self.base.map(LoadRecord::marks).unwrap_or_default();
+        let after: Marks = sources.iter().filter_map(|(name, source)| Some((name.clone(), source.mark.clone()?))).collect();
+        if unchanged && before == after && aside.rows() == 0 && self.base.is_some() {
+            return Ok(None);
+        }
+        Ok(Some(self.load_record(sources, &written, aside.rows())))
+    }
+
+    /// Fixes the windows, then opens one snapshot a connection.
+    async fn open(&self, connections: &Connections, marks: &Marks, record: &mut RunRecord) -> Result<(OpenSources, IndexMap<String, Window>)> {
+        let time = RunTime { now: self.conductor.clock.now(), as_of: self.plan.as_of };
+        let mut by_connection: IndexMap<&str, Vec<StreamSpec>> = IndexMap::new();
+        for stream in self.plan.streams.values() {
+            by_connection.entry(&stream.connection).or_default().push(stream.spec.clone());
+        }
+        let (mut open, mut windows) = (OpenSources::default(), IndexMap::new());
+        let mut bounds: Vec<(&str, Vec<StreamSpec>, Bounds)> = Vec::new();
+        for (name, streams) in by_connection {
+            let source = connections.get(name).and_then(|connection| connection.source()).ok_or_else(|| Error::bug("a source is not open"))?;
+            let fixed = source.bounds(&streams, marks, time).await?;
+            record.warnings.extend(fixed.warnings.iter().cloned());
+            windows.extend(fixed.windows.clone());
+            bounds.push((name, streams, fixed));
+        }
+        self.refuse_changed_files_on_append(&windows)?;
+        for (name, streams, fixed) in bounds {
+            let Some(connection) = connections.get(name) else { continue };
+            let source = connection.source().ok_or_else(|| Error::bug("a source is not open"))?;
+            let snapshot = source.snapshot(&streams, &fixed).await?;
+            for stream in streams {
+                let totals = self.plan.streams.get(&stream.name).and_then(|stream| stream.totals.clone());
+                let tap = Arc::new(Tap::with_totals(totals));
+                self.conductor.progress.watch(&self.plan.id.job, &stream.name, &tap);
+                open.0.insert(stream.name.clone(), OpenSource { connection: Arc::clone(connection), snapshot: snapshot.clone(), tap });
+            }
+        }
+        Ok((open, windows))
+    }
+
+    /// A file that was read and has changed would be appended a second time.
+    fn refuse_changed_files_on_append(&self, windows: &IndexMap<String, Window>) -> Result<()> {
+        let Some(output) = self.plan.outputs.iter().find(|output| output.spec.mode == Mode::Append && !output.spec.rebuild) else { return Ok(()) };
+        for (name, window) in windows {
+            let Window::Files { new, seen } = window else { continue };
+            if let Some(file) = new.iter().find(|file| seen.iter().any(|known| known.path == file.path)) {
+                return Err(Error::data(format!("source `{name}`: `{}` was read before and has changed", file.path))
+                    .note(format!("output `{}` appends, and would hold the rows of both versions", output.spec.name))
+                    .hint("Deliver corrections under a new name, use `mode: merge` with a `key`, or load anew with `--full-refresh`."));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a relation down, sorts its rows out, and puts the spool in its place. How many rows were set aside.
+    async fn write_down(&self, context: &SessionContext, name: &str, aside: &mut Aside, record: &mut RunRecord) -> Result<u64> {
+        let checks: Vec<&Check> = self.plan.checks.iter().filter(|check| check.on == name).collect();
+        let schema = self.relation_schema(name)?;
+        let sql = row_query(name, &checks, &schema)?.unwrap_or(format!("SELECT * FROM {}", quoted(name)?));
+        let mut rows = context.sql(&sql).await?.execute_stream().await?;
+        let mut sorter = Sorter::new(checks);
+        let mut spool = SpoolWriter::new(name, Arc::clone(&schema), &self.attempt.scratch);
+        let mut count = 0;
+        while let Some(batch) = rows.next().await {
+            let (kept, set_aside) = sorter.sort(&batch?)?;
+            count += set_aside.len() as u64;
+            aside.0.push(&quarantine_batch(set_aside)?)?;
+            spool.push(&conform_batch(&kept, &schema)?)?;
+        }
+        record.checks.extend(sorter.reports());
+        let spool: Spool = spool.finish()?;
+        context.deregister_table(name)?;
+        context.register_table(name, spool.table()?)?;
+        Ok(count)
+    }
+
+    fn relation_schema(&self, name: &str) -> Result<arrow::datatypes::SchemaRef> {
+        let stream = self.plan.streams.get(name).map(|stream| &stream.schema);
+        let schema = stream.or_else(|| self.plan.models.get(name).map(|model| &model.schema));
+        schema.cloned().ok_or_else(|| Error::bug(format!("no relation `{name}`")))
+    }
+
+    /// The checks that look at all rows together, once every relation that they read is there.
+    async fn whole_checks(&self, context: &SessionContext, record: &mut RunRecord) -> Result<()> {
+        let names: Vec<String> = self.plan.streams.keys().chain(self.plan.models.keys()).cloned().collect();
+        for name in names {
+            let checks: Vec<&Check> = self.plan.checks.iter().filter(|check| check.on == name).collect();
+            if checks.is_empty() {
+                continue;
+            }
+            let rows = context.table(name.as_str()).await?.count().await? as u64;
+            record.checks.extend(whole(context, &checks, rows, self.plan.as_of).await?);
+        }
+        Ok(())
+    }
+
+    /// Stages one output, and counts, sums and hashes its rows on the way.
+    async fn output(&mut self, context: &SessionContext, output: &Output, record: &mut RunRecord) -> Result<(Staged, String)> {
+        let columns = crate::names::quoted_list(output.schema.fields().iter().map(|field| field.name().as_str()))?;
+        let from = quoted(&output.from)?;
+        let sql = match &output.latest_by {
+            Some(latest) => {
+                let key = crate::names::quoted_list(output.spec.key.iter().map(String::as_str))?;
+                let latest = quoted(latest)?;
+                format!("SELECT {columns} FROM (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY {latest} DESC NULLS LAST) AS _nth FROM {from}) WHERE _nth = 1")
+            }
+            None => format!("SELECT {columns} FROM {from}"),
+        };
+        let rows = context.sql(&sql).await?.execute_stream().await?;
+        let rows = session::conform(rows, Arc::clone(&output.schema));
+        let counted = Arc::new(Mutex::new((RowHash::new(&output.schema)?, output.totals.clone().map(Totals::new))));
+        let staged = self.load.stage(&output.spec, tee(rows, Arc::clone(&counted))).await?;
+        let counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let hash = counted.0.finish();
+        record.outputs.insert(
+            output.spec.name.clone(),
+            OutputReport {
+                mode: output.spec.mode.to_string(),
+                rows: staged.rows,
+                inserted: staged.inserted,
+                updated: staged.updated,
+                unchanged: staged.unchanged,
+                deleted: staged.deleted,
+                rows_after: staged.rows_after,
+                totals: counted.1.as_ref().map(Totals::finish).unwrap_or_default(),
+            },
+        );
+        Ok((staged, hash))
+    }
+
+    /// Refuses empty and shrunken results.
+    fn guard(&self, output: &Output, staged: &Staged) -> Result<()> {
+        let replaces = output.spec.mode.needs_whole() || self.request.full_refresh;
+        if replaces && staged.rows_after == 0 && !self.plan.guard.allow_empty && (staged.rows_before > 0 || output.spec.mode == Mode::Replace) {
+            return Err(Error::data(format!("output `{}` would be left without rows", output.spec.name))
+                .note(format!("it holds {} rows now; the target is as it was", staged.rows_before))
+                .hint("If that is meant, allow it in the job: `target: { guard: { allow_empty: true } }`."));
+        }
+        let Some(allowed) = self.plan.guard.max_shrink.as_deref().and_then(parts_per_million) else { return Ok(()) };
+        let least = u128::from(staged.rows_before) * u128::from(1_000_000 - allowed) / 1_000_000;
+        if u128::from(staged.rows_after) < least {
+            return Err(Error::data(format!(
+                "output `{}` would shrink from {} rows to {}, by more than {}",
+                output.spec.name,
+                staged.rows_before,
+                staged.rows_after,
+                self.plan.guard.max_shrink.as_deref().unwrap_or_default()
+            ))
+            .note("the target is as it was")
+            .hint("If that is meant, raise `target: { guard: { max_shrink: … } }` for this run."));
+        }
+        Ok(())
+    }
+
+    /// Every row is accounted for, or nothing is committed.
+    fn account(
+        &self,
+        taps: &IndexMap<String, Arc<Tap>>,
+        windows: &IndexMap<String, Window>,
+        row_rejects: &HashMap<String, u64>,
+        record: &mut RunRecord,
+    ) -> Result<IndexMap<String, SourceRecord>> {
+        let mut sources = IndexMap::new();
+        for name in self.plan.streams.keys() {
+            let Some(tap) = taps.get(name) else { continue };
+            let window = windows.get(name).cloned().unwrap_or(Window::Whole);
+            let rejected = tap.rejected_rows() + row_rejects.get(name).copied().unwrap_or_default();
+            let (extracted, filtered) = (tap.extracted(), tap.filtered_rows());
+            let passed = extracted.checked_sub(filtered + rejected).ok_or_else(|| Error::bug(format!("source `{name}`: rows do not add up")))?;
+            let counts = Counts { extracted, passed, filtered, rejected };
+            if !counts.add_up() {
+                return Err(Error::bug(format!("source `{name}`: rows do not add up")));
+            }
+            if window != Window::Whole && tap.is_started() && !tap.is_complete() {
+                return Err(Error::data(format!("source `{name}` was not read to the end of its window"))
+                    .note("a model stopped before, by a LIMIT or a join without partners: what was not read would be lost, since the watermark moves on")
+                    .hint("Remove the LIMIT, or read the source without `incremental`."));
+            }
+            record.sources.insert(
+                name.clone(),
+                SourceReport { window: window.to_string(), counts, bytes: tap.progress().0, complete: tap.is_complete(), totals: tap.totals() },
+            );
+            sources.insert(name.clone(), SourceRecord::of(&window, counts));
+        }
+        Ok(sources)
+    }
+
+    /// Whether an output would be as it is: nothing changes, or it is replaced by the same rows.
+    fn is_unchanged(&self, name: &str, staged: &Staged, hash: &str) -> bool {
+        let before = self.base.and_then(|base| base.outputs.get(name));
+        let same = before.is_some_and(|before| before.rowhash == hash && before.rows_after == staged.rows_after && before.mode == Mode::Replace.to_string());
+        !staged.changes() && before.is_some() || same
+    }
+
+    fn load_record(&self, sources: IndexMap<String, SourceRecord>, written: &IndexMap<String, (Staged, String)>, quarantined: u64) -> LoadRecord {
+        let now: DateTime<Utc> = self.conductor.clock.now();
+        let outputs = self.plan.outputs.iter().filter_map(|output| {
+            let (staged, hash) = written.get(&output.spec.name)?;
+            let record = OutputRecord {
+                mode: output.spec.mode.to_string(),
+                rows: staged.rows,
+                inserted: staged.inserted,
+                updated: staged.updated,
+                unchanged: staged.unchanged,
+                deleted: staged.deleted,
+                rows_after: staged.rows_after,
+                rowhash: hash.clone(),
+                columns: columns_of(&output.schema),
+                files: Vec::new(),
+            };
+            Some((output.spec.name.clone(), record))
+        });
+        LoadRecord {
+            v: RECORD_VERSION,
+            project: self.plan.id.project.clone(),
+            job: self.plan.id.job.clone(),
+            incarnation: self.attempt.incarnation,
+            seq: self.attempt.seq,
+            prev_record_sha256: self.base.map(LoadRecord::sha256),
+            run_id: self.attempt.run_id,
+            attempt_id: self.attempt.id,
+            committed_at: now.to_rfc3339_opts(SecondsFormat::Micros, true),
+            as_of: self.plan.as_of.to_rfc3339_opts(SecondsFormat::AutoSi, true),
+            engine: concat!("floodmark ", env!("CARGO_PKG_VERSION")).to_owned(),
+            mapping_fp: self.plan.mapping_fp.clone(),
+            sources,
+            outputs: outputs.collect(),
+            quarantined,
+            quarantine_files: Vec::new(),
+        }
+    }
+}
+
+fn refuse(checks: &[CheckReport], job: &str) -> Result<()> {
+    let failed: Vec<&CheckReport> = checks.iter().filter(|check| check.verdict == Verdict::Failed).collect();
+    let Some(first) = failed.first() else { return Ok(()) };
+    let more = if failed.len() > 1 { format!(", and {} more", failed.len() - 1) } else { String::new() };
+    let mut error = Error::data(format!("job `{job}`: check `{}` on `{}` failed{more}", first.check, first.on));
+    for check in failed.iter().take(5) {
+        let places = if check.details.is_empty() { String::new() } else { format!(": {}", check.details.join("; ")) };
+        error = error.note(format!("`{}` on `{}` found {}{places}", check.check, check.on, check.found));
+    }
+    Err(error.hint("Nothing was published. Mend the data or the mapping; or say in the job what may pass: `max_rows`, `on_fail: quarantine`, `on_fail: warn`."))
+}
+
+fn conform_batch(batch: &arrow::array::RecordBatch, schema: &arrow::datatypes::SchemaRef) -> Result<arrow::array::RecordBatch> {
+    let arrays = batch
+        .columns()
+        .iter()
+        .zip(schema.fields())
+        .map(|(array, field)| if array.data_type() == field.data_type() { Ok(Arc::clone(array)) } else { crate::functions::cast::cast_exactly(array, field.data_type()) })
+        .collect::<Result<Vec<_>>>()?;
+    let nullable: Vec<_> = schema.fields().iter().map(|field| field.as_ref().clone()).collect();
+    let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    Ok(arrow::array::RecordBatch::try_new_with_options(Arc::new(arrow::datatypes::Schema::new(nullable)), arrays, &options)?)
+}
+
+/// Rows that are hashed and summed while they pass.
+fn tee(rows: SendableRecordBatchStream, counted: Arc<Mutex<(RowHash, Option<Totals>)>>) -> SendableRecordBatchStream {
+    let schema = rows.schema();
+    let passed = rows.map(move |batch| {
+        let batch = batch?;
+        let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+        counted.0.add(&batch)?;
+        if let Some(totals) = counted.1.as_mut() {
+            totals.add(&batch)?;
+        }
+        Ok(batch)
+    });
+    Box::pin(datafusion::physical_plan::stream::RecordBatchStreamAdapter::new(schema, passed))
+}
+
+/// The folder of a project at or above `from`.
+pub fn find_project(from: &Path) -> Option<std::path::PathBuf> {
+    from.ancestors().find(|folder| folder.join("floodmark.yaml").is_file()).map(Path::to_path_buf)
+}
