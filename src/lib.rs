@@ -5,6 +5,7 @@
 //! ```
 
 pub mod check;
+pub mod cli;
 pub mod connector;
 pub mod error;
 pub mod functions;

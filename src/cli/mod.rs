@@ -1,0 +1,451 @@
+//! The command line: what a verb is called with, and what it calls. Only [`render`] prints.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    connector::{CONNECTORS, Connector},
+    error::{Error, ErrorKind, Result},
+    plan::{Promised, Request},
+    project::{self, Project},
+    run::{Conductor, Progress, exit_code, find_project},
+    runtime::{self, Clock, SystemClock},
+    spool::Scratch,
+    state::Store,
+};
+use render::Renderer;
+
+mod init;
+mod preview;
+mod render;
+
+/// Batch data integration that is exact, audited before it is published, and never counts twice.
+#[derive(Debug, Parser)]
+#[command(name = "floodmark", version, max_term_width = 100)]
+struct Arguments {
+    /// The project's folder. Unless given, the nearest one at or above the current folder.
+    #[arg(long, global = true, env = "FLOODMARK_PROJECT", value_name = "DIR")]
+    project: Option<PathBuf>,
+    /// The environment.
+    #[arg(long, global = true, env = "FLOODMARK_ENV", value_name = "NAME")]
+    env: Option<String>,
+    /// How results are printed.
+    #[arg(long, global = true, env = "FLOODMARK_OUTPUT", default_value = "text")]
+    output: OutputFormat,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OutputFormat {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Make a project that runs at once.
+    Init {
+        /// Its folder.
+        #[arg(default_value = ".")]
+        folder: PathBuf,
+    },
+    /// Parse, resolve, connect and type-check; read no rows.
+    Check {
+        /// The jobs; all, unless given.
+        jobs: Vec<String>,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Show what a run would read and write.
+    Plan {
+        /// The job.
+        job: String,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Show rows of a source or model; write nothing.
+    Preview {
+        /// The job.
+        job: String,
+        /// The source or model. Unless given, what the first output holds.
+        #[arg(long)]
+        model: Option<String>,
+        /// How many rows.
+        #[arg(long, default_value_t = 20)]
+        limit: usize,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Run jobs, in the order in which they read each other.
+    Run {
+        /// The jobs; all, unless given.
+        jobs: Vec<String>,
+        /// Select jobs by tag: `tag:nightly`.
+        #[arg(long, value_name = "tag:NAME")]
+        select: Vec<String>,
+        /// Read everything again, and replace what was there once it is audited.
+        #[arg(long)]
+        full_refresh: bool,
+        /// A range that `replace_range` also deletes, where the run produces no row for it.
+        #[arg(long, value_name = "VALUE")]
+        range: Vec<String>,
+        /// The exit code where there is nothing new.
+        #[arg(long, value_name = "CODE")]
+        skip_code: Option<u8>,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Show past runs.
+    Runs {
+        /// One run, by the start of its id.
+        id: Option<String>,
+        /// How many.
+        #[arg(long, default_value_t = 20)]
+        limit: u32,
+    },
+    /// Look at what targets remember.
+    State {
+        #[command(subcommand)]
+        verb: StateVerb,
+    },
+    /// Look at connections.
+    Connections {
+        #[command(subcommand)]
+        verb: ConnectionsVerb,
+    },
+    /// Print the JSON Schema of a kind of file.
+    Schema {
+        /// Which.
+        kind: SchemaKind,
+    },
+    /// Print completions for a shell.
+    Completions {
+        /// Which.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum StateVerb {
+    /// How far each source of a job was read.
+    Show {
+        /// The job; all, unless given.
+        job: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ConnectionsVerb {
+    /// List them.
+    List,
+    /// Reach them.
+    Test {
+        /// Which; all, unless given.
+        names: Vec<String>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum SchemaKind {
+    /// `jobs/*.yaml`
+    Job,
+    /// `floodmark.yaml`
+    Project,
+    /// `connections.yaml`
+    Connections,
+}
+
+#[derive(Debug, clap::Args)]
+struct How {
+    /// A parameter's value.
+    #[arg(long = "param", value_name = "NAME=VALUE")]
+    params: Vec<String>,
+    /// What `now()` is; no window ends after it.
+    #[arg(long, value_name = "TIME", env = "FLOODMARK_AS_OF")]
+    as_of: Option<String>,
+}
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let code = if error.use_stderr() { 2 } else { 0 };
+            drop(error.print());
+            return ExitCode::from(code);
+        }
+    };
+    let renderer = Renderer::new(arguments.output == OutputFormat::Json);
+    std::panic::set_hook(Box::new(render::panic_hook));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let code = match runtime {
+        Ok(runtime) => {
+            let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(Box::pin(execute(arguments, &renderer)))));
+            runtime.shutdown_background();
+            code.unwrap_or(Ok(70))
+        }
+        Err(error) => Err(Error::failed("cannot start").note(error.to_string())),
+    };
+    match code {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            renderer.error(&error);
+            ExitCode::from(exit_code(error.kind()))
+        }
+    }
+}
+
+async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
+    let open = || -> Result<Project> {
+        let root = match &arguments.project {
+            Some(root) => root.clone(),
+            None => find_project(&std::env::current_dir().unwrap_or_default()).unwrap_or_else(|| PathBuf::from(".")),
+        };
+        Project::load(&root, arguments.env.as_deref())
+    };
+    match arguments.verb {
+        Verb::Init { folder } => renderer.created(&init::init(&folder)?),
+        Verb::Schema { kind } => renderer.json(&schema(kind)),
+        Verb::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "floodmark", &mut text);
+            renderer.raw(&String::from_utf8_lossy(&text));
+        }
+        Verb::Check { jobs, how } => {
+            let (conductor, request) = conductor(open()?, &how, false, Vec::new())?;
+            let selected = select(&conductor.project, &jobs, &[])?;
+            let plans = conductor.plan_all(&conductor.waves(&selected)?, &request).await?;
+            renderer.checked(&plans);
+        }
+        Verb::Plan { job, how } => {
+            let (conductor, request) = conductor(open()?, &how, false, Vec::new())?;
+            let selected = with_upstream(&conductor, &select(&conductor.project, &[job.clone()], &[])?);
+            let plans = conductor.plan_all(&conductor.waves(&selected)?, &request).await?;
+            if let Some(plan) = plans.get(&job) {
+                renderer.plan(plan);
+            }
+        }
+        Verb::Preview { job, model, limit, how } => {
+            let (conductor, request) = conductor(open()?, &how, false, Vec::new())?;
+            select(&conductor.project, std::slice::from_ref(&job), &[])?;
+            let batches = preview::preview(&conductor, &job, model.as_deref(), limit, &request).await?;
+            renderer.rows(&batches)?;
+        }
+        Verb::Run { jobs, select: tags, full_refresh, range, skip_code, how } => {
+            let (conductor, request) = conductor(open()?, &how, full_refresh, range)?;
+            return run(&conductor, renderer, &jobs, &tags, &request, skip_code).await;
+        }
+        Verb::Runs { id, limit } => {
+            let store = Store::open(&open()?.root)?;
+            match id {
+                None => renderer.history(&store.runs(limit)?),
+                Some(id) => {
+                    let runs = store.runs(u32::MAX)?;
+                    let run = runs.iter().find(|run| run.run_id.to_string().starts_with(&id));
+                    let run = run.ok_or_else(|| Error::configuration(format!("there is no run `{id}`")).hint("`floodmark runs` lists them."))?;
+                    renderer.run(run);
+                }
+            }
+        }
+        Verb::State { verb: StateVerb::Show { job } } => {
+            let project = open()?;
+            let jobs = select(&project, &job.into_iter().collect::<Vec<_>>(), &[])?;
+            let mut records = Vec::new();
+            for name in &jobs {
+                let Some(document) = project.jobs.get(name) else { continue };
+                let connection = project.connection(&document.job.target.connection)?;
+                let id = crate::names::JobId { project: project.name.clone(), job: name.clone() };
+                let record = match connection.target() {
+                    Some(target) => target.last_record(&id).await?,
+                    None => None,
+                };
+                records.push((name.clone(), record));
+            }
+            renderer.state(&records);
+        }
+        Verb::Connections { verb } => {
+            let project = open()?;
+            match verb {
+                ConnectionsVerb::List => renderer.connections(&project),
+                ConnectionsVerb::Test { names } => {
+                    let names = if names.is_empty() { project.connections.keys().cloned().collect() } else { names };
+                    let mut worst = 0;
+                    for name in names {
+                        let answer = match project.connection(&name) {
+                            Ok(connection) => connection.ping().await,
+                            Err(error) => Err(error),
+                        };
+                        if let Err(error) = &answer {
+                            worst = worse(worst, exit_code(error.kind()));
+                        }
+                        renderer.reached(&name, &answer);
+                    }
+                    return Ok(worst);
+                }
+            }
+        }
+    }
+    Ok(0)
+}
+
+fn conductor(project: Project, how: &How, full_refresh: bool, ranges: Vec<String>) -> Result<(Conductor, Request)> {
+    let clock = SystemClock;
+    let as_of = match &how.as_of {
+        Some(written) => project::as_of(written)?,
+        None => project.as_of()?.unwrap_or_else(|| clock.now()),
+    };
+    let mut params = BTreeMap::new();
+    for given in &how.params {
+        let (name, value) = given.split_once('=').ok_or_else(|| {
+            Error::configuration(format!("`{given}` gives no parameter a value")).hint("Write `--param name=value`.")
+        })?;
+        if !project.jobs.values().any(|job| job.job.params.contains_key(name)) {
+            let known: Vec<&str> = project.jobs.values().flat_map(|job| job.job.params.keys().map(String::as_str)).collect();
+            let error = Error::configuration(format!("no job has a parameter `{name}`"));
+            return Err(match crate::error::nearest(name, known) {
+                Some(near) => error.hint(format!("Did you mean `{near}`?")),
+                None => error,
+            });
+        }
+        params.insert(name.to_owned(), value.to_owned());
+    }
+    let scratch = Scratch::new(project.limits.clone())?;
+    let conductor = Conductor { project, clock: Arc::new(clock), scratch, progress: Progress::default(), stop: CancellationToken::new() };
+    Ok((conductor, Request { as_of, params, full_refresh, ranges }))
+}
+
+/// The jobs that names and tags select.
+fn select(project: &Project, names: &[String], tags: &[String]) -> Result<Vec<String>> {
+    for name in names {
+        if !project.jobs.contains_key(name) {
+            let known: Vec<&str> = project.jobs.keys().map(String::as_str).collect();
+            let error = Error::configuration(format!("there is no job `{name}`"));
+            return Err(match crate::error::nearest(name, known.iter().copied()) {
+                Some(near) => error.hint(format!("Did you mean `{near}`?")),
+                None if known.is_empty() => error.hint("The project has no jobs yet: write one into `jobs/`."),
+                None => error.hint(format!("There are: {}.", known.join(", "))),
+            });
+        }
+    }
+    let mut wanted = Vec::new();
+    for tag in tags {
+        let tag = tag.strip_prefix("tag:").ok_or_else(|| {
+            Error::configuration(format!("`{tag}` selects nothing")).hint("Write `--select tag:nightly`.")
+        })?;
+        wanted.push(tag.to_owned());
+    }
+    let selected: Vec<String> = project
+        .jobs
+        .iter()
+        .filter(|(name, _)| names.is_empty() || names.contains(name))
+        .filter(|(_, job)| wanted.is_empty() || wanted.iter().any(|tag| job.job.tags.contains(tag)))
+        .map(|(name, _)| name.clone())
+        .collect();
+    if selected.is_empty() {
+        return Err(Error::configuration("the selection matches no job").hint("`floodmark check` lists the jobs; `--select` takes `tag:` and a tag of theirs."));
+    }
+    Ok(selected)
+}
+
+fn with_upstream(conductor: &Conductor, selected: &[String]) -> Vec<String> {
+    let mut all = selected.to_vec();
+    let mut at = 0;
+    while let Some(name) = all.get(at).cloned() {
+        if let Some(job) = conductor.project.jobs.get(&name) {
+            for other in conductor.project.jobs.keys() {
+                if !all.contains(other) && conductor.reads_from(job, other) {
+                    all.push(other.clone());
+                }
+            }
+        }
+        at += 1;
+    }
+    all
+}
+
+async fn run(conductor: &Conductor, renderer: &Renderer, jobs: &[String], tags: &[String], request: &Request, skip_code: Option<u8>) -> Result<u8> {
+    let selected = select(&conductor.project, jobs, tags)?;
+    let waves = conductor.waves(&selected)?;
+    let stop = conductor.stop.clone();
+    let signal = Arc::new(std::sync::atomic::AtomicU8::new(130));
+    let caught = Arc::clone(&signal);
+    let _signals = runtime::spawn(async move {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else { return };
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => caught.store(143, std::sync::atomic::Ordering::Relaxed),
+        }
+        stop.cancel();
+    });
+    let progress = renderer.progress(conductor.progress.clone());
+    let done = conductor.run_all(&waves, request).await;
+    drop(progress);
+    let done = done?;
+    let mut code = 0;
+    for (record, error) in &done {
+        renderer.run(record);
+        if let Some(error) = error {
+            renderer.error(error);
+        }
+        let own = if record.outcome == crate::record::run::Outcome::Interrupted { signal.load(std::sync::atomic::Ordering::Relaxed) } else { record.exit_code };
+        code = worse(code, own);
+    }
+    let nothing = done.iter().all(|(record, _)| record.outcome == crate::record::run::Outcome::NothingNew);
+    Ok(if code == 0 && nothing { skip_code.unwrap_or(0) } else { code })
+}
+
+/// The more severe of two exit codes.
+fn worse(a: u8, b: u8) -> u8 {
+    const ORDER: [u8; 8] = [0, 75, 3, 1, 2, 130, 143, 70];
+    let rank = |code: u8| ORDER.iter().position(|known| *known == code).unwrap_or(ORDER.len());
+    if rank(b) > rank(a) { b } else { a }
+}
+
+fn schema(kind: SchemaKind) -> serde_json::Value {
+    match kind {
+        SchemaKind::Job => schemars::schema_for!(crate::job::JobFile).to_value(),
+        SchemaKind::Project => schemars::schema_for!(project::files::ProjectFile).to_value(),
+        SchemaKind::Connections => {
+            let kinds: Vec<serde_json::Value> = CONNECTORS
+                .iter()
+                .map(|connector: &&Connector| {
+                    let mut schema = (connector.options)().to_value();
+                    if let Some(properties) = schema.get_mut("properties").and_then(serde_json::Value::as_object_mut) {
+                        properties.insert("kind".to_owned(), serde_json::json!({ "const": connector.name, "description": connector.summary }));
+                    }
+                    schema
+                })
+                .collect();
+            serde_json::json!({
+                "$schema": "https://json-schema.org/draft/2020-12/schema",
+                "title": "connections.yaml",
+                "type": "object",
+                "additionalProperties": { "anyOf": kinds }
+            })
+        }
+    }
+}
+
+/// Promised columns, for previews of jobs whose upstream has not run.
+pub(crate) fn nothing_promised() -> Promised {
+    Promised::new()
+}
+
+/// Whether a folder may take a new project.
+pub(crate) fn is_free(folder: &Path) -> Result<()> {
+    if folder.join("floodmark.yaml").exists() {
+        return Err(Error::new(ErrorKind::Configuration, format!("`{}` holds a project already", folder.display())).hint("Choose another folder."));
+    }
+    Ok(())
+}

@@ -1,0 +1,443 @@
+//! The only place that prints. Results go to stdout, everything else to stderr.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the place that prints")]
+
+use std::{
+    collections::BTreeMap,
+    io::IsTerminal,
+    panic::PanicHookInfo,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use annotate_snippets::{AnnotationKind, Group, Level, Renderer as Snippets, Snippet};
+use arrow::array::RecordBatch;
+use indexmap::IndexMap;
+use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use crate::{
+    connector::Identity,
+    error::{Error, Problem, Result},
+    plan::Plan,
+    project::Project,
+    record::{
+        LoadRecord,
+        run::{RunRecord, Verdict},
+    },
+    run::Progress,
+    runtime,
+};
+
+/// Prints for a person or for a machine.
+#[derive(Debug)]
+pub(super) struct Renderer {
+    json: bool,
+    colour: bool,
+}
+
+impl Renderer {
+    pub(super) fn new(json: bool) -> Self {
+        let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        Self { json, colour }
+    }
+
+    /// An error: every problem with its place, then why, then what to do.
+    pub(super) fn error(&self, error: &Error) {
+        if self.json {
+            let problems: Vec<_> = error.problems().iter().map(problem_json).collect();
+            eprintln!("{}", json!({ "errors": problems }));
+            return;
+        }
+        for problem in error.problems() {
+            eprintln!("{}", self.problem(problem, &Level::ERROR));
+        }
+    }
+
+    fn problem(&self, problem: &Problem, level: &Level<'static>) -> String {
+        let renderer = if self.colour { Snippets::styled() } else { Snippets::plain() };
+        let title = level.clone().primary_title(&problem.message);
+        let mut group = match &problem.place {
+            Some(place) => {
+                let mut annotation = AnnotationKind::Primary.span(place.span.clone());
+                if let Some(label) = &problem.label {
+                    annotation = annotation.label(label.as_str());
+                }
+                title.element(Snippet::source(&place.file.text).path(&place.file.path).annotation(annotation))
+            }
+            None => Group::with_title(title),
+        };
+        for note in &problem.notes {
+            group = group.element(Level::NOTE.message(note.as_str()));
+        }
+        if let Some(hint) = &problem.hint {
+            group = group.element(Level::HELP.with_name("hint").message(hint.as_str()));
+        }
+        renderer.render(&[group])
+    }
+
+    fn warning(&self, problem: &Problem) {
+        eprintln!("{}", self.problem(problem, &Level::WARNING));
+    }
+
+    pub(super) fn json(&self, value: &serde_json::Value) {
+        println!("{}", serde_json::to_string_pretty(value).unwrap_or_default());
+    }
+
+    pub(super) fn raw(&self, text: &str) {
+        print!("{text}");
+    }
+
+    pub(super) fn created(&self, files: &[String]) {
+        if self.json {
+            return self.json(&json!({ "created": files }));
+        }
+        for file in files {
+            println!("created {file}");
+        }
+        println!("\nRun it: floodmark run");
+    }
+
+    pub(super) fn checked(&self, plans: &IndexMap<String, Plan>) {
+        if self.json {
+            let jobs: Vec<_> = plans.iter().map(|(name, plan)| json!({ "job": name, "sources": plan.streams.len(), "models": plan.models.len(), "checks": plan.checks.len(), "outputs": plan.outputs.len() })).collect();
+            return self.json(&json!({ "jobs": jobs }));
+        }
+        for (name, plan) in plans {
+            for warning in &plan.warnings {
+                self.warning(warning);
+            }
+            println!(
+                "{name}: ok ({}, {}, {}, {})",
+                count(plan.streams.len(), "source"),
+                count(plan.models.len(), "model"),
+                count(plan.checks.len(), "check"),
+                count(plan.outputs.len(), "output")
+            );
+        }
+    }
+
+    pub(super) fn plan(&self, plan: &Plan) {
+        if self.json {
+            let sources: Vec<_> = plan.streams.iter().map(|(name, stream)| json!({ "source": name, "connection": stream.connection, "reads": if stream.partial { "what is new" } else { "everything" }, "written_down": stream.spool, "columns": columns(&stream.schema) })).collect();
+            let models: Vec<_> = plan.models.iter().map(|(name, model)| json!({ "model": name, "file": model.select.file.path, "sees": if model.partial { "partial" } else { "whole" }, "written_down": model.spool, "reads": model.select.reads, "columns": columns(&model.schema) })).collect();
+            let checks: Vec<_> = plan.checks.iter().map(|check| json!({ "on": check.on, "check": check.words() })).collect();
+            let outputs: Vec<_> = plan.outputs.iter().map(|output| json!({ "output": output.spec.name, "from": output.from, "mode": output.spec.mode, "key": output.spec.key, "guarantee": output.guarantee.to_string() })).collect();
+            return self.json(&json!({ "job": plan.id.job, "as_of": plan.as_of, "sources": sources, "models": models, "checks": checks, "target": plan.target, "outputs": outputs }));
+        }
+        for warning in &plan.warnings {
+            self.warning(warning);
+        }
+        println!("{}  as of {}\n", plan.id, plan.as_of.to_rfc3339_opts(chrono::SecondsFormat::Secs, true));
+        let mut table = Table::new(&["source", "connection", "reads", "columns"]);
+        for (name, stream) in &plan.streams {
+            table.row([name.clone(), stream.connection.clone(), sees(stream.partial, stream.spool), stream.schema.fields().len().to_string()]);
+        }
+        table.print();
+        if !plan.models.is_empty() {
+            let mut table = Table::new(&["model", "reads", "sees", "file"]);
+            for (name, model) in &plan.models {
+                let reads: Vec<&str> = model.select.reads.iter().map(String::as_str).collect();
+                table.row([name.clone(), reads.join(", "), sees(model.partial, model.spool), model.select.file.path.clone()]);
+            }
+            table.print();
+        }
+        if !plan.checks.is_empty() {
+            let mut table = Table::new(&["check", "on"]);
+            for check in &plan.checks {
+                table.row([check.words(), check.on.clone()]);
+            }
+            table.print();
+        }
+        let mut table = Table::new(&["output", "from", "mode", "key", "guarantee"]);
+        for output in &plan.outputs {
+            table.row([format!("{}:{}", plan.target, output.spec.name), output.from.clone(), output.spec.mode.to_string(), output.spec.key.join(", "), output.guarantee.to_string()]);
+        }
+        table.print();
+    }
+
+    pub(super) fn rows(&self, batches: &[RecordBatch]) -> Result<()> {
+        if self.json {
+            for batch in batches {
+                let options = arrow::util::display::FormatOptions::default();
+                for row in 0..batch.num_rows() {
+                    let mut object = serde_json::Map::new();
+                    for (field, array) in batch.schema().fields().iter().zip(batch.columns()) {
+                        let value = if array.is_null(row) { serde_json::Value::Null } else { arrow::util::display::ArrayFormatter::try_new(array.as_ref(), &options)?.value(row).to_string().into() };
+                        object.insert(field.name().clone(), value);
+                    }
+                    println!("{}", serde_json::Value::Object(object));
+                }
+            }
+            return Ok(());
+        }
+        println!("{}", arrow::util::pretty::pretty_format_batches(batches)?);
+        Ok(())
+    }
+
+    pub(super) fn history(&self, runs: &[RunRecord]) {
+        if self.json {
+            return self.json(&json!({ "runs": runs }));
+        }
+        let mut table = Table::new(&["run", "job", "started", "outcome", "written", "time"]);
+        for run in runs {
+            let written: u64 = run.outputs.values().map(|output| output.inserted + output.updated).sum();
+            table.row([run.run_id.to_string(), run.job.clone(), run.started_at.clone(), run.outcome.words().to_owned(), thousands(written), seconds(run.duration_ms)]);
+        }
+        table.print();
+    }
+
+    /// The summary of one run.
+    pub(super) fn run(&self, run: &RunRecord) {
+        if self.json {
+            println!("{}", serde_json::to_string(run).unwrap_or_default());
+            return;
+        }
+        let release = run.seq.map(|seq| format!(", release {seq}")).unwrap_or_default();
+        println!("{}: {}{release}, {}", run.job, run.outcome.words(), seconds(run.duration_ms));
+        for warning in &run.warnings {
+            println!("  warning: {warning}");
+        }
+        if !run.sources.is_empty() {
+            println!();
+            let mut table = Table::new(&["source", "extracted", "passed", "filtered", "rejected", "window"]);
+            for (name, source) in &run.sources {
+                let counts = source.counts;
+                table.row([name.clone(), thousands(counts.extracted), thousands(counts.passed), thousands(counts.filtered), thousands(counts.rejected), source.window.clone()]);
+            }
+            table.print();
+        }
+        if !run.outputs.is_empty() {
+            let mut table = Table::new(&["output", "mode", "rows", "inserted", "updated", "unchanged", "deleted", "holds"]);
+            for (name, output) in &run.outputs {
+                table.row([name.clone(), output.mode.clone(), thousands(output.rows), thousands(output.inserted), thousands(output.updated), thousands(output.unchanged), thousands(output.deleted), thousands(output.rows_after)]);
+            }
+            table.print();
+        }
+        let sources = run.sources.iter().map(|(name, source)| (name, &source.totals));
+        let totals: Vec<_> = sources.chain(run.outputs.iter().map(|(name, output)| (name, &output.totals))).filter(|(_, totals)| !totals.is_empty()).collect();
+        if !totals.is_empty() {
+            let mut table = Table::new(&["total of", "group", "rows", "sum"]);
+            for (name, totals) in totals {
+                for total in totals {
+                    let sums: Vec<String> = total.sums.iter().map(|(column, sum)| format!("{column} {}", grouped(sum))).collect();
+                    table.row([name.clone(), total.group.join(", "), thousands(total.rows), sums.join(", ")]);
+                }
+            }
+            table.print();
+        }
+        if !run.checks.is_empty() {
+            let mut table = Table::new(&["check", "on", "found", "verdict", ""]);
+            for check in &run.checks {
+                let verdict = match check.verdict {
+                    Verdict::Passed => "passed",
+                    Verdict::Warned => "warned",
+                    Verdict::Quarantined => "set aside",
+                    Verdict::Failed => "failed",
+                };
+                table.row([check.check.clone(), check.on.clone(), thousands(check.found), verdict.to_owned(), check.details.join("; ")]);
+            }
+            table.print();
+        }
+        if run.quarantined > 0 {
+            println!("  {} set aside, kept with the release in its quarantine\n", count(usize::try_from(run.quarantined).unwrap_or(usize::MAX), "row"));
+        }
+    }
+
+    pub(super) fn state(&self, records: &[(String, Option<LoadRecord>)]) {
+        if self.json {
+            let records: BTreeMap<_, _> = records.iter().cloned().collect();
+            return self.json(&json!(records));
+        }
+        for (job, record) in records {
+            let Some(record) = record else {
+                println!("{job}: nothing published yet\n");
+                continue;
+            };
+            println!("{job}: release {} of {}, committed {}\n", record.seq, record.incarnation, record.committed_at);
+            let mut table = Table::new(&["source", "read up to"]);
+            for (name, source) in &record.sources {
+                let mark = match &source.mark {
+                    None => "read whole".to_owned(),
+                    Some(crate::watermark::Mark::Cursor(position)) => position.to_string(),
+                    Some(crate::watermark::Mark::Files(files)) => count(files.len(), "file"),
+                };
+                table.row([name.clone(), mark]);
+            }
+            table.print();
+        }
+    }
+
+    pub(super) fn connections(&self, project: &Project) {
+        if self.json {
+            let list: Vec<_> = project.connections.iter().map(|(name, connection)| json!({ "connection": name, "kind": connection.connector.name })).collect();
+            return self.json(&json!({ "connections": list }));
+        }
+        let mut table = Table::new(&["connection", "kind", "what"]);
+        for (name, connection) in &project.connections {
+            table.row([name.clone(), connection.connector.name.to_owned(), connection.connector.summary.to_owned()]);
+        }
+        table.print();
+    }
+
+    pub(super) fn reached(&self, name: &str, answer: &Result<Identity>) {
+        match answer {
+            Ok(identity) if self.json => println!("{}", json!({ "connection": name, "reached": true, "identity": identity })),
+            Ok(identity) => println!("{name}: reached ({}, {})", identity.product, identity.place),
+            Err(error) => {
+                if self.json {
+                    println!("{}", json!({ "connection": name, "reached": false }));
+                } else {
+                    println!("{name}: not reached");
+                }
+                self.error(error);
+            }
+        }
+    }
+
+    /// Bars on a terminal while runs go on; nothing elsewhere.
+    pub(super) fn progress(&self, progress: Progress) -> Option<(runtime::TaskGuard, Cleared)> {
+        if self.json || !std::io::stderr().is_terminal() {
+            return None;
+        }
+        let bars = Arc::new(MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
+        let shown = Arc::clone(&bars);
+        let known: Arc<Mutex<Vec<ProgressBar>>> = Arc::default();
+        let task = runtime::spawn(async move {
+            loop {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+                for (index, (job, source, tap)) in progress.watched().into_iter().enumerate() {
+                    let (read, total) = tap.progress();
+                    if index == known.len() {
+                        let bar = shown.add(ProgressBar::new(total.unwrap_or(0)));
+                        if let Ok(style) = ProgressStyle::with_template("  {prefix:32} {msg:>16} {bytes:>10} {bytes_per_sec:>12} {eta:>6} left") {
+                            bar.set_style(style);
+                        }
+                        bar.set_prefix(format!("{job}.{source}"));
+                        known.push(bar);
+                    }
+                    if let Some(bar) = known.get(index) {
+                        if let Some(total) = total {
+                            bar.set_length(total);
+                        }
+                        bar.set_position(read);
+                        bar.set_message(format!("{} rows", thousands(tap.extracted())));
+                    }
+                }
+            }
+        });
+        Some((task, Cleared(bars)))
+    }
+}
+
+/// Clears the bars when the runs have ended.
+#[derive(Debug)]
+pub(super) struct Cleared(Arc<MultiProgress>);
+
+impl Drop for Cleared {
+    fn drop(&mut self) {
+        drop(self.0.clear());
+    }
+}
+
+fn problem_json(problem: &Problem) -> serde_json::Value {
+    let place = problem.place.as_ref().map(|place| {
+        let before = place.file.text.get(..place.span.start).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        json!({ "file": place.file.path, "line": line, "column": column })
+    });
+    json!({ "message": problem.message, "place": place, "notes": problem.notes, "hint": problem.hint })
+}
+
+/// A panic is a bug of ours: said as one, with where to report it.
+pub(super) fn panic_hook(info: &PanicHookInfo<'_>) {
+    let place = info.location().map(ToString::to_string).unwrap_or_default();
+    eprintln!("error: this is a bug in floodmark, at {place}\n  nothing was published by this run\nhint: Run again with RUST_BACKTRACE=1 and report what is printed.");
+    if std::env::var_os("RUST_BACKTRACE").is_some() {
+        eprintln!("{}", std::backtrace::Backtrace::force_capture());
+    }
+}
+
+fn sees(partial: bool, spool: bool) -> String {
+    let what = if partial { "what is new" } else { "everything" };
+    if spool { format!("{what}, written down once") } else { what.to_owned() }
+}
+
+fn columns(schema: &arrow::datatypes::Schema) -> serde_json::Value {
+    schema.fields().iter().map(|field| json!({ "name": field.name(), "type": crate::types::describe(field.data_type()) })).collect()
+}
+
+fn count(number: usize, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{} {what}s", thousands(number as u64)) }
+}
+
+fn thousands(number: u64) -> String {
+    grouped(&number.to_string())
+}
+
+/// A number with commas between thousands.
+fn grouped(number: &str) -> String {
+    let (sign, digits) = number.strip_prefix('-').map_or(("", number), |digits| ("-", digits));
+    let (whole, fraction) = digits.split_once('.').map_or((digits, None), |(whole, fraction)| (whole, Some(fraction)));
+    let mut text = String::new();
+    for (index, digit) in whole.chars().enumerate() {
+        if index > 0 && (whole.len() - index) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    match fraction {
+        Some(fraction) => format!("{sign}{text}.{fraction}"),
+        None => format!("{sign}{text}"),
+    }
+}
+
+fn seconds(milliseconds: u64) -> String {
+    format!("{}.{:02} s", milliseconds / 1000, milliseconds % 1000 / 10)
+}
+
+/// Bytes as people read them.
+pub(super) fn bytes(number: u64) -> String {
+    HumanBytes(number).to_string()
+}
+
+/// Columns that stand under each other: numbers to the right, text to the left.
+struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn new(head: &[&str]) -> Self {
+        Self { rows: vec![head.iter().map(|&word| word.to_owned()).collect()] }
+    }
+
+    fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.rows.push(cells.into_iter().collect());
+    }
+
+    fn print(&self) {
+        let columns = self.rows.first().map_or(0, Vec::len);
+        let cell = |row: &Vec<String>, column: usize| row.get(column).cloned().unwrap_or_default();
+        let widths: Vec<usize> = (0..columns).map(|column| self.rows.iter().map(|row| cell(row, column).chars().count()).max().unwrap_or(0)).collect();
+        let numeric: Vec<bool> = (0..columns)
+            .map(|column| {
+                let mut cells = self.rows.iter().skip(1).map(|row| cell(row, column)).filter(|text| !text.is_empty()).peekable();
+                cells.peek().is_some() && cells.all(|text| text.bytes().all(|byte| byte.is_ascii_digit() || matches!(byte, b',' | b'.' | b'-')))
+            })
+            .collect();
+        for row in &self.rows {
+            let mut line = String::from(" ");
+            for (column, (width, right)) in widths.iter().zip(&numeric).enumerate() {
+                let text = cell(row, column);
+                let padding = " ".repeat(width - text.chars().count());
+                line.push(' ');
+                line.push_str(&if *right { format!("{padding}{text}") } else { format!("{text}{padding}") });
+                line.push(' ');
+            }
+            println!("{}", line.trim_end());
+        }
+        println!();
+    }
+}
