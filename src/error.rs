@@ -271,7 +271,9 @@ impl From<DataFusionError> for Error {
             DataFusionError::ResourcesExhausted(what) => {
                 return Self::failed("the memory limit is too small for this query")
                     .note(first_line(what))
-                    .hint("Raise `limits: { memory: … }` in floodmark.yaml, or join and sort fewer columns.");
+                    .hint(
+                        "Raise `limits: { memory: … }` in floodmark.yaml, or join and sort fewer columns.",
+                    );
             }
             _ => {}
         }

@@ -13,12 +13,22 @@ use crate::{
 pub fn refuse_keys(output: &OutputSpec, nulls: u64, twice: u64) -> Result<()> {
     let key = output.key.join(", ");
     if nulls > 0 {
-        return Err(Error::data(format!("output `{}`: the key ({key}) is null in {nulls} {}", output.name, rows(nulls)))
-            .hint("Leave such rows out in the model, or set them aside with `not_null` and `on_fail: quarantine`."));
+        return Err(Error::data(format!(
+            "output `{}`: the key ({key}) is null in {nulls} {}",
+            output.name,
+            rows(nulls)
+        ))
+        .hint(
+            "Leave such rows out in the model, or set them aside with `not_null` and `on_fail: quarantine`.",
+        ));
     }
     if twice > 0 {
-        return Err(Error::data(format!("output `{}`: {twice} {} of ({key}) come more than once in this run", output.name, if twice == 1 { "value" } else { "values" }))
-            .hint("Say which row wins: `latest_by: updated_at` on the output; or make the key complete."));
+        return Err(Error::data(format!(
+            "output `{}`: {twice} {} of ({key}) come more than once in this run",
+            output.name,
+            if twice == 1 { "value" } else { "values" }
+        ))
+        .hint("Say which row wins: `latest_by: updated_at` on the output; or make the key complete."));
     }
     Ok(())
 }

@@ -35,7 +35,8 @@ pub fn is_name(name: &str) -> bool {
 pub fn is_output_name(name: &str) -> bool {
     name.len() <= 128
         && name.split('.').all(|word| {
-            !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
+            !word.is_empty()
+                && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
         })
 }
 
@@ -73,7 +74,14 @@ mod tests {
 
     #[test]
     fn output_names_are_safe_folder_names() {
-        for (name, safe) in [("finance.journal", true), ("a-b_c", true), ("..", false), ("a/b", false), ("", false), ("a.", false)] {
+        for (name, safe) in [
+            ("finance.journal", true),
+            ("a-b_c", true),
+            ("..", false),
+            ("a/b", false),
+            ("", false),
+            ("a.", false),
+        ] {
             assert_eq!(is_output_name(name), safe, "{name}");
         }
     }

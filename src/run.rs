@@ -52,15 +52,22 @@ use crate::{
 
 /// What the renderer looks at while runs go on: each job's sources and their counters.
 #[derive(Debug, Clone, Default)]
-pub struct Progress(Arc<Mutex<Vec<(String, String, Arc<Tap>)>>>);
+pub struct Progress(Arc<Mutex<Vec<Watched>>>);
+
+/// A job, a source of it, and what it counts.
+pub type Watched = (String, String, Arc<Tap>);
 
 impl Progress {
     fn watch(&self, job: &str, source: &str, tap: &Arc<Tap>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((job.to_owned(), source.to_owned(), Arc::clone(tap)));
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((
+            job.to_owned(),
+            source.to_owned(),
+            Arc::clone(tap),
+        ));
     }
 
     /// What is read at the moment: job, source, counters.
-    pub fn watched(&self) -> Vec<(String, String, Arc<Tap>)> {
+    pub fn watched(&self) -> Vec<Watched> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -90,8 +97,12 @@ impl Conductor {
     ///
     /// If one cannot be opened.
     pub fn connections(&self, job: &JobDocument) -> Result<Connections> {
-        let names = job.job.sources.values().map(|source| source.connection.as_deref().unwrap_or(PROJECT_CONNECTION));
-        names.chain([job.job.target.connection.as_str()]).map(|name| Ok((name.to_owned(), self.project.connection(name)?))).collect()
+        let names =
+            job.job.sources.values().map(|source| source.connection.as_deref().unwrap_or(PROJECT_CONNECTION));
+        names
+            .chain([job.job.target.connection.as_str()])
+            .map(|name| Ok((name.to_owned(), self.project.connection(name)?)))
+            .collect()
     }
 
     /// The jobs in waves: each job after those whose outputs it reads.
@@ -107,12 +118,18 @@ impl Conductor {
         let mut waves: Vec<Vec<String>> = Vec::new();
         let mut waiting: Vec<&String> = selected.iter().collect();
         while !waiting.is_empty() {
-            let ready: Vec<String> =
-                waiting.iter().filter(|job| reads(job).iter().all(|other| !waiting.contains(other))).map(|job| (*job).clone()).collect();
+            let ready: Vec<String> = waiting
+                .iter()
+                .filter(|job| reads(job).iter().all(|other| !waiting.contains(other)))
+                .map(|job| (*job).clone())
+                .collect();
             if ready.is_empty() {
                 let names: Vec<&str> = waiting.iter().map(|name| name.as_str()).collect();
-                return Err(Error::configuration(format!("these jobs read each other's outputs in a circle: {}", names.join(", ")))
-                    .hint("Let one of them read the source itself."));
+                return Err(Error::configuration(format!(
+                    "these jobs read each other's outputs in a circle: {}",
+                    names.join(", ")
+                ))
+                .hint("Let one of them read the source itself."));
             }
             waiting.retain(|job| !ready.contains(job));
             waves.push(ready);
@@ -139,19 +156,28 @@ impl Conductor {
         for name in waves.iter().flatten() {
             let Some(job) = self.project.jobs.get(name) else { continue };
             let mut request = request.clone();
-            request.params.retain(|param, _| job.job.params.contains_key(param) || waves.iter().flatten().count() == 1);
+            request
+                .params
+                .retain(|param, _| job.job.params.contains_key(param) || waves.iter().flatten().count() == 1);
             let planned = match self.connections(job) {
-                Ok(connections) => plan::plan(&self.project, job, &request, &promised, &connections, &self.scratch).await,
+                Ok(connections) => {
+                    plan::plan(&self.project, job, &request, &promised, &connections, &self.scratch).await
+                }
                 Err(error) => Err(error),
             };
             match planned {
                 Ok(plan) => {
                     for output in &plan.outputs {
-                        promised.insert((plan.target.clone(), output.spec.name.clone()), Arc::clone(&output.schema));
+                        promised.insert(
+                            (plan.target.clone(), output.spec.name.clone()),
+                            Arc::clone(&output.schema),
+                        );
                     }
                     plans.insert(name.clone(), plan);
                 }
-                Err(error) if error.kind() == ErrorKind::Configuration => problems.extend(error.into_problems()),
+                Err(error) if error.kind() == ErrorKind::Configuration => {
+                    problems.extend(error.into_problems());
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -164,13 +190,18 @@ impl Conductor {
     /// # Errors
     ///
     /// Mistakes of the project; what a job itself comes to is in its record.
-    pub async fn run_all(&self, waves: &[Vec<String>], request: &Request) -> Result<Vec<(RunRecord, Option<Error>)>> {
+    pub async fn run_all(
+        &self,
+        waves: &[Vec<String>],
+        request: &Request,
+    ) -> Result<Vec<(RunRecord, Option<Error>)>> {
         drop(self.plan_all(waves, request).await?);
         let mut done: Vec<(RunRecord, Option<Error>)> = Vec::new();
         for wave in waves {
             let runs = wave.iter().filter_map(|name| self.project.jobs.get(name)).map(|job| {
                 let failed = done.iter().find(|(run, _)| {
-                    !matches!(run.outcome, Outcome::Published | Outcome::NothingNew) && self.reads_from(job, &run.job)
+                    !matches!(run.outcome, Outcome::Published | Outcome::NothingNew)
+                        && self.reads_from(job, &run.job)
                 });
                 let failed = failed.map(|(run, _)| run.job.clone());
                 async move {
@@ -178,7 +209,9 @@ impl Conductor {
                         Some(other) => {
                             let mut record = self.blank(job, request);
                             record.outcome = Outcome::Skipped;
-                            record.warnings.push(format!("skipped: job `{other}`, which it reads from, did not succeed"));
+                            record.warnings.push(format!(
+                                "skipped: job `{other}`, which it reads from, did not succeed"
+                            ));
                             (record, None)
                         }
                         None => self.run(job, request).await,
@@ -244,9 +277,11 @@ impl Conductor {
 
     async fn attempt(&self, job: &JobDocument, request: &Request, record: &mut RunRecord) -> Result<Outcome> {
         let connections = self.connections(job)?;
-        let plan = plan::plan(&self.project, job, request, &Promised::new(), &connections, &self.scratch).await?;
+        let plan =
+            plan::plan(&self.project, job, request, &Promised::new(), &connections, &self.scratch).await?;
         record.warnings.extend(plan.warnings.iter().map(|warning| warning.message.clone()));
-        let open = connections.get(&plan.target).cloned().ok_or_else(|| Error::bug("the target is not open"))?;
+        let open =
+            connections.get(&plan.target).cloned().ok_or_else(|| Error::bug("the target is not open"))?;
         let target = open.target().ok_or_else(|| Error::bug("the target cannot be written"))?;
         let base = target.last_record(&plan.id).await?;
         self.same_history(&plan, target, base.as_ref()).await?;
@@ -262,7 +297,8 @@ impl Conductor {
             scratch: self.scratch.clone(),
         };
         let load = target.begin(&plan.id, &attempt, base.as_ref()).await?;
-        let mut release = Release { plan: &plan, base: base.as_ref(), attempt: &attempt, conductor: self, load, request };
+        let mut release =
+            Release { plan: &plan, base: base.as_ref(), attempt: &attempt, conductor: self, load, request };
         let staged = tokio::select! {
             biased;
             () = self.stop.cancelled() => Err(Error::new(ErrorKind::Interrupted, "interrupted; nothing was published")),
@@ -279,7 +315,9 @@ impl Conductor {
                 return Err(error);
             }
         };
-        let changed = record.outputs.values().any(|output| output.inserted + output.updated + output.deleted > 0) || record.quarantined > 0;
+        let changed =
+            record.outputs.values().any(|output| output.inserted + output.updated + output.deleted > 0)
+                || record.quarantined > 0;
         match release.load.commit(&load_record).await {
             CommitOutcome::Committed => {}
             CommitOutcome::Rejected(error) => return Err(error),
@@ -292,7 +330,8 @@ impl Conductor {
             }
         }
         record.seq = Some(load_record.seq);
-        let remembered = Store::open(&self.project.root).and_then(|store| store.remember(&plan.id, &plan.target, &load_record));
+        let remembered = Store::open(&self.project.root)
+            .and_then(|store| store.remember(&plan.id, &plan.target, &load_record));
         if let Err(error) = remembered {
             record.warnings.push(format!("the local store could not be brought up to date: {error}"));
         }
@@ -303,19 +342,33 @@ impl Conductor {
     }
 
     /// Refuses a target that is not the one of last time, or has rows that no record knows.
-    async fn same_history(&self, plan: &Plan, target: &dyn crate::connector::Target, base: Option<&LoadRecord>) -> Result<()> {
-        let known = Store::open(&self.project.root).and_then(|store| store.incarnation(&plan.id, &plan.target)).ok().flatten();
+    async fn same_history(
+        &self,
+        plan: &Plan,
+        target: &dyn crate::connector::Target,
+        base: Option<&LoadRecord>,
+    ) -> Result<()> {
+        let known = Store::open(&self.project.root)
+            .and_then(|store| store.incarnation(&plan.id, &plan.target))
+            .ok()
+            .flatten();
         match (base, known) {
             (Some(base), Some(known)) if base.incarnation != known => Err(Error::data(format!(
                 "the target of job `{}` is not the one of last time: its history began anew",
                 plan.id
             ))
             .note(format!("it is incarnation {}, and the last run here saw {known}", base.incarnation))
-            .hint("If that is right, delete `.floodmark/state.db` and run again; if not, mend the connection.")),
+            .hint(
+                "If that is right, delete `.floodmark/state.db` and run again; if not, mend the connection.",
+            )),
             (Some(_), _) => Ok(()),
             (None, _) => {
                 for output in &plan.outputs {
-                    if target.current(&plan.id, &output.spec.name).await?.is_some_and(|current| current.rows > 0) {
+                    if target
+                        .current(&plan.id, &output.spec.name)
+                        .await?
+                        .is_some_and(|current| current.rows > 0)
+                    {
                         return Err(Error::data(format!("output `{}` holds rows, and no record of job `{}`", output.spec.name, plan.id))
                             .note("floodmark did not write them, or its record was deleted: it cannot know what was loaded")
                             .hint("Move the old rows away, or give the output another name."));
@@ -354,10 +407,16 @@ struct Aside(SpoolWriter);
 
 impl Release<'_> {
     /// Extracts, maps, checks, stages and audits. The record to commit, or `None` where there is nothing to remember.
-    async fn stage(&mut self, connections: &Connections, marks: &Marks, record: &mut RunRecord) -> Result<Option<LoadRecord>> {
+    async fn stage(
+        &mut self,
+        connections: &Connections,
+        marks: &Marks,
+        record: &mut RunRecord,
+    ) -> Result<Option<LoadRecord>> {
         let plan = self.plan;
         let (open, windows) = self.open(connections, marks, record).await?;
-        let taps: IndexMap<String, Arc<Tap>> = open.0.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.tap))).collect();
+        let taps: IndexMap<String, Arc<Tap>> =
+            open.0.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.tap))).collect();
         let context = session::for_models(&self.attempt.scratch, plan.as_of, Arc::new(open));
         let mut aside = Aside(SpoolWriter::new("set aside", quarantine_schema(), &self.attempt.scratch));
         let mut row_rejects: HashMap<String, u64> = HashMap::new();
@@ -390,7 +449,9 @@ impl Release<'_> {
         let sources = self.account(&taps, &windows, &row_rejects, record)?;
         for (name, tap) in &taps {
             let rejects = tap.rejects();
-            let rows = rejects.into_iter().map(|reject| [name.clone(), "readable".to_owned(), reject.reason, reject.position, reject.row]);
+            let rows = rejects.into_iter().map(|reject| {
+                [name.clone(), "readable".to_owned(), reject.reason, reject.position, reject.row]
+            });
             aside.0.push(&quarantine_batch(rows)?)?;
         }
         let aside = aside.0.finish()?;
@@ -405,7 +466,8 @@ impl Release<'_> {
             }
         }
         let before = self.base.map(LoadRecord::marks).unwrap_or_default();
-        let after: Marks = sources.iter().filter_map(|(name, source)| Some((name.clone(), source.mark.clone()?))).collect();
+        let after: Marks =
+            sources.iter().filter_map(|(name, source)| Some((name.clone(), source.mark.clone()?))).collect();
         if unchanged && before == after && aside.rows() == 0 && self.base.is_some() {
             return Ok(None);
         }
@@ -413,7 +475,12 @@ impl Release<'_> {
     }
 
     /// Fixes the windows, then opens one snapshot a connection.
-    async fn open(&self, connections: &Connections, marks: &Marks, record: &mut RunRecord) -> Result<(OpenSources, IndexMap<String, Window>)> {
+    async fn open(
+        &self,
+        connections: &Connections,
+        marks: &Marks,
+        record: &mut RunRecord,
+    ) -> Result<(OpenSources, IndexMap<String, Window>)> {
         let time = RunTime { now: self.conductor.clock.now(), as_of: self.plan.as_of };
         let mut by_connection: IndexMap<&str, Vec<StreamSpec>> = IndexMap::new();
         for stream in self.plan.streams.values() {
@@ -422,7 +489,10 @@ impl Release<'_> {
         let (mut open, mut windows) = (OpenSources::default(), IndexMap::new());
         let mut bounds: Vec<(&str, Vec<StreamSpec>, Bounds)> = Vec::new();
         for (name, streams) in by_connection {
-            let source = connections.get(name).and_then(|connection| connection.source()).ok_or_else(|| Error::bug("a source is not open"))?;
+            let source = connections
+                .get(name)
+                .and_then(|connection| connection.source())
+                .ok_or_else(|| Error::bug("a source is not open"))?;
             let fixed = source.bounds(&streams, marks, time).await?;
             record.warnings.extend(fixed.warnings.iter().cloned());
             windows.extend(fixed.windows.clone());
@@ -437,7 +507,10 @@ impl Release<'_> {
                 let totals = self.plan.streams.get(&stream.name).and_then(|stream| stream.totals.clone());
                 let tap = Arc::new(Tap::with_totals(totals));
                 self.conductor.progress.watch(&self.plan.id.job, &stream.name, &tap);
-                open.0.insert(stream.name.clone(), OpenSource { connection: Arc::clone(connection), snapshot: snapshot.clone(), tap });
+                open.0.insert(
+                    stream.name.clone(),
+                    OpenSource { connection: Arc::clone(connection), snapshot: snapshot.clone(), tap },
+                );
             }
         }
         Ok((open, windows))
@@ -445,7 +518,11 @@ impl Release<'_> {
 
     /// A file that was read and has changed would be appended a second time.
     fn refuse_changed_files_on_append(&self, windows: &IndexMap<String, Window>) -> Result<()> {
-        let Some(output) = self.plan.outputs.iter().find(|output| output.spec.mode == Mode::Append && !output.spec.rebuild) else { return Ok(()) };
+        let Some(output) =
+            self.plan.outputs.iter().find(|output| output.spec.mode == Mode::Append && !output.spec.rebuild)
+        else {
+            return Ok(());
+        };
         for (name, window) in windows {
             let Window::Files { new, seen } = window else { continue };
             if let Some(file) = new.iter().find(|file| seen.iter().any(|known| known.path == file.path)) {
@@ -458,7 +535,13 @@ impl Release<'_> {
     }
 
     /// Writes a relation down, sorts its rows out, and puts the spool in its place. How many rows were set aside.
-    async fn write_down(&self, context: &SessionContext, name: &str, aside: &mut Aside, record: &mut RunRecord) -> Result<u64> {
+    async fn write_down(
+        &self,
+        context: &SessionContext,
+        name: &str,
+        aside: &mut Aside,
+        record: &mut RunRecord,
+    ) -> Result<u64> {
         let checks: Vec<&Check> = self.plan.checks.iter().filter(|check| check.on == name).collect();
         let schema = self.relation_schema(name)?;
         let sql = row_query(name, &checks, &schema)?.unwrap_or(format!("SELECT * FROM {}", quoted(name)?));
@@ -500,20 +583,29 @@ impl Release<'_> {
     }
 
     /// Stages one output, and counts, sums and hashes its rows on the way.
-    async fn output(&mut self, context: &SessionContext, output: &Output, record: &mut RunRecord) -> Result<(Staged, String)> {
-        let columns = crate::names::quoted_list(output.schema.fields().iter().map(|field| field.name().as_str()))?;
+    async fn output(
+        &mut self,
+        context: &SessionContext,
+        output: &Output,
+        record: &mut RunRecord,
+    ) -> Result<(Staged, String)> {
+        let columns =
+            crate::names::quoted_list(output.schema.fields().iter().map(|field| field.name().as_str()))?;
         let from = quoted(&output.from)?;
         let sql = match &output.latest_by {
             Some(latest) => {
                 let key = crate::names::quoted_list(output.spec.key.iter().map(String::as_str))?;
                 let latest = quoted(latest)?;
-                format!("SELECT {columns} FROM (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY {latest} DESC NULLS LAST) AS _nth FROM {from}) WHERE _nth = 1")
+                format!(
+                    "SELECT {columns} FROM (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY {latest} DESC NULLS LAST) AS _nth FROM {from}) WHERE _nth = 1"
+                )
             }
             None => format!("SELECT {columns} FROM {from}"),
         };
         let rows = context.sql(&sql).await?.execute_stream().await?;
         let rows = session::conform(rows, Arc::clone(&output.schema));
-        let counted = Arc::new(Mutex::new((RowHash::new(&output.schema)?, output.totals.clone().map(Totals::new))));
+        let counted =
+            Arc::new(Mutex::new((RowHash::new(&output.schema)?, output.totals.clone().map(Totals::new))));
         let staged = self.load.stage(&output.spec, tee(rows, Arc::clone(&counted))).await?;
         let counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
         let hash = counted.0.finish();
@@ -536,14 +628,20 @@ impl Release<'_> {
     /// Refuses empty and shrunken results.
     fn guard(&self, output: &Output, staged: &Staged) -> Result<()> {
         let replaces = output.spec.mode.needs_whole() || self.request.full_refresh;
-        if replaces && staged.rows_after == 0 && !self.plan.guard.allow_empty && (staged.rows_before > 0 || output.spec.mode == Mode::Replace) {
+        if replaces
+            && staged.rows_after == 0
+            && !self.plan.guard.allow_empty
+            && (staged.rows_before > 0 || output.spec.mode == Mode::Replace)
+        {
             return Err(Error::data(format!("output `{}` would be left without rows", output.spec.name))
                 .note(format!("it holds {} rows now; the target is as it was", staged.rows_before))
                 .hint("If that is meant, allow it in the job: `target: { guard: { allow_empty: true } }`."));
         }
-        let Some(allowed) = self.plan.guard.max_shrink.as_deref().and_then(parts_per_million) else { return Ok(()) };
-        let least = u128::from(staged.rows_before) * u128::from(1_000_000 - allowed) / 1_000_000;
-        if u128::from(staged.rows_after) < least {
+        let Some(allowed) = self.plan.guard.max_shrink.as_deref().and_then(parts_per_million) else {
+            return Ok(());
+        };
+        let least = u128::from(staged.rows_before) * u128::from(1_000_000 - allowed);
+        if u128::from(staged.rows_after) * 1_000_000 < least {
             return Err(Error::data(format!(
                 "output `{}` would shrink from {} rows to {}, by more than {}",
                 output.spec.name,
@@ -571,7 +669,9 @@ impl Release<'_> {
             let window = windows.get(name).cloned().unwrap_or(Window::Whole);
             let rejected = tap.rejected_rows() + row_rejects.get(name).copied().unwrap_or_default();
             let (extracted, filtered) = (tap.extracted(), tap.filtered_rows());
-            let passed = extracted.checked_sub(filtered + rejected).ok_or_else(|| Error::bug(format!("source `{name}`: rows do not add up")))?;
+            let passed = extracted
+                .checked_sub(filtered + rejected)
+                .ok_or_else(|| Error::bug(format!("source `{name}`: rows do not add up")))?;
             let counts = Counts { extracted, passed, filtered, rejected };
             if !counts.add_up() {
                 return Err(Error::bug(format!("source `{name}`: rows do not add up")));
@@ -583,7 +683,13 @@ impl Release<'_> {
             }
             record.sources.insert(
                 name.clone(),
-                SourceReport { window: window.to_string(), counts, bytes: tap.progress().0, complete: tap.is_complete(), totals: tap.totals() },
+                SourceReport {
+                    window: window.to_string(),
+                    counts,
+                    bytes: tap.progress().0,
+                    complete: tap.is_complete(),
+                    totals: tap.totals(),
+                },
             );
             sources.insert(name.clone(), SourceRecord::of(&window, counts));
         }
@@ -593,11 +699,20 @@ impl Release<'_> {
     /// Whether an output would be as it is: nothing changes, or it is replaced by the same rows.
     fn is_unchanged(&self, name: &str, staged: &Staged, hash: &str) -> bool {
         let before = self.base.and_then(|base| base.outputs.get(name));
-        let same = before.is_some_and(|before| before.rowhash == hash && before.rows_after == staged.rows_after && before.mode == Mode::Replace.to_string());
+        let same = before.is_some_and(|before| {
+            before.rowhash == hash
+                && before.rows_after == staged.rows_after
+                && before.mode == Mode::Replace.to_string()
+        });
         !staged.changes() && before.is_some() || same
     }
 
-    fn load_record(&self, sources: IndexMap<String, SourceRecord>, written: &IndexMap<String, (Staged, String)>, quarantined: u64) -> LoadRecord {
+    fn load_record(
+        &self,
+        sources: IndexMap<String, SourceRecord>,
+        written: &IndexMap<String, (Staged, String)>,
+        quarantined: u64,
+    ) -> LoadRecord {
         let now: DateTime<Utc> = self.conductor.clock.now();
         let outputs = self.plan.outputs.iter().filter_map(|output| {
             let (staged, hash) = written.get(&output.spec.name)?;
@@ -640,28 +755,46 @@ fn refuse(checks: &[CheckReport], job: &str) -> Result<()> {
     let failed: Vec<&CheckReport> = checks.iter().filter(|check| check.verdict == Verdict::Failed).collect();
     let Some(first) = failed.first() else { return Ok(()) };
     let more = if failed.len() > 1 { format!(", and {} more", failed.len() - 1) } else { String::new() };
-    let mut error = Error::data(format!("job `{job}`: check `{}` on `{}` failed{more}", first.check, first.on));
+    let mut error =
+        Error::data(format!("job `{job}`: check `{}` on `{}` failed{more}", first.check, first.on));
     for check in failed.iter().take(5) {
-        let places = if check.details.is_empty() { String::new() } else { format!(": {}", check.details.join("; ")) };
+        let places =
+            if check.details.is_empty() { String::new() } else { format!(": {}", check.details.join("; ")) };
         error = error.note(format!("`{}` on `{}` found {}{places}", check.check, check.on, check.found));
     }
     Err(error.hint("Nothing was published. Mend the data or the mapping; or say in the job what may pass: `max_rows`, `on_fail: quarantine`, `on_fail: warn`."))
 }
 
-fn conform_batch(batch: &arrow::array::RecordBatch, schema: &arrow::datatypes::SchemaRef) -> Result<arrow::array::RecordBatch> {
+fn conform_batch(
+    batch: &arrow::array::RecordBatch,
+    schema: &arrow::datatypes::SchemaRef,
+) -> Result<arrow::array::RecordBatch> {
     let arrays = batch
         .columns()
         .iter()
         .zip(schema.fields())
-        .map(|(array, field)| if array.data_type() == field.data_type() { Ok(Arc::clone(array)) } else { crate::functions::cast::cast_exactly(array, field.data_type()) })
+        .map(|(array, field)| {
+            if array.data_type() == field.data_type() {
+                Ok(Arc::clone(array))
+            } else {
+                crate::functions::cast::cast_exactly(array, field.data_type())
+            }
+        })
         .collect::<Result<Vec<_>>>()?;
     let nullable: Vec<_> = schema.fields().iter().map(|field| field.as_ref().clone()).collect();
     let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-    Ok(arrow::array::RecordBatch::try_new_with_options(Arc::new(arrow::datatypes::Schema::new(nullable)), arrays, &options)?)
+    Ok(arrow::array::RecordBatch::try_new_with_options(
+        Arc::new(arrow::datatypes::Schema::new(nullable)),
+        arrays,
+        &options,
+    )?)
 }
 
 /// Rows that are hashed and summed while they pass.
-fn tee(rows: SendableRecordBatchStream, counted: Arc<Mutex<(RowHash, Option<Totals>)>>) -> SendableRecordBatchStream {
+fn tee(
+    rows: SendableRecordBatchStream,
+    counted: Arc<Mutex<(RowHash, Option<Totals>)>>,
+) -> SendableRecordBatchStream {
     let schema = rows.schema();
     let passed = rows.map(move |batch| {
         let batch = batch?;

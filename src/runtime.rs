@@ -72,8 +72,8 @@ impl Limits {
     pub fn environment(&self) -> Result<Arc<RuntimeEnv>> {
         let ten = std::num::NonZeroUsize::new(5).unwrap_or(std::num::NonZeroUsize::MIN);
         let pool = TrackConsumersPool::new(GreedyMemoryPool::new(self.memory_bytes), ten);
-        let disk = DiskManagerBuilder::default()
-            .with_mode(DiskManagerMode::Directories(vec![self.spill.clone()]));
+        let disk =
+            DiskManagerBuilder::default().with_mode(DiskManagerMode::Directories(vec![self.spill.clone()]));
         std::fs::create_dir_all(&self.spill)
             .map_err(|error| Error::io("make the spill folder", self.spill.display(), error))?;
         let environment = RuntimeEnvBuilder::new()

@@ -5,10 +5,7 @@
 
 use std::sync::Arc;
 
-use arrow::{
-    array::RecordBatch,
-    datatypes::SchemaRef,
-};
+use arrow::{array::RecordBatch, datatypes::SchemaRef};
 use chrono::{DateTime, Utc};
 use datafusion::{
     execution::{SessionStateBuilder, config::SessionConfig},
@@ -81,8 +78,9 @@ pub fn conform(rows: SendableRecordBatchStream, schema: SchemaRef) -> SendableRe
             .map(|field| {
                 let array = match batch.column_by_name(field.name()) {
                     Some(array) if array.data_type() == field.data_type() => Arc::clone(array),
-                    Some(array) => cast_exactly(array, field.data_type())
-                        .map_err(|error| error.while_doing(format!("column `{}` cannot be converted", field.name())))?,
+                    Some(array) => cast_exactly(array, field.data_type()).map_err(|error| {
+                        error.while_doing(format!("column `{}` cannot be converted", field.name()))
+                    })?,
                     None => arrow::array::new_null_array(field.data_type(), count),
                 };
                 if !field.is_nullable() && array.null_count() > 0 {

@@ -68,7 +68,8 @@ pub struct SpoolWriter {
 impl SpoolWriter {
     /// An empty spool for rows of `schema`.
     pub fn new(name: &str, schema: SchemaRef, scratch: &Scratch) -> Self {
-        let reservation = MemoryConsumer::new(format!("spool {name}")).register(&scratch.environment.memory_pool);
+        let reservation =
+            MemoryConsumer::new(format!("spool {name}")).register(&scratch.environment.memory_pool);
         Self { schema, scratch: scratch.clone(), memory: Vec::new(), reservation, file: None, rows: 0 }
     }
 
@@ -91,9 +92,12 @@ impl SpoolWriter {
             return Ok(());
         }
         let full = |error: arrow::error::ArrowError| {
-            Error::failed(format!("cannot write to the spill folder `{}`", self.scratch.limits.spill.display()))
-                .note(error.to_string())
-                .hint("Make room there, or set `limits: { spill: … }` in floodmark.yaml.")
+            Error::failed(format!(
+                "cannot write to the spill folder `{}`",
+                self.scratch.limits.spill.display()
+            ))
+            .note(error.to_string())
+            .hint("Make room there, or set `limits: { spill: … }` in floodmark.yaml.")
         };
         let (_, writer) = match &mut self.file {
             Some(file) => file,
@@ -102,9 +106,11 @@ impl SpoolWriter {
                 let temporary = NamedTempFile::new_in(spill)
                     .map_err(|error| Error::io("write to the spill folder", spill.display(), error))?;
                 let handle = temporary.reopen().map_err(|error| Error::io("open", spill.display(), error))?;
-                let options = IpcWriteOptions::default().try_with_compression(Some(CompressionType::LZ4_FRAME))?;
-                let writer = StreamWriter::try_new_with_options(BufWriter::new(handle), &self.schema, options)
-                    .map_err(full)?;
+                let options =
+                    IpcWriteOptions::default().try_with_compression(Some(CompressionType::LZ4_FRAME))?;
+                let writer =
+                    StreamWriter::try_new_with_options(BufWriter::new(handle), &self.schema, options)
+                        .map_err(full)?;
                 none.insert((temporary, writer))
             }
         };
@@ -120,8 +126,11 @@ impl SpoolWriter {
         let file = match self.file.take() {
             Some((temporary, mut writer)) => {
                 writer.finish().map_err(|error| {
-                    Error::failed(format!("cannot write to the spill folder `{}`", self.scratch.limits.spill.display()))
-                        .note(error.to_string())
+                    Error::failed(format!(
+                        "cannot write to the spill folder `{}`",
+                        self.scratch.limits.spill.display()
+                    ))
+                    .note(error.to_string())
                 })?;
                 Some(temporary)
             }
@@ -132,6 +141,12 @@ impl SpoolWriter {
             rows: self.rows,
             inner: Arc::new(Inner { memory: self.memory, file, _reservation: self.reservation }),
         })
+    }
+}
+
+impl std::fmt::Debug for SpoolWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SpoolWriter").field("rows", &self.rows).finish_non_exhaustive()
     }
 }
 
@@ -184,7 +199,8 @@ impl Spool {
                 }
             }
             if let Some(file) = &inner.file {
-                let handle = file.reopen().map_err(|error| Error::io("read", file.path().display(), error))?;
+                let handle =
+                    file.reopen().map_err(|error| Error::io("read", file.path().display(), error))?;
                 for batch in StreamReader::try_new_buffered(handle, None)? {
                     if !out.send(batch?) {
                         return Ok(());

@@ -3,7 +3,11 @@
 //! It lies in `.floodmark/state.db`. If it is lost or damaged nothing is: the next run makes a new one, and the target says how
 //! far each source was read. What it alone can tell is that a target is not the one of last time.
 
-use std::{fs, path::{Path, PathBuf}, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use rusqlite::{Connection as Sqlite, OptionalExtension};
 use uuid::Uuid;
@@ -34,7 +38,8 @@ impl Store {
     /// If the folder cannot be written.
     pub fn open(root: &Path) -> Result<Self> {
         let folder = root.join(".floodmark");
-        fs::create_dir_all(folder.join("runs")).map_err(|error| Error::io("make the folder", folder.display(), error))?;
+        fs::create_dir_all(folder.join("runs"))
+            .map_err(|error| Error::io("make the folder", folder.display(), error))?;
         let path = folder.join("state.db");
         let open = || -> rusqlite::Result<Sqlite> {
             let database = Sqlite::open(&path)?;
@@ -43,9 +48,17 @@ impl Store {
             Ok(database)
         };
         let database = match open() {
-            Err(error) if matches!(error.sqlite_error_code(), Some(rusqlite::ffi::ErrorCode::NotADatabase | rusqlite::ffi::ErrorCode::DatabaseCorrupt)) => {
+            Err(error)
+                if matches!(
+                    error.sqlite_error_code(),
+                    Some(rusqlite::ffi::ErrorCode::NotADatabase | rusqlite::ffi::ErrorCode::DatabaseCorrupt)
+                ) =>
+            {
                 for ending in ["", "-wal", "-shm"] {
-                    drop(fs::rename(format!("{}{ending}", path.display()), format!("{}{ending}.damaged", path.display())));
+                    drop(fs::rename(
+                        format!("{}{ending}", path.display()),
+                        format!("{}{ending}.damaged", path.display()),
+                    ));
                 }
                 open()
             }
@@ -65,7 +78,10 @@ impl Store {
         let path = self.folder.join("runs").join(format!("{}.json", run.run_id));
         fs::write(&path, &document).map_err(|error| Error::io("write", path.display(), error))?;
         self.database
-            .execute("INSERT OR REPLACE INTO runs VALUES (?1, ?2, ?3, ?4)", rusqlite::params![run.run_id.to_string(), run.job, run.started_at, document])
+            .execute(
+                "INSERT OR REPLACE INTO runs VALUES (?1, ?2, ?3, ?4)",
+                rusqlite::params![run.run_id.to_string(), run.job, run.started_at, document],
+            )
             .map(drop)
             .map_err(|error| failed(&error))
     }
@@ -76,10 +92,14 @@ impl Store {
     ///
     /// If the store cannot be read.
     pub fn runs(&self, limit: u32) -> Result<Vec<RunRecord>> {
-        let mut statement =
-            self.database.prepare("SELECT document FROM runs ORDER BY started_at DESC, run_id DESC LIMIT ?1").map_err(|error| failed(&error))?;
-        let documents: Vec<String> =
-            statement.query_map([limit], |row| row.get(0)).and_then(Iterator::collect).map_err(|error| failed(&error))?;
+        let mut statement = self
+            .database
+            .prepare("SELECT document FROM runs ORDER BY started_at DESC, run_id DESC LIMIT ?1")
+            .map_err(|error| failed(&error))?;
+        let documents: Vec<String> = statement
+            .query_map([limit], |row| row.get(0))
+            .and_then(Iterator::collect)
+            .map_err(|error| failed(&error))?;
         Ok(documents.iter().filter_map(|document| serde_json::from_str(document).ok()).collect())
     }
 
@@ -91,7 +111,11 @@ impl Store {
     pub fn incarnation(&self, job: &JobId, target: &str) -> Result<Option<Uuid>> {
         let known: Option<String> = self
             .database
-            .query_row("SELECT incarnation FROM targets WHERE job = ?1 AND target = ?2", [&job.to_string(), target], |row| row.get(0))
+            .query_row(
+                "SELECT incarnation FROM targets WHERE job = ?1 AND target = ?2",
+                [&job.to_string(), target],
+                |row| row.get(0),
+            )
             .optional()
             .map_err(|error| failed(&error))?;
         Ok(known.and_then(|known| known.parse().ok()))
@@ -114,5 +138,7 @@ impl Store {
 }
 
 fn failed(error: &rusqlite::Error) -> Error {
-    Error::failed("cannot use the local store `.floodmark/state.db`").note(error.to_string()).hint("It is only a cache: if it is damaged, delete it.")
+    Error::failed("cannot use the local store `.floodmark/state.db`")
+        .note(error.to_string())
+        .hint("It is only a cache: if it is damaged, delete it.")
 }

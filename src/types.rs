@@ -89,7 +89,9 @@ pub enum TypeError {
     #[error("there is no type `{0}`")]
     Unknown(String),
     /// A decimal's numbers do not work.
-    #[error("a decimal is written `decimal(precision,scale)`, with 1 to 38 digits and no more decimals than digits")]
+    #[error(
+        "a decimal is written `decimal(precision,scale)`, with 1 to 38 digits and no more decimals than digits"
+    )]
     Decimal,
     /// A format's percent signs do not work.
     #[error("`{0}` is not a date format")]
@@ -121,7 +123,8 @@ impl FromStr for ColumnType {
         let written = written.trim();
         let (name, argument) = match written.split_once('(') {
             Some((name, rest)) => {
-                let argument = rest.strip_suffix(')').ok_or_else(|| TypeError::Unknown(written.to_owned()))?;
+                let argument =
+                    rest.strip_suffix(')').ok_or_else(|| TypeError::Unknown(written.to_owned()))?;
                 (name.trim(), Some(argument.trim()))
             }
             None => (written, None),
@@ -130,7 +133,11 @@ impl FromStr for ColumnType {
             Some(format) => {
                 let bad = chrono::format::StrftimeItems::new(format)
                     .any(|item| matches!(item, chrono::format::Item::Error));
-                if bad || format.is_empty() { Err(TypeError::Format(format.to_owned())) } else { Ok(Some(format.to_owned())) }
+                if bad || format.is_empty() {
+                    Err(TypeError::Format(format.to_owned()))
+                } else {
+                    Ok(Some(format.to_owned()))
+                }
             }
             None => Ok(None),
         };
@@ -187,8 +194,20 @@ mod tests {
     #[test]
     fn every_type_reads_back_as_it_is_written() {
         for written in [
-            "string", "int", "decimal(18,2)", "decimal(38,0)", "float", "bool", "date", "date(%d.%m.%Y)",
-            "timestamp", "timestamp(%d.%m.%Y %H:%M)", "timestamptz", "time", "binary", "json",
+            "string",
+            "int",
+            "decimal(18,2)",
+            "decimal(38,0)",
+            "float",
+            "bool",
+            "date",
+            "date(%d.%m.%Y)",
+            "timestamp",
+            "timestamp(%d.%m.%Y %H:%M)",
+            "timestamptz",
+            "time",
+            "binary",
+            "json",
         ] {
             assert_eq!(written.parse::<ColumnType>().unwrap().to_string(), written);
         }

@@ -87,7 +87,8 @@ impl Position {
                 value.checked_sub_signed(chrono::TimeDelta::microseconds(micros)).map(CursorValue::Instant)
             }
             (Some(CursorValue::Date(value)), Overlap::Micros(micros)) => {
-                let days = micros.div_euclid(86_400_000_000) + i64::from(micros.rem_euclid(86_400_000_000) > 0);
+                let days =
+                    micros.div_euclid(86_400_000_000) + i64::from(micros.rem_euclid(86_400_000_000) > 0);
                 value.checked_sub_signed(chrono::TimeDelta::days(days)).map(CursorValue::Date)
             }
             (Some(CursorValue::Int(value)), Overlap::Count(count)) => {
@@ -207,7 +208,11 @@ impl Window {
     /// # Errors
     ///
     /// See the table, and [`WatermarkError::KindChanged`].
-    pub fn after(mark: Option<&Mark>, hi: Position, overlap: Option<Overlap>) -> Result<Self, WatermarkError> {
+    pub fn after(
+        mark: Option<&Mark>,
+        hi: Position,
+        overlap: Option<Overlap>,
+    ) -> Result<Self, WatermarkError> {
         let lo = match mark {
             None => return Ok(Self::Cursor { lo: None, from: None, hi }),
             Some(Mark::Cursor(lo)) => lo,

@@ -77,8 +77,15 @@ impl Check {
     pub fn reads(&self) -> Vec<String> {
         let mut reads: Vec<String> = self.spec.same_total.iter().flat_map(|same| same.of.clone()).collect();
         reads.extend(self.spec.joined_once.clone());
-        reads.extend(self.spec.references.iter().filter_map(|references| Some(references.r#in.split_once('.')?.0.to_owned())));
-        reads.extend(self.query.iter().flat_map(|query| query.reads.iter().filter(|read| **read != self.on).cloned()));
+        reads.extend(
+            self.spec
+                .references
+                .iter()
+                .filter_map(|references| Some(references.r#in.split_once('.')?.0.to_owned())),
+        );
+        reads.extend(
+            self.query.iter().flat_map(|query| query.reads.iter().filter(|read| **read != self.on).cloned()),
+        );
         reads
     }
 
@@ -87,14 +94,20 @@ impl Check {
         let spec = &self.spec;
         let of = |column: &str| quoted(column).map(|column| format!("m.{column}"));
         let literal = |column: &str, value: &str| -> Result<String> {
-            let data_type = schema.field_with_name(column).map_or(DataType::Utf8, |field| field.data_type().clone());
+            let data_type =
+                schema.field_with_name(column).map_or(DataType::Utf8, |field| field.data_type().clone());
             Ok(format!("arrow_cast('{}', '{data_type}')", value.replace('\'', "''")))
         };
         Ok(Some(if let Some(columns) = &spec.not_null {
-            let parts = columns.to_vec().iter().map(|column| Ok(format!("{} IS NOT NULL", of(column)?))).collect::<Result<Vec<_>>>()?;
+            let parts = columns
+                .to_vec()
+                .iter()
+                .map(|column| Ok(format!("{} IS NOT NULL", of(column)?)))
+                .collect::<Result<Vec<_>>>()?;
             parts.join(" AND ")
         } else if let Some(accepted) = &spec.accepted {
-            let values: Vec<String> = accepted.values.iter().map(|value| format!("'{}'", value.replace('\'', "''"))).collect();
+            let values: Vec<String> =
+                accepted.values.iter().map(|value| format!("'{}'", value.replace('\'', "''"))).collect();
             format!("coalesce(CAST({} AS VARCHAR) IN ({}), true)", of(&accepted.column)?, values.join(", "))
         } else if let Some(range) = &spec.range {
             let column = of(&range.column)?;
@@ -105,7 +118,11 @@ impl Check {
             if let Some(max) = &range.max {
                 parts.push(format!("{column} <= {}", literal(&range.column, max)?));
             }
-            if parts.is_empty() { "true".to_owned() } else { format!("coalesce({}, true)", parts.join(" AND ")) }
+            if parts.is_empty() {
+                "true".to_owned()
+            } else {
+                format!("coalesce({}, true)", parts.join(" AND "))
+            }
         } else if let Some(matches) = &spec.matches {
             let pattern = matches.pattern.replace('\'', "''");
             format!("coalesce(regexp_like(CAST({} AS VARCHAR), '{pattern}'), true)", of(&matches.column)?)
@@ -123,14 +140,24 @@ impl Check {
         let (spec, on) = (&self.spec, quoted(&self.on)?);
         let list = |columns: &[String]| quoted_list(columns.iter().map(String::as_str));
         Ok(Some(if let Some(columns) = &spec.unique {
-            format!("SELECT count(*) FROM (SELECT 1 FROM {on} GROUP BY {} HAVING count(*) > 1)", list(&columns.to_vec())?)
+            format!(
+                "SELECT count(*) FROM (SELECT 1 FROM {on} GROUP BY {} HAVING count(*) > 1)",
+                list(&columns.to_vec())?
+            )
         } else if let Some(freshness) = &spec.freshness {
             let oldest = as_of - chrono::TimeDelta::microseconds(micros(&freshness.max_age).unwrap_or(0));
             let newest = format!("max(CAST({} AS TIMESTAMP))", quoted(&freshness.column)?);
-            format!("SELECT CASE WHEN {newest} >= TIMESTAMP '{}' THEN 0 ELSE 1 END FROM {on}", oldest.format("%Y-%m-%dT%H:%M:%S"))
+            format!(
+                "SELECT CASE WHEN {newest} >= TIMESTAMP '{}' THEN 0 ELSE 1 END FROM {on}",
+                oldest.format("%Y-%m-%dT%H:%M:%S")
+            )
         } else if let Some(balanced) = &spec.balanced {
             let sum = quoted(&balanced.sum)?;
-            let group = if balanced.by.is_empty() { String::new() } else { format!("GROUP BY {}", list(&balanced.by)?) };
+            let group = if balanced.by.is_empty() {
+                String::new()
+            } else {
+                format!("GROUP BY {}", list(&balanced.by)?)
+            };
             format!("SELECT count(*) FROM (SELECT 1 FROM {on} {group} HAVING sum({sum}) <> 0)")
         } else if let Some(other) = &spec.joined_once {
             format!("SELECT abs((SELECT count(*) FROM {on}) - (SELECT count(*) FROM {}))", quoted(other)?)
@@ -144,8 +171,18 @@ impl Check {
     /// # Errors
     ///
     /// The mistake; in its own file, if it has one.
-    pub async fn validate(&self, context: &SessionContext, relations: &IndexMap<String, SchemaRef>) -> Result<(), Problem> {
-        let first = |error: Error| error.into_problems().into_iter().next().unwrap_or_else(|| Problem::new("this check cannot be understood"));
+    pub async fn validate(
+        &self,
+        context: &SessionContext,
+        relations: &IndexMap<String, SchemaRef>,
+    ) -> Result<(), Problem> {
+        let first = |error: Error| {
+            error
+                .into_problems()
+                .into_iter()
+                .next()
+                .unwrap_or_else(|| Problem::new("this check cannot be understood"))
+        };
         let Some(schema) = relations.get(&self.on) else { return Ok(()) };
         for column in self.columns() {
             if schema.field_with_name(&column).is_err() {
@@ -186,16 +223,21 @@ impl Check {
         columns.extend(spec.matches.iter().map(|matches| matches.column.clone()));
         columns.extend(spec.references.iter().map(|references| references.column.clone()));
         columns.extend(spec.freshness.iter().map(|freshness| freshness.column.clone()));
-        columns.extend(spec.balanced.iter().flat_map(|balanced| balanced.by.iter().chain([&balanced.sum]).cloned()));
+        columns.extend(
+            spec.balanced.iter().flat_map(|balanced| balanced.by.iter().chain([&balanced.sum]).cloned()),
+        );
         columns.extend(spec.same_total.iter().flat_map(|same| same.by.iter().chain([&same.sum]).cloned()));
         columns
     }
 
     /// How many offences are allowed among `rows`.
     fn allowed(&self, rows: u64) -> u64 {
-        let by_ratio = self.spec.max_ratio.as_deref().and_then(parts_per_million).map(|ppm| {
-            u64::try_from(u128::from(rows) * u128::from(ppm) / 1_000_000).unwrap_or(u64::MAX)
-        });
+        let by_ratio = self
+            .spec
+            .max_ratio
+            .as_deref()
+            .and_then(parts_per_million)
+            .map(|ppm| u64::try_from(u128::from(rows) * u128::from(ppm) / 1_000_000).unwrap_or(u64::MAX));
         match (self.spec.max_rows, by_ratio) {
             (Some(rows), Some(ratio)) => rows.min(ratio),
             (Some(allowed), None) | (None, Some(allowed)) => allowed,
@@ -226,8 +268,15 @@ pub fn row_query(on: &str, checks: &[&Check], schema: &Schema) -> Result<Option<
     for (index, check) in checks.iter().enumerate() {
         let Some(condition) = check.condition(index, schema)? else { continue };
         columns.push(format!("({condition}) AS \"{}\"", flag(index)));
-        if let Some((relation, column)) = check.spec.references.as_ref().and_then(|references| references.r#in.split_once('.')) {
-            let own = check.spec.references.as_ref().map(|references| references.column.as_str()).unwrap_or_default();
+        if let Some((relation, column)) =
+            check.spec.references.as_ref().and_then(|references| references.r#in.split_once('.'))
+        {
+            let own = check
+                .spec
+                .references
+                .as_ref()
+                .map(|references| references.column.as_str())
+                .unwrap_or_default();
             joins.push(format!(
                 " LEFT JOIN (SELECT DISTINCT {column} AS hit FROM {relation}) AS r{index} ON m.{own} = r{index}.hit",
                 column = quoted(column)?,
@@ -305,16 +354,19 @@ impl<'a> Sorter<'a> {
         for (index, check) in self.checks.iter().enumerate() {
             let Some(column) = batch.column_by_name(&flag(index)) else { continue };
             let column = column.as_boolean_opt().ok_or_else(|| {
-                Error::configuration(format!("check `{}` on `{}` is no condition", check.words(), check.on)).hint("Write an expression that is true or false.")
+                Error::configuration(format!("check `{}` on `{}` is no condition", check.words(), check.on))
+                    .hint("Write an expression that is true or false.")
             })?;
             for (row, still) in pass.iter_mut().enumerate() {
                 if column.is_null(row) || column.value(row) {
                     continue;
                 }
-                let position = positions
-                    .as_ref()
-                    .map_or_else(|| format!("{} row {}", check.on, self.rows + row as u64 + 1), |positions| positions.value(row).to_owned());
-                if let (Some(found), Some(details)) = (self.found.get_mut(index), self.details.get_mut(index)) {
+                let position = positions.as_ref().map_or_else(
+                    || format!("{} row {}", check.on, self.rows + row as u64 + 1),
+                    |positions| positions.value(row).to_owned(),
+                );
+                if let (Some(found), Some(details)) = (self.found.get_mut(index), self.details.get_mut(index))
+                {
                     *found += 1;
                     if details.len() < SHOWN {
                         details.push(position.clone());
@@ -340,7 +392,9 @@ impl<'a> Sorter<'a> {
         self.checks
             .iter()
             .zip(self.found.iter().zip(self.details))
-            .filter(|(check, _)| check.condition(0, &Schema::empty()).is_ok_and(|condition| condition.is_some()))
+            .filter(|(check, _)| {
+                check.condition(0, &Schema::empty()).is_ok_and(|condition| condition.is_some())
+            })
             .map(|(check, (found, details))| check.report(*found, rows, details))
             .collect()
     }
@@ -365,21 +419,37 @@ fn row_json(batch: &RecordBatch, row: usize) -> Result<String> {
 /// # Errors
 ///
 /// If a query fails.
-pub async fn whole(context: &SessionContext, checks: &[&Check], rows: u64, as_of: chrono::DateTime<chrono::Utc>) -> Result<Vec<CheckReport>> {
+pub async fn whole(
+    context: &SessionContext,
+    checks: &[&Check],
+    rows: u64,
+    as_of: chrono::DateTime<chrono::Utc>,
+) -> Result<Vec<CheckReport>> {
     let mut reports = Vec::new();
     for check in checks {
         if let Some(count) = &check.spec.row_count {
             let few = count.min.is_some_and(|min| rows < min);
             let many = count.max.is_some_and(|max| rows > max);
-            let details = vec![format!("{rows} rows, and between {} and {} are expected", count.min.unwrap_or(0), count.max.map_or_else(|| "any number".to_owned(), |max| max.to_string()))];
-            reports.push(check.report(u64::from(few || many), rows, if few || many { details } else { Vec::new() }));
+            let details = vec![format!(
+                "{rows} rows, and between {} and {} are expected",
+                count.min.unwrap_or(0),
+                count.max.map_or_else(|| "any number".to_owned(), |max| max.to_string())
+            )];
+            reports.push(check.report(
+                u64::from(few || many),
+                rows,
+                if few || many { details } else { Vec::new() },
+            ));
         } else if let Some(query) = &check.query {
             let plan = crate::plan::typed(context, query).await.map_err(Error::from)?;
             let batches = context.execute_logical_plan(plan).await?.collect().await?;
             let found: usize = batches.iter().map(RecordBatch::num_rows).sum();
             reports.push(check.report(found as u64, rows, Vec::new()));
         } else if let Some(same) = &check.spec.same_total {
-            let (ours, theirs) = (sums(context, std::slice::from_ref(&check.on), same).await?, sums(context, &same.of, same).await?);
+            let (ours, theirs) = (
+                sums(context, std::slice::from_ref(&check.on), same).await?,
+                sums(context, &same.of, same).await?,
+            );
             let mut details = Vec::new();
             let mut found = 0;
             let groups: std::collections::BTreeSet<&Vec<String>> = ours.keys().chain(theirs.keys()).collect();
@@ -388,37 +458,62 @@ pub async fn whole(context: &SessionContext, checks: &[&Check], rows: u64, as_of
                 let (left, right) = (ours.get(group).unwrap_or(&zero), theirs.get(group).unwrap_or(&zero));
                 let differ = left != right;
                 found += u64::from(differ);
-                details.push(format!("{}{left} {} {right}", group.iter().map(|value| format!("{value} ")).collect::<String>(), if differ { "is not" } else { "=" }));
+                details.push(format!(
+                    "{}{left} {} {right}",
+                    group.iter().map(|value| format!("{value} ")).collect::<String>(),
+                    if differ { "is not" } else { "=" }
+                ));
             }
             details.truncate(20);
             reports.push(check.report(found, rows, details));
         } else if let Some(sql) = check.counting(as_of)? {
             let batches = context.sql(&sql).await?.collect().await?;
-            let found = batches.iter().filter(|batch| batch.num_rows() > 0).map(|batch| batch.column(0).as_primitive::<Int64Type>().value(0)).sum::<i64>();
+            let found = batches
+                .iter()
+                .filter(|batch| batch.num_rows() > 0)
+                .map(|batch| batch.column(0).as_primitive::<Int64Type>().value(0))
+                .sum::<i64>();
             reports.push(check.report(found.unsigned_abs(), rows, Vec::new()));
         }
     }
     Ok(reports)
 }
 
-async fn sums(context: &SessionContext, relations: &[String], same: &crate::job::SameTotalSpec) -> Result<std::collections::BTreeMap<Vec<String>, String>> {
-    let by: Vec<String> = same.by.iter().map(|column| Ok(format!("CAST({} AS VARCHAR)", quoted(column)?))).collect::<Result<_>>()?;
+async fn sums(
+    context: &SessionContext,
+    relations: &[String],
+    same: &crate::job::SameTotalSpec,
+) -> Result<std::collections::BTreeMap<Vec<String>, String>> {
+    let by: Vec<String> = same
+        .by
+        .iter()
+        .map(|column| Ok(format!("CAST({} AS VARCHAR)", quoted(column)?)))
+        .collect::<Result<_>>()?;
     let names: Vec<String> = (0..by.len()).map(|index| format!("g{index}")).collect();
-    let select: Vec<String> = by.iter().zip(&names).map(|(column, name)| format!("{column} AS {name}, ")).collect();
+    let select: Vec<String> =
+        by.iter().zip(&names).map(|(column, name)| format!("{column} AS {name}, ")).collect();
     let unions = relations
         .iter()
-        .map(|relation| Ok(format!("SELECT {}{} AS x FROM {}", select.join(""), quoted(&same.sum)?, quoted(relation)?)))
+        .map(|relation| {
+            Ok(format!("SELECT {}{} AS x FROM {}", select.join(""), quoted(&same.sum)?, quoted(relation)?))
+        })
         .collect::<Result<Vec<_>>>()?
         .join(" UNION ALL ");
     let group = if names.is_empty() { String::new() } else { format!(" GROUP BY {}", names.join(", ")) };
     let listed: String = names.iter().map(|name| format!("{name}, ")).collect();
-    let batches = context.sql(&format!("SELECT {listed}sum(x) FROM ({unions}){group}")).await?.collect().await?;
+    let batches =
+        context.sql(&format!("SELECT {listed}sum(x) FROM ({unions}){group}")).await?.collect().await?;
     let options = FormatOptions::default().with_null("null");
     let mut sums = std::collections::BTreeMap::new();
     for batch in &batches {
-        let columns = batch.columns().iter().map(|array| Ok(ArrayFormatter::try_new(array.as_ref(), &options)?)).collect::<Result<Vec<_>>>()?;
+        let columns = batch
+            .columns()
+            .iter()
+            .map(|array| Ok(ArrayFormatter::try_new(array.as_ref(), &options)?))
+            .collect::<Result<Vec<_>>>()?;
         for row in 0..batch.num_rows() {
-            let mut values: Vec<String> = columns.iter().map(|column| column.value(row).to_string()).collect();
+            let mut values: Vec<String> =
+                columns.iter().map(|column| column.value(row).to_string()).collect();
             let sum = values.pop().unwrap_or_default();
             sums.insert(values, if sum == "null" { "0".to_owned() } else { sum });
         }

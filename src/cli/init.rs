@@ -5,10 +5,7 @@ use std::{fs, path::Path};
 use crate::error::{Error, Result};
 
 const FILES: &[(&str, &str)] = &[
-    (
-        "floodmark.yaml",
-        "# yaml-language-server: $schema=floodmark-project.json\nproject: my_project\n",
-    ),
+    ("floodmark.yaml", "# yaml-language-server: $schema=floodmark-project.json\nproject: my_project\n"),
     ("connections.yaml", "lake: { kind: files, root: out }\n"),
     (
         "jobs/orders.yaml",
@@ -34,7 +31,8 @@ pub(super) fn init(folder: &Path) -> Result<Vec<String>> {
             continue;
         }
         if let Some(parent) = full.parent() {
-            fs::create_dir_all(parent).map_err(|error| Error::io("make the folder", parent.display(), error))?;
+            fs::create_dir_all(parent)
+                .map_err(|error| Error::io("make the folder", parent.display(), error))?;
         }
         fs::write(&full, text).map_err(|error| Error::io("write", full.display(), error))?;
     }

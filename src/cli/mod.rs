@@ -190,7 +190,9 @@ pub fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let code = match runtime {
         Ok(runtime) => {
-            let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(Box::pin(execute(arguments, &renderer)))));
+            let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                runtime.block_on(Box::pin(execute(arguments, &renderer)))
+            }));
             runtime.shutdown_background();
             code.unwrap_or(Ok(70))
         }
@@ -209,7 +211,8 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
     let open = || -> Result<Project> {
         let root = match &arguments.project {
             Some(root) => root.clone(),
-            None => find_project(&std::env::current_dir().unwrap_or_default()).unwrap_or_else(|| PathBuf::from(".")),
+            None => find_project(&std::env::current_dir().unwrap_or_default())
+                .unwrap_or_else(|| PathBuf::from(".")),
         };
         Project::load(&root, arguments.env.as_deref())
     };
@@ -229,7 +232,8 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
         }
         Verb::Plan { job, how } => {
             let (conductor, request) = conductor(open()?, &how, false, Vec::new())?;
-            let selected = with_upstream(&conductor, &select(&conductor.project, &[job.clone()], &[])?);
+            let selected =
+                with_upstream(&conductor, &select(&conductor.project, std::slice::from_ref(&job), &[])?);
             let plans = conductor.plan_all(&conductor.waves(&selected)?, &request).await?;
             if let Some(plan) = plans.get(&job) {
                 renderer.plan(plan);
@@ -252,7 +256,10 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
                 Some(id) => {
                     let runs = store.runs(u32::MAX)?;
                     let run = runs.iter().find(|run| run.run_id.to_string().starts_with(&id));
-                    let run = run.ok_or_else(|| Error::configuration(format!("there is no run `{id}`")).hint("`floodmark runs` lists them."))?;
+                    let run = run.ok_or_else(|| {
+                        Error::configuration(format!("there is no run `{id}`"))
+                            .hint("`floodmark runs` lists them.")
+                    })?;
                     renderer.run(run);
                 }
             }
@@ -278,7 +285,8 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
             match verb {
                 ConnectionsVerb::List => renderer.connections(&project),
                 ConnectionsVerb::Test { names } => {
-                    let names = if names.is_empty() { project.connections.keys().cloned().collect() } else { names };
+                    let names =
+                        if names.is_empty() { project.connections.keys().cloned().collect() } else { names };
                     let mut worst = 0;
                     for name in names {
                         let answer = match project.connection(&name) {
@@ -298,7 +306,12 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
     Ok(0)
 }
 
-fn conductor(project: Project, how: &How, full_refresh: bool, ranges: Vec<String>) -> Result<(Conductor, Request)> {
+fn conductor(
+    project: Project,
+    how: &How,
+    full_refresh: bool,
+    ranges: Vec<String>,
+) -> Result<(Conductor, Request)> {
     let clock = SystemClock;
     let as_of = match &how.as_of {
         Some(written) => project::as_of(written)?,
@@ -307,10 +320,12 @@ fn conductor(project: Project, how: &How, full_refresh: bool, ranges: Vec<String
     let mut params = BTreeMap::new();
     for given in &how.params {
         let (name, value) = given.split_once('=').ok_or_else(|| {
-            Error::configuration(format!("`{given}` gives no parameter a value")).hint("Write `--param name=value`.")
+            Error::configuration(format!("`{given}` gives no parameter a value"))
+                .hint("Write `--param name=value`.")
         })?;
         if !project.jobs.values().any(|job| job.job.params.contains_key(name)) {
-            let known: Vec<&str> = project.jobs.values().flat_map(|job| job.job.params.keys().map(String::as_str)).collect();
+            let known: Vec<&str> =
+                project.jobs.values().flat_map(|job| job.job.params.keys().map(String::as_str)).collect();
             let error = Error::configuration(format!("no job has a parameter `{name}`"));
             return Err(match crate::error::nearest(name, known) {
                 Some(near) => error.hint(format!("Did you mean `{near}`?")),
@@ -320,7 +335,13 @@ fn conductor(project: Project, how: &How, full_refresh: bool, ranges: Vec<String
         params.insert(name.to_owned(), value.to_owned());
     }
     let scratch = Scratch::new(project.limits.clone())?;
-    let conductor = Conductor { project, clock: Arc::new(clock), scratch, progress: Progress::default(), stop: CancellationToken::new() };
+    let conductor = Conductor {
+        project,
+        clock: Arc::new(clock),
+        scratch,
+        progress: Progress::default(),
+        stop: CancellationToken::new(),
+    };
     Ok((conductor, Request { as_of, params, full_refresh, ranges }))
 }
 
@@ -332,7 +353,9 @@ fn select(project: &Project, names: &[String], tags: &[String]) -> Result<Vec<St
             let error = Error::configuration(format!("there is no job `{name}`"));
             return Err(match crate::error::nearest(name, known.iter().copied()) {
                 Some(near) => error.hint(format!("Did you mean `{near}`?")),
-                None if known.is_empty() => error.hint("The project has no jobs yet: write one into `jobs/`."),
+                None if known.is_empty() => {
+                    error.hint("The project has no jobs yet: write one into `jobs/`.")
+                }
                 None => error.hint(format!("There are: {}.", known.join(", "))),
             });
         }
@@ -352,7 +375,8 @@ fn select(project: &Project, names: &[String], tags: &[String]) -> Result<Vec<St
         .map(|(name, _)| name.clone())
         .collect();
     if selected.is_empty() {
-        return Err(Error::configuration("the selection matches no job").hint("`floodmark check` lists the jobs; `--select` takes `tag:` and a tag of theirs."));
+        return Err(Error::configuration("the selection matches no job")
+            .hint("`floodmark check` lists the jobs; `--select` takes `tag:` and a tag of theirs."));
     }
     Ok(selected)
 }
@@ -373,7 +397,14 @@ fn with_upstream(conductor: &Conductor, selected: &[String]) -> Vec<String> {
     all
 }
 
-async fn run(conductor: &Conductor, renderer: &Renderer, jobs: &[String], tags: &[String], request: &Request, skip_code: Option<u8>) -> Result<u8> {
+async fn run(
+    conductor: &Conductor,
+    renderer: &Renderer,
+    jobs: &[String],
+    tags: &[String],
+    request: &Request,
+    skip_code: Option<u8>,
+) -> Result<u8> {
     let selected = select(&conductor.project, jobs, tags)?;
     let waves = conductor.waves(&selected)?;
     let stop = conductor.stop.clone();
@@ -381,7 +412,11 @@ async fn run(conductor: &Conductor, renderer: &Renderer, jobs: &[String], tags: 
     let caught = Arc::clone(&signal);
     let _signals = runtime::spawn(async move {
         use tokio::signal::unix::{SignalKind, signal};
-        let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else { return };
+        let (Ok(mut interrupt), Ok(mut terminate)) =
+            (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+        else {
+            return;
+        };
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => caught.store(143, std::sync::atomic::Ordering::Relaxed),
@@ -398,7 +433,11 @@ async fn run(conductor: &Conductor, renderer: &Renderer, jobs: &[String], tags: 
         if let Some(error) = error {
             renderer.error(error);
         }
-        let own = if record.outcome == crate::record::run::Outcome::Interrupted { signal.load(std::sync::atomic::Ordering::Relaxed) } else { record.exit_code };
+        let own = if record.outcome == crate::record::run::Outcome::Interrupted {
+            signal.load(std::sync::atomic::Ordering::Relaxed)
+        } else {
+            record.exit_code
+        };
         code = worse(code, own);
     }
     let nothing = done.iter().all(|(record, _)| record.outcome == crate::record::run::Outcome::NothingNew);
@@ -421,8 +460,13 @@ fn schema(kind: SchemaKind) -> serde_json::Value {
                 .iter()
                 .map(|connector: &&Connector| {
                     let mut schema = (connector.options)().to_value();
-                    if let Some(properties) = schema.get_mut("properties").and_then(serde_json::Value::as_object_mut) {
-                        properties.insert("kind".to_owned(), serde_json::json!({ "const": connector.name, "description": connector.summary }));
+                    if let Some(properties) =
+                        schema.get_mut("properties").and_then(serde_json::Value::as_object_mut)
+                    {
+                        properties.insert(
+                            "kind".to_owned(),
+                            serde_json::json!({ "const": connector.name, "description": connector.summary }),
+                        );
                     }
                     schema
                 })
@@ -445,7 +489,11 @@ pub(crate) fn nothing_promised() -> Promised {
 /// Whether a folder may take a new project.
 pub(crate) fn is_free(folder: &Path) -> Result<()> {
     if folder.join("floodmark.yaml").exists() {
-        return Err(Error::new(ErrorKind::Configuration, format!("`{}` holds a project already", folder.display())).hint("Choose another folder."));
+        return Err(Error::new(
+            ErrorKind::Configuration,
+            format!("`{}` holds a project already", folder.display()),
+        )
+        .hint("Choose another folder."));
     }
     Ok(())
 }

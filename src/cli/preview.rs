@@ -19,11 +19,26 @@ use crate::{
 };
 
 /// The first `limit` rows of a relation, as a first run would see it.
-pub(super) async fn preview(conductor: &Conductor, job: &str, relation: Option<&str>, limit: usize, request: &Request) -> Result<Vec<RecordBatch>> {
+pub(super) async fn preview(
+    conductor: &Conductor,
+    job: &str,
+    relation: Option<&str>,
+    limit: usize,
+    request: &Request,
+) -> Result<Vec<RecordBatch>> {
     let document = conductor.project.jobs.get(job).ok_or_else(|| Error::bug("no such job"))?;
     let connections = conductor.connections(document)?;
-    let plan = plan::plan(&conductor.project, document, request, &super::nothing_promised(), &connections, &conductor.scratch).await?;
-    let relation = relation.or_else(|| plan.outputs.first().map(|output| output.from.as_str())).unwrap_or_default();
+    let plan = plan::plan(
+        &conductor.project,
+        document,
+        request,
+        &super::nothing_promised(),
+        &connections,
+        &conductor.scratch,
+    )
+    .await?;
+    let relation =
+        relation.or_else(|| plan.outputs.first().map(|output| output.from.as_str())).unwrap_or_default();
     let known: Vec<&str> = plan.streams.keys().chain(plan.models.keys()).map(String::as_str).collect();
     if !known.contains(&relation) {
         let error = Error::configuration(format!("job `{job}` has no source or model `{relation}`"));
@@ -37,20 +52,29 @@ pub(super) async fn preview(conductor: &Conductor, job: &str, relation: Option<&
     let mut open = OpenSources::default();
     let mut windows = std::collections::HashMap::new();
     for (name, stream) in &plan.streams {
-        let connection = connections.get(&stream.connection).ok_or_else(|| Error::bug("a source is not open"))?;
+        let connection =
+            connections.get(&stream.connection).ok_or_else(|| Error::bug("a source is not open"))?;
         let source = connection.source().ok_or_else(|| Error::bug("a source cannot be read"))?;
         let specs = [stream.spec.clone()];
         let bounds = source.bounds(&specs, &Marks::new(), time).await?;
         let snapshot = source.snapshot(&specs, &bounds).await?;
         windows.extend(bounds.windows);
-        open.0.insert(name.clone(), OpenSource { connection: Arc::clone(connection), snapshot, tap: Arc::new(Tap::default()) });
+        open.0.insert(
+            name.clone(),
+            OpenSource { connection: Arc::clone(connection), snapshot, tap: Arc::new(Tap::default()) },
+        );
     }
     let context = session::for_models(&conductor.scratch, request.as_of, Arc::new(open));
     for (name, stream) in &plan.streams {
         let window = windows.remove(name).unwrap_or(crate::watermark::Window::Whole);
         context.register_table(name, scan_table(stream, window))?;
         if stream.spool {
-            let spool = crate::spool::Spool::of(name, context.table(name).await?.execute_stream().await?, &conductor.scratch).await?;
+            let spool = crate::spool::Spool::of(
+                name,
+                context.table(name).await?.execute_stream().await?,
+                &conductor.scratch,
+            )
+            .await?;
             context.deregister_table(name)?;
             context.register_table(name, spool.table()?)?;
         }
@@ -59,7 +83,8 @@ pub(super) async fn preview(conductor: &Conductor, job: &str, relation: Option<&
         let logical = context.state().statement_to_plan(model.select.for_datafusion()).await?;
         let view = context.execute_logical_plan(logical).await?;
         if model.spool {
-            let spool = crate::spool::Spool::of(name, view.execute_stream().await?, &conductor.scratch).await?;
+            let spool =
+                crate::spool::Spool::of(name, view.execute_stream().await?, &conductor.scratch).await?;
             context.register_table(name, spool.table()?)?;
         } else {
             context.register_table(name, view.into_view())?;

@@ -8,8 +8,8 @@ use std::{fmt, sync::Arc};
 
 use arrow::{
     array::{
-        ArrayRef, BinaryBuilder, BooleanBuilder, Date32Builder, Decimal128Builder, Float64Builder, Int64Builder,
-        StringBuilder, Time64MicrosecondBuilder, TimestampMicrosecondBuilder,
+        ArrayRef, BinaryBuilder, BooleanBuilder, Date32Builder, Decimal128Builder, Float64Builder,
+        Int64Builder, StringBuilder, Time64MicrosecondBuilder, TimestampMicrosecondBuilder,
     },
     datatypes::DataType,
 };
@@ -150,9 +150,10 @@ impl ColumnBuilder {
             }
             ColumnType::Float => (Kind::Float(Float64Builder::with_capacity(rows)), None),
             ColumnType::Bool => (Kind::Bool(BooleanBuilder::with_capacity(rows)), None),
-            ColumnType::Date(format) => {
-                (Kind::Date(Date32Builder::with_capacity(rows)), format.clone().or_else(|| rules.date.clone()))
-            }
+            ColumnType::Date(format) => (
+                Kind::Date(Date32Builder::with_capacity(rows)),
+                format.clone().or_else(|| rules.date.clone()),
+            ),
             ColumnType::Timestamp(format) => (
                 Kind::Timestamp(TimestampMicrosecondBuilder::with_capacity(rows)),
                 format.clone().or_else(|| rules.timestamp.clone()),
@@ -193,9 +194,16 @@ impl ColumnBuilder {
         match &mut self.kind {
             Kind::Text(builder) => builder.append_value(text),
             Kind::Int(builder) => {
-                let exact = decimal(text, rules.decimal, rules.thousands, 19, 0)
-                    .map_err(|why| if why.0.contains("decimal places") { Misfit("is not a whole number".to_owned()) } else { why })?;
-                builder.append_value(i64::try_from(exact).map_err(|_| Misfit("is too large for an int".to_owned()))?);
+                let exact = decimal(text, rules.decimal, rules.thousands, 19, 0).map_err(|why| {
+                    if why.0.contains("decimal places") {
+                        Misfit("is not a whole number".to_owned())
+                    } else {
+                        why
+                    }
+                })?;
+                builder.append_value(
+                    i64::try_from(exact).map_err(|_| Misfit("is too large for an int".to_owned()))?,
+                );
             }
             Kind::Decimal(builder, precision, scale) => {
                 builder.append_value(decimal(text, rules.decimal, rules.thousands, *precision, *scale)?);
@@ -289,7 +297,11 @@ impl ColumnBuilder {
                 }
                 let text = value.to_string();
                 let digits = text.bytes().filter(u8::is_ascii_digit).count()
-                    - text.bytes().take_while(|byte| matches!(byte, b'-' | b'0' | b'.')).filter(u8::is_ascii_digit).count();
+                    - text
+                        .bytes()
+                        .take_while(|byte| matches!(byte, b'-' | b'0' | b'.'))
+                        .filter(u8::is_ascii_digit)
+                        .count();
                 if digits > 15 {
                     return misfit("is a binary fraction that is no exact decimal");
                 }
@@ -338,7 +350,13 @@ impl ColumnBuilder {
 /// # Errors
 ///
 /// A [`Misfit`] for what is no number, has too many decimals, or too many digits.
-pub fn decimal(text: &str, mark: u8, thousands: Option<u8>, precision: u8, scale: i8) -> Result<i128, Misfit> {
+pub fn decimal(
+    text: &str,
+    mark: u8,
+    thousands: Option<u8>,
+    precision: u8,
+    scale: i8,
+) -> Result<i128, Misfit> {
     let not_a_number = || Misfit("is not a number".to_owned());
     let bytes = text.trim().as_bytes();
     let (negative, bytes) = match bytes {
@@ -406,7 +424,7 @@ fn float(text: &str, rules: &TextRules) -> Result<f64, Misfit> {
     let plain = if rules.decimal == b'.' && rules.thousands.is_none() {
         text.parse()
     } else {
-        let kept = text.chars().filter(|c| !rules.thousands.is_some_and(|mark| *c == char::from(mark)));
+        let kept = text.chars().filter(|c| rules.thousands.is_none_or(|mark| *c != char::from(mark)));
         kept.map(|c| if c == char::from(rules.decimal) { '.' } else { c }).collect::<String>().parse()
     };
     plain.map_err(|_| Misfit("is not a number".to_owned()))
@@ -442,9 +460,10 @@ fn iso_date(text: &str) -> Option<NaiveDate> {
         return None;
     }
     let number = |range: std::ops::Range<usize>| -> Option<u32> {
-        bytes.get(range)?.iter().try_fold(0, |sum, byte| {
-            byte.is_ascii_digit().then(|| sum * 10 + u32::from(byte - b'0'))
-        })
+        bytes
+            .get(range)?
+            .iter()
+            .try_fold(0, |sum, byte| byte.is_ascii_digit().then(|| sum * 10 + u32::from(byte - b'0')))
     };
     NaiveDate::from_ymd_opt(i32::try_from(number(0..4)?).ok()?, number(5..7)?, number(8..10)?)
 }
@@ -492,14 +511,17 @@ fn clock_time(text: &str) -> Option<NaiveTime> {
     };
     let (hour, minute, second) = (number()??, number()??, number()?.unwrap_or(0));
     number()?.is_none().then_some(())?;
-    if !fraction.bytes().all(|byte| byte.is_ascii_digit()) || fraction.get(6..).is_some_and(|rest| rest.bytes().any(|byte| byte != b'0')) {
+    if !fraction.bytes().all(|byte| byte.is_ascii_digit())
+        || fraction.get(6..).is_some_and(|rest| rest.bytes().any(|byte| byte != b'0'))
+    {
         return None;
     }
     let micros: u32 = format!("{:0<6}", fraction.get(..6).unwrap_or(fraction)).parse().ok()?;
     NaiveTime::from_hms_micro_opt(hour, minute, second, micros)
 }
 
-const TIMESTAMP_SHAPE: &str = "is not a timestamp such as 2026-10-31 23:59:59, with at most six digits after the second";
+const TIMESTAMP_SHAPE: &str =
+    "is not a timestamp such as 2026-10-31 23:59:59, with at most six digits after the second";
 
 /// Microseconds of a wall clock since 1970.
 fn naive(text: &str, format: Option<&str>) -> Result<i64, Misfit> {
@@ -535,9 +557,7 @@ pub fn instant(text: &str, format: Option<&str>, zone: Option<Tz>) -> Result<i64
         None => iso_timestamp(text).ok_or_else(|| Misfit(TIMESTAMP_SHAPE.to_owned()))?,
     };
     match (offset, zone) {
-        (Some(seconds), _) => {
-            Ok(local.and_utc().timestamp_micros() - i64::from(seconds) * 1_000_000)
-        }
+        (Some(seconds), _) => Ok(local.and_utc().timestamp_micros() - i64::from(seconds) * 1_000_000),
         (None, Some(zone)) => zone
             .from_local_datetime(&local)
             .earliest()
@@ -590,9 +610,13 @@ impl Guess {
             }
         } else if date(text, rules.date.as_deref()).is_ok() {
             self.kinds[DATE] += 1;
-        } else if naive(text, rules.timestamp.as_deref()).is_ok() || instant(text, rules.timestamp.as_deref(), None).is_ok() {
+        } else if naive(text, rules.timestamp.as_deref()).is_ok()
+            || instant(text, rules.timestamp.as_deref(), None).is_ok()
+        {
             self.kinds[STAMP] += 1;
-            if rules.timestamp.is_none() && iso_timestamp(text.trim()).is_some_and(|(_, offset)| offset.is_some()) {
+            if rules.timestamp.is_none()
+                && iso_timestamp(text.trim()).is_some_and(|(_, offset)| offset.is_some())
+            {
                 self.int = Some(());
             }
         } else if matches!(text, "true" | "false" | "TRUE" | "FALSE" | "True" | "False") {
@@ -680,7 +704,12 @@ mod tests {
             ("999.99", 5, 2, Ok(99_999)),
             ("1000.00", 5, 2, Err("has more digits than decimal(5,2) holds")),
             ("99999999999999999999999999999999999999", 38, 0, Ok(10_i128.pow(38) - 1)),
-            ("100000000000000000000000000000000000000", 38, 0, Err("has more digits than decimal(38,0) holds")),
+            (
+                "100000000000000000000000000000000000000",
+                38,
+                0,
+                Err("has more digits than decimal(38,0) holds"),
+            ),
             ("", 18, 2, Err("is not a number")),
             (".", 18, 2, Err("is not a number")),
             (".5", 18, 2, Ok(50)),
@@ -698,7 +727,10 @@ mod tests {
         let mut builder =
             ColumnBuilder::new(&ColumnType::Decimal { precision: 18, scale: 2 }, &rules(), 8).unwrap();
         assert_eq!(builder.real(1234.56), Ok(()));
-        assert_eq!(builder.real(0.1 + 0.2), Err(Misfit("is a binary fraction that is no exact decimal".to_owned())));
+        assert_eq!(
+            builder.real(0.1 + 0.2),
+            Err(Misfit("is a binary fraction that is no exact decimal".to_owned()))
+        );
         assert!(builder.real(f64::NAN).is_err());
         assert!(builder.real(0.125).is_err());
         assert_eq!(builder.finish().len(), 1);

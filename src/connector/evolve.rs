@@ -32,7 +32,11 @@ pub fn evolve(output: &OutputSpec, current: &Schema, model: &Schema) -> Result<S
         let name = field.name();
         match model.field_with_name(name) {
             Ok(new) if new.data_type() == field.data_type() => {
-                fields.push(Arc::new(Field::new(name, field.data_type().clone(), field.is_nullable() || new.is_nullable())));
+                fields.push(Arc::new(Field::new(
+                    name,
+                    field.data_type().clone(),
+                    field.is_nullable() || new.is_nullable(),
+                )));
             }
             Ok(new) => {
                 let (old, now) = (describe(field.data_type()), describe(new.data_type()));
@@ -41,8 +45,13 @@ pub fn evolve(output: &OutputSpec, current: &Schema, model: &Schema) -> Result<S
                     return Err(if type_change == TypeChange::Error {
                         refuse(why, "type_change: widen")
                     } else {
-                        Error::data(format!("output `{}`: {why}, which not every old value fits", output.name))
-                            .hint(format!("Cast it to {old} in the model, or load the output anew with `--full-refresh`."))
+                        Error::data(format!(
+                            "output `{}`: {why}, which not every old value fits",
+                            output.name
+                        ))
+                        .hint(format!(
+                            "Cast it to {old} in the model, or load the output anew with `--full-refresh`."
+                        ))
                     });
                 }
                 fields.push(Arc::new(Field::new(name, new.data_type().clone(), true)));
@@ -50,7 +59,12 @@ pub fn evolve(output: &OutputSpec, current: &Schema, model: &Schema) -> Result<S
             Err(_) if dropped_column == DroppedColumn::Keep => {
                 fields.push(Arc::new(Field::new(name, field.data_type().clone(), true)));
             }
-            Err(_) => return Err(refuse(format!("the column `{name}` is there and not in the model"), "dropped_column: keep")),
+            Err(_) => {
+                return Err(refuse(
+                    format!("the column `{name}` is there and not in the model"),
+                    "dropped_column: keep",
+                ));
+            }
         }
     }
     for field in model.fields() {

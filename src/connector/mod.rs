@@ -23,8 +23,6 @@ use crate::{
 use spec::{Guarantee, OutputSpec, StreamSpec};
 
 pub mod columns;
-#[cfg(test)]
-pub(crate) mod contract;
 pub mod evolve;
 pub mod files;
 pub mod scan;
@@ -203,7 +201,12 @@ pub trait Source: Send + Sync {
     /// # Errors
     ///
     /// If the snapshot is not this connection's, or is gone.
-    fn scan(&self, snapshot: &Snapshot, scan: &scan::Scan, tap: Arc<tap::Tap>) -> Result<SendableRecordBatchStream>;
+    fn scan(
+        &self,
+        snapshot: &Snapshot,
+        scan: &scan::Scan,
+        tap: Arc<tap::Tap>,
+    ) -> Result<SendableRecordBatchStream>;
 }
 
 /// Where rows go.
@@ -231,7 +234,8 @@ pub trait Target: Send + Sync {
     /// The columns that an output has now, and whether it holds rows; `None` if it is not there.
     async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>>;
     /// Starts one attempt of a release on top of `base`, the last record.
-    async fn begin(&self, job: &JobId, attempt: &Attempt, base: Option<&LoadRecord>) -> Result<Box<dyn Load>>;
+    async fn begin(&self, job: &JobId, attempt: &Attempt, base: Option<&LoadRecord>)
+    -> Result<Box<dyn Load>>;
 }
 
 /// What an output is before a load.

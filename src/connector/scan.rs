@@ -113,8 +113,15 @@ impl ScanExec {
 
 impl DisplayAs for ScanExec {
     fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let columns: Vec<&str> = self.scan.schema.fields().iter().map(|field| field.name().as_str()).collect();
-        write!(f, "ScanExec: source={}, window={}, columns=[{}]", self.scan.stream.name, self.scan.window, columns.join(", "))
+        let columns: Vec<&str> =
+            self.scan.schema.fields().iter().map(|field| field.name().as_str()).collect();
+        write!(
+            f,
+            "ScanExec: source={}, window={}, columns=[{}]",
+            self.scan.stream.name,
+            self.scan.window,
+            columns.join(", ")
+        )
     }
 }
 

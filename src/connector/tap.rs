@@ -100,12 +100,19 @@ impl Tap {
     /// # Errors
     ///
     /// If the stream refuses bad rows, or had enough of them.
-    pub fn reject(&self, stream: &StreamSpec, position: String, reason: String, row: impl FnOnce() -> String) -> Result<()> {
+    pub fn reject(
+        &self,
+        stream: &StreamSpec,
+        position: String,
+        reason: String,
+        row: impl FnOnce() -> String,
+    ) -> Result<()> {
         match stream.bad_rows {
-            BadRows::Error => Err(Error::data(format!("source `{}`: {position}: {reason}", stream.name)).hint(format!(
-                "Mend the row, or set such rows aside: `bad_rows: quarantine` on source `{}`.",
-                stream.name
-            ))),
+            BadRows::Error => Err(Error::data(format!("source `{}`: {position}: {reason}", stream.name))
+                .hint(format!(
+                    "Mend the row, or set such rows aside: `bad_rows: quarantine` on source `{}`.",
+                    stream.name
+                ))),
             BadRows::Quarantine => {
                 let mut rejects = self.rejects.lock().unwrap_or_else(PoisonError::into_inner);
                 if rejects.len() as u64 >= stream.max_bad_rows {
@@ -150,6 +157,11 @@ impl Tap {
 
     /// The totals.
     pub fn totals(&self) -> Vec<Total> {
-        self.totals.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Totals::finish).unwrap_or_default()
+        self.totals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(Totals::finish)
+            .unwrap_or_default()
     }
 }

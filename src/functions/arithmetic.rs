@@ -88,7 +88,11 @@ impl ScalarUDFImpl for Checked {
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> DataFusionResult<ColumnarValue> {
         let wanted = args.return_field.data_type();
         let adjust = |array: ArrayRef| -> DataFusionResult<ArrayRef> {
-            if array.data_type() == wanted { Ok(array) } else { Ok(super::cast::cast_exactly(&array, wanted)?) }
+            if array.data_type() == wanted {
+                Ok(array)
+            } else {
+                Ok(super::cast::cast_exactly(&array, wanted)?)
+            }
         };
         match args.args.as_slice() {
             [ColumnarValue::Array(left), ColumnarValue::Array(right)] => {

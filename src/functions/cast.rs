@@ -22,7 +22,7 @@ use crate::{
 
 /// Whether a cast from `from` to `to` could lose digits without Arrow minding.
 pub fn can_lose(from: &DataType, to: &DataType) -> bool {
-    use DataType::{Decimal128, Decimal256, Float16, Float32, Float64, Utf8, LargeUtf8, Utf8View, Timestamp};
+    use DataType::{Decimal128, Decimal256, Float16, Float32, Float64, LargeUtf8, Timestamp, Utf8, Utf8View};
     match (from, to) {
         (Decimal128(_, s1) | Decimal256(_, s1), Decimal128(_, s2) | Decimal256(_, s2)) => s2 < s1,
         (Decimal128(..) | Decimal256(..) | Float16 | Float32 | Float64, to) if to.is_integer() => true,
@@ -39,16 +39,24 @@ pub fn can_lose(from: &DataType, to: &DataType) -> bool {
 /// If a value does not fit, or fits only without some of its digits.
 pub fn cast_exactly(array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
     let from = array.data_type();
-    let refuse = |why: String| Error::data(format!("a value cannot become {} without loss", describe(to))).note(why);
-    if let (DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View, DataType::Decimal128(precision, scale)) = (from, to) {
+    let refuse =
+        |why: String| Error::data(format!("a value cannot become {} without loss", describe(to))).note(why);
+    if let (
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View,
+        DataType::Decimal128(precision, scale),
+    ) = (from, to)
+    {
         let text = cast_with_options(array, &DataType::Utf8, &CastOptions::default())?;
         let text = text.as_string::<i32>();
-        let mut builder = Decimal128Builder::with_capacity(text.len()).with_precision_and_scale(*precision, *scale)?;
+        let mut builder =
+            Decimal128Builder::with_capacity(text.len()).with_precision_and_scale(*precision, *scale)?;
         for (row, value) in text.iter().enumerate() {
             match value {
                 Some(value) => {
                     let exact = decimal(value, b'.', None, *precision, *scale);
-                    builder.append_value(exact.map_err(|why| refuse(format!("row {}: the text {why}", row + 1)))?);
+                    builder.append_value(
+                        exact.map_err(|why| refuse(format!("row {}: the text {why}", row + 1)))?,
+                    );
                 }
                 None => builder.append_null(),
             }

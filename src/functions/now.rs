@@ -30,7 +30,13 @@ pub fn functions(as_of: DateTime<Utc>) -> Vec<ScalarUDF> {
     let days = as_of.date_naive().signed_duration_since(NaiveDate::default()).num_days();
     let day = ScalarValue::Date32(i32::try_from(days).ok());
     let frozen = |name, alias: &str, value| {
-        Frozen { name, aliases: vec![alias.to_owned()], value, signature: Signature::nullary(Volatility::Immutable) }.into()
+        Frozen {
+            name,
+            aliases: vec![alias.to_owned()],
+            value,
+            signature: Signature::nullary(Volatility::Immutable),
+        }
+        .into()
     };
     vec![frozen("now", "current_timestamp", instant), frozen("current_date", "today", day)]
 }

@@ -2,7 +2,11 @@
 
 use arrow::datatypes::DataType;
 use datafusion::{
-    common::{Column, DFSchema, Diagnostic, Result as DataFusionResult, Span, config::ConfigOptions, tree_node::{Transformed, TreeNode, TreeNodeRecursion}},
+    common::{
+        Column, DFSchema, Diagnostic, Result as DataFusionResult, Span,
+        config::ConfigOptions,
+        tree_node::{Transformed, TreeNode, TreeNodeRecursion},
+    },
     error::DataFusionError,
     logical_expr::{
         BinaryExpr, Expr, ExprSchemable, LogicalPlan, Operator,
@@ -57,14 +61,16 @@ fn refuse_mixed(left: &Expr, right: &Expr, schema: &DFSchema) -> DataFusionResul
     let (Ok(a), Ok(b)) = (left.get_type(schema), right.get_type(schema)) else { return Ok(()) };
     let mixed = matches!(
         (&a, &b),
-        (DataType::Timestamp(_, None), DataType::Timestamp(_, Some(_))) | (DataType::Timestamp(_, Some(_)), DataType::Timestamp(_, None))
+        (DataType::Timestamp(_, None), DataType::Timestamp(_, Some(_)))
+            | (DataType::Timestamp(_, Some(_)), DataType::Timestamp(_, None))
     );
     if !mixed {
         return Ok(());
     }
     let text = "a timestamp without a zone is compared with one that has a zone";
     let span = span_of(left).or_else(|| span_of(right));
-    let hint = "Declare `timezone:` on the source of the one without, or cast it: `x at time zone 'Europe/Berlin'`";
+    let hint =
+        "Declare `timezone:` on the source of the one without, or cast it: `x at time zone 'Europe/Berlin'`";
     let diagnostic = Diagnostic::new_error(text, span).with_help(hint, None);
     Err(DataFusionError::Plan(text.to_owned()).with_diagnostic(diagnostic))
 }
@@ -112,7 +118,9 @@ fn exact(expr: Expr, schema: &DFSchema) -> DataFusionResult<Transformed<Expr>> {
         Expr::BinaryExpr(BinaryExpr { left, op, right }) if is_arithmetic(op) => {
             let types = (left.get_type(schema)?, right.get_type(schema)?);
             match arithmetic::function(op) {
-                Some(function) if arithmetic::is_exact_number(&types.0) && arithmetic::is_exact_number(&types.1) => {
+                Some(function)
+                    if arithmetic::is_exact_number(&types.0) && arithmetic::is_exact_number(&types.1) =>
+                {
                     let call = ScalarFunction::new_udf(function, vec![*left, *right]);
                     Ok(Transformed::yes(Expr::ScalarFunction(call)))
                 }
@@ -145,7 +153,9 @@ pub fn floats_of_money(plan: &LogicalPlan) -> Vec<(String, Option<Span>)> {
             expr.apply(|expr| {
                 if let Expr::Cast(Cast { expr: inner, field }) = expr
                     && field.data_type().is_floating()
-                    && inner.get_type(&schema).is_ok_and(|from| matches!(from, DataType::Decimal128(..) | DataType::Decimal256(..)))
+                    && inner
+                        .get_type(&schema)
+                        .is_ok_and(|from| matches!(from, DataType::Decimal128(..) | DataType::Decimal256(..)))
                     && !matches!(inner.as_ref(), Expr::Literal(..))
                 {
                     let entry = (inner.to_string(), span_of(inner));

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use arrow::{
     array::{Array, ArrayRef, AsArray},
-    datatypes::{DataType, Decimal128Type, Decimal256Type, Field, FieldRef, Float64Type, Int64Type, UInt64Type, i256},
+    datatypes::{
+        DataType, Decimal128Type, Decimal256Type, Field, FieldRef, Float64Type, Int64Type, UInt64Type, i256,
+    },
 };
 use datafusion::{
     common::Result as DataFusionResult,
@@ -79,7 +81,8 @@ impl AggregateUDFImpl for ExactSum {
             | DataType::Decimal128(precision, scale) => DataType::Decimal128(*precision, *scale),
             DataType::Float16 | DataType::Float32 | DataType::Float64 => DataType::Float64,
             other => {
-                let text = format!("`{}` adds numbers, and this is {}", self.name(), crate::types::describe(other));
+                let text =
+                    format!("`{}` adds numbers, and this is {}", self.name(), crate::types::describe(other));
                 return Err(DataFusionError::Plan(text));
             }
         }])
@@ -144,8 +147,12 @@ struct Sum {
 impl Sum {
     fn each(array: &ArrayRef, mut take: impl FnMut(i128)) -> DataFusionResult<()> {
         match array.data_type() {
-            DataType::Int64 => array.as_primitive::<Int64Type>().iter().flatten().for_each(|value| take(value.into())),
-            DataType::Decimal128(..) => array.as_primitive::<Decimal128Type>().iter().flatten().for_each(take),
+            DataType::Int64 => {
+                array.as_primitive::<Int64Type>().iter().flatten().for_each(|value| take(value.into()));
+            }
+            DataType::Decimal128(..) => {
+                array.as_primitive::<Decimal128Type>().iter().flatten().for_each(take);
+            }
             other => return Err(Error::bug(format!("an exact sum of {other}")).into()),
         }
         Ok(())
@@ -175,7 +182,10 @@ impl Accumulator for Sum {
     }
 
     fn state(&mut self) -> DataFusionResult<Vec<ScalarValue>> {
-        Ok(vec![ScalarValue::Decimal256(Some(self.sum), 76, self.scale), ScalarValue::UInt64(Some(self.count))])
+        Ok(vec![
+            ScalarValue::Decimal256(Some(self.sum), 76, self.scale),
+            ScalarValue::UInt64(Some(self.count)),
+        ])
     }
 
     fn merge_batch(&mut self, states: &[ArrayRef]) -> DataFusionResult<()> {

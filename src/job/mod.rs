@@ -347,10 +347,24 @@ mod tests {
 
     #[test]
     fn spans_and_parts_are_exact() {
-        for (written, expected) in [("10%", Some(100_000)), ("0.5%", Some(5_000)), ("100%", Some(1_000_000)), ("101%", None), ("10", None), ("-1%", None)] {
+        for (written, expected) in [
+            ("10%", Some(100_000)),
+            ("0.5%", Some(5_000)),
+            ("100%", Some(1_000_000)),
+            ("101%", None),
+            ("10", None),
+            ("-1%", None),
+        ] {
             assert_eq!(parts_per_million(written), expected, "{written}");
         }
-        for (written, expected) in [("2h", Some(7_200_000_000)), ("90s", Some(90_000_000)), ("3d", Some(259_200_000_000)), ("2", None), ("h", None), ("2y", None)] {
+        for (written, expected) in [
+            ("2h", Some(7_200_000_000)),
+            ("90s", Some(90_000_000)),
+            ("3d", Some(259_200_000_000)),
+            ("2", None),
+            ("h", None),
+            ("2y", None),
+        ] {
             assert_eq!(micros(written), expected, "{written}");
         }
     }

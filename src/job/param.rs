@@ -67,9 +67,9 @@ impl Param {
         use sqlparser::ast::{DataType, ExactNumberInfo, TimezoneInfo};
         let data_type = match &self.column {
             ColumnType::Int => DataType::BigInt(None),
-            ColumnType::Decimal { precision, scale } => {
-                DataType::Decimal(ExactNumberInfo::PrecisionAndScale(u64::from(*precision), i64::from(*scale)))
-            }
+            ColumnType::Decimal { precision, scale } => DataType::Decimal(
+                ExactNumberInfo::PrecisionAndScale(u64::from(*precision), i64::from(*scale)),
+            ),
             ColumnType::Bool => DataType::Boolean,
             ColumnType::Date(_) => DataType::Date,
             ColumnType::TimestampTz(_) => DataType::Timestamp(None, TimezoneInfo::WithTimeZone),

@@ -10,11 +10,7 @@ use std::{
 
 use arrow::datatypes::{DataType, SchemaRef};
 use chrono::{DateTime, Utc};
-use datafusion::{
-    common::tree_node::TreeNodeRecursion,
-    logical_expr::LogicalPlan,
-    prelude::SessionContext,
-};
+use datafusion::{common::tree_node::TreeNodeRecursion, logical_expr::LogicalPlan, prelude::SessionContext};
 use indexmap::IndexMap;
 
 use crate::{
@@ -139,9 +135,18 @@ pub async fn plan(
     connections: &BTreeMap<String, Arc<dyn Connection>>,
     scratch: &Scratch,
 ) -> Result<Plan> {
-    Planner { project, job: &job.job, document: &job.document, request, promised, connections, problems: Vec::new(), warnings: Vec::new() }
-        .plan(scratch)
-        .await
+    Planner {
+        project,
+        job: &job.job,
+        document: &job.document,
+        request,
+        promised,
+        connections,
+        problems: Vec::new(),
+        warnings: Vec::new(),
+    }
+    .plan(scratch)
+    .await
 }
 
 struct Planner<'a> {
@@ -191,29 +196,47 @@ impl Planner<'_> {
                     }
                     for (what, span) in rules::floats_of_money(&logical) {
                         let place = span.map(|span| {
-                            let of = |location: datafusion::common::Location| sqlparser::tokenizer::Location { line: location.line, column: location.column };
-                            sql::place(&select.file, sqlparser::tokenizer::Span { start: of(span.start), end: of(span.end) })
+                            let of =
+                                |location: datafusion::common::Location| sqlparser::tokenizer::Location {
+                                    line: location.line,
+                                    column: location.column,
+                                };
+                            sql::place(
+                                &select.file,
+                                sqlparser::tokenizer::Span { start: of(span.start), end: of(span.end) },
+                            )
                         });
                         self.warnings.push(
-                            Problem::new(format!("model `{name}`: `{what}` is exact and becomes a float here"))
-                                .at(place.unwrap_or_else(|| sql::whole(&select.file)))
-                                .hint("Cast the other side to a decimal instead."),
+                            Problem::new(format!(
+                                "model `{name}`: `{what}` is exact and becomes a float here"
+                            ))
+                            .at(place.unwrap_or_else(|| sql::whole(&select.file)))
+                            .hint("Cast the other side to a decimal instead."),
                         );
                     }
                     let schema = Arc::new(plain_schema(logical.schema().as_arrow()));
-                    if let Some(field) = schema.fields().iter().find(|field| field.data_type() == &DataType::Null) {
+                    if let Some(field) =
+                        schema.fields().iter().find(|field| field.data_type() == &DataType::Null)
+                    {
                         self.problems.push(
-                            Problem::new(format!("model `{name}`: the column `{}` has no type", field.name()))
-                                .at(sql::whole(&select.file))
-                                .hint("Give its null a type: `cast(null as varchar)`."),
+                            Problem::new(format!(
+                                "model `{name}`: the column `{}` has no type",
+                                field.name()
+                            ))
+                            .at(sql::whole(&select.file))
+                            .hint("Give its null a type: `cast(null as varchar)`."),
                         );
                     }
                     let partial = select.reads.iter().any(|read| {
-                        streams.get(read).is_some_and(|stream| stream.partial) || models.get(read).is_some_and(|model| model.partial)
+                        streams.get(read).is_some_and(|stream| stream.partial)
+                            || models.get(read).is_some_and(|model| model.partial)
                     });
                     // Readers see the model as a table of its own columns: so uses are counted per model.
                     context.register_table(&name, placeholder(&name, &schema))?;
-                    models.insert(name.clone(), Model { select: select.clone(), schema, partial, spool: false });
+                    models.insert(
+                        name.clone(),
+                        Model { select: select.clone(), schema, partial, spool: false },
+                    );
                 }
                 Err(problem) => {
                     self.problems.push(problem);
@@ -290,7 +313,10 @@ impl Planner<'_> {
     fn selects(&mut self, params: &IndexMap<String, Param>) -> IndexMap<String, sql::Select> {
         let mut selects = IndexMap::new();
         for name in self.job.models.keys() {
-            let parsed = self.project.sql(&Project::model_path(self.job, name)).and_then(|file| sql::parse(&file, params));
+            let parsed = self
+                .project
+                .sql(&Project::model_path(self.job, name))
+                .and_then(|file| sql::parse(&file, params));
             match parsed {
                 Ok(select) => {
                     selects.insert(name.clone(), select);
@@ -308,7 +334,10 @@ impl Planner<'_> {
             let connection = source.connection.clone().unwrap_or_else(|| PROJECT_CONNECTION.to_owned());
             let Some(open) = self.connections.get(&connection) else { continue };
             let Some(readable) = open.source() else {
-                self.problems.push(Problem::new(format!("connection `{connection}` cannot be read")).at(self.document.place(&["sources", name])));
+                self.problems.push(
+                    Problem::new(format!("connection `{connection}` cannot be read"))
+                        .at(self.document.place(&["sources", name])),
+                );
                 continue;
             };
             let promised = match &spec.read {
@@ -331,8 +360,10 @@ impl Planner<'_> {
             };
             for column in source.key.iter().chain(spec.columns.keys()) {
                 if schema.field_with_name(column).is_err() {
-                    let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-                    let problem = Problem::new(format!("source `{name}` has no column `{column}`")).at(self.document.place(&["sources", name]));
+                    let names: Vec<&str> =
+                        schema.fields().iter().map(|field| field.name().as_str()).collect();
+                    let problem = Problem::new(format!("source `{name}` has no column `{column}`"))
+                        .at(self.document.place(&["sources", name]));
                     self.problems.push(match nearest(column, names.iter().copied()) {
                         Some(near) => problem.hint(format!("Did you mean `{near}`?")),
                         None => problem.hint(format!("It has: {}.", names.join(", "))),
@@ -340,12 +371,18 @@ impl Planner<'_> {
                 }
             }
             if let Some(why) = source.totals.as_ref().and_then(|totals| Totals::problem(totals, &schema)) {
-                self.problems.push(Problem::new(format!("source `{name}`, totals: {why}")).at(self.document.place(&["sources", name, "totals"])));
+                self.problems.push(
+                    Problem::new(format!("source `{name}`, totals: {why}"))
+                        .at(self.document.place(&["sources", name, "totals"])),
+                );
             }
             let partial = spec.cursor.is_some() || matches!(spec.read, Read::Files { once: true, .. });
             let partial = partial && !self.request.full_refresh;
             let schema = if positions { with_position(&schema) } else { schema };
-            streams.insert(name.clone(), Stream { spec, connection, schema, partial, spool: false, totals: source.totals.clone() });
+            streams.insert(
+                name.clone(),
+                Stream { spec, connection, schema, partial, spool: false, totals: source.totals.clone() },
+            );
         }
         self.done()?;
         Ok(streams)
@@ -381,12 +418,24 @@ impl Planner<'_> {
     }
 
     /// The models in an order in which each comes after what it reads.
-    fn order(&mut self, selects: &IndexMap<String, sql::Select>, streams: &IndexMap<String, Stream>) -> Vec<String> {
+    fn order(
+        &mut self,
+        selects: &IndexMap<String, sql::Select>,
+        streams: &IndexMap<String, Stream>,
+    ) -> Vec<String> {
         for (name, select) in selects {
             for read in &select.reads {
                 if !streams.contains_key(read) && !selects.contains_key(read) {
-                    let known: Vec<&str> = streams.keys().chain(selects.keys()).map(String::as_str).filter(|known| known != name).collect();
-                    let problem = Problem::new(format!("model `{name}` reads `{read}`, which is no source and no model of the job")).at(select.place_of(read));
+                    let known: Vec<&str> = streams
+                        .keys()
+                        .chain(selects.keys())
+                        .map(String::as_str)
+                        .filter(|known| known != name)
+                        .collect();
+                    let problem = Problem::new(format!(
+                        "model `{name}` reads `{read}`, which is no source and no model of the job"
+                    ))
+                    .at(select.place_of(read));
                     self.problems.push(match nearest(read, known.iter().copied()) {
                         Some(near) => problem.hint(format!("Did you mean `{near}`?")),
                         None => problem.hint(format!("There are: {}.", known.join(", "))),
@@ -401,7 +450,9 @@ impl Planner<'_> {
                 .iter()
                 .copied()
                 .filter(|name| {
-                    selects.get(*name).is_some_and(|select| select.reads.iter().all(|read| !selects.contains_key(read) || order.contains(read)))
+                    selects.get(*name).is_some_and(|select| {
+                        select.reads.iter().all(|read| !selects.contains_key(read) || order.contains(read))
+                    })
                 })
                 .collect();
             if ready.is_empty() {
@@ -482,7 +533,10 @@ impl Planner<'_> {
         let mut outputs = Vec::new();
         let connection = self.connections.get(&self.job.target.connection);
         let Some(target) = connection.and_then(|connection| connection.target()) else {
-            self.problems.push(Problem::new(format!("connection `{}` cannot be written", self.job.target.connection)).at(self.document.place(&["target", "connection"])));
+            self.problems.push(
+                Problem::new(format!("connection `{}` cannot be written", self.job.target.connection))
+                    .at(self.document.place(&["target", "connection"])),
+            );
             return Ok(outputs);
         };
         for (name, output) in &self.job.target.outputs {
@@ -490,19 +544,29 @@ impl Planner<'_> {
             let Some(schema) = relations.get(&output.from) else { continue };
             *readers.entry(output.from.clone()).or_default() += 1;
             let columns: BTreeSet<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-            for column in output.key.iter().chain(&output.range).chain(&output.update).chain(&output.latest_by) {
+            for column in
+                output.key.iter().chain(&output.range).chain(&output.update).chain(&output.latest_by)
+            {
                 if !columns.contains(column.as_str()) {
-                    let problem = Problem::new(format!("output `{name}`: `{}` has no column `{column}`", output.from)).at(self.document.place(&path));
+                    let problem =
+                        Problem::new(format!("output `{name}`: `{}` has no column `{column}`", output.from))
+                            .at(self.document.place(&path));
                     self.problems.push(match nearest(column, columns.iter().copied()) {
                         Some(near) => problem.hint(format!("Did you mean `{near}`?")),
-                        None => problem.hint(format!("It has: {}.", columns.iter().copied().collect::<Vec<_>>().join(", "))),
+                        None => problem.hint(format!(
+                            "It has: {}.",
+                            columns.iter().copied().collect::<Vec<_>>().join(", ")
+                        )),
                     });
                 }
             }
             if let Some(why) = output.totals.as_ref().and_then(|totals| Totals::problem(totals, schema)) {
-                self.problems.push(Problem::new(format!("output `{name}`, totals: {why}")).at(self.document.place(&path)));
+                self.problems.push(
+                    Problem::new(format!("output `{name}`, totals: {why}")).at(self.document.place(&path)),
+                );
             }
-            let partial = streams.get(&output.from).is_some_and(|stream| stream.partial) || models.get(&output.from).is_some_and(|model| model.partial);
+            let partial = streams.get(&output.from).is_some_and(|stream| stream.partial)
+                || models.get(&output.from).is_some_and(|model| model.partial);
             if partial && output.mode.needs_whole() {
                 self.problems.push(
                     Problem::new(format!("output `{name}` replaces rows by those of `{}`, which sees only what is new", output.from))
@@ -510,14 +574,19 @@ impl Planner<'_> {
                         .hint("Publish the lines with `merge` or `append` in this job, and let a second job read what was published and replace."),
                 );
             }
-            let kept: Vec<_> = schema.fields().iter().filter(|field| field.name() != POSITION_COLUMN).cloned().collect();
+            let kept: Vec<_> =
+                schema.fields().iter().filter(|field| field.name() != POSITION_COLUMN).cloned().collect();
             let spec = OutputSpec {
                 name: name.clone(),
                 mode: output.mode,
                 key: output.key.clone(),
                 update: output.update.clone(),
                 range: output.range.clone(),
-                named_ranges: if output.mode == Mode::ReplaceRange { self.request.ranges.clone() } else { Vec::new() },
+                named_ranges: if output.mode == Mode::ReplaceRange {
+                    self.request.ranges.clone()
+                } else {
+                    Vec::new()
+                },
                 contract: self.job.target.contract,
                 rebuild: self.request.full_refresh,
             };
@@ -561,7 +630,10 @@ fn placeholder(name: &str, schema: &SchemaRef) -> Arc<ScanTable> {
 /// The problem, at its place in the file.
 pub async fn typed(context: &SessionContext, select: &sql::Select) -> Result<LogicalPlan, Problem> {
     let state = context.state();
-    let plan = state.statement_to_plan(select.for_datafusion()).await.map_err(|error| sql::problem(&error, &select.file))?;
+    let plan = state
+        .statement_to_plan(select.for_datafusion())
+        .await
+        .map_err(|error| sql::problem(&error, &select.file))?;
     state
         .analyzer()
         .execute_and_check(plan, state.config_options(), |_, _| {})

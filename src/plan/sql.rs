@@ -36,14 +36,18 @@ pub struct Select {
 ///
 /// What is not SQL, is no SELECT, or names an unknown parameter; with its place.
 pub fn parse(file: &Arc<SourceText>, params: &IndexMap<String, Param>) -> Result<Select> {
-    let mut statements = Parser::parse_sql(&GenericDialect {}, &file.text).map_err(|error| parser_problem(&error, file))?;
+    let mut statements =
+        Parser::parse_sql(&GenericDialect {}, &file.text).map_err(|error| parser_problem(&error, file))?;
     if statements.len() != 1 {
         let problem = Problem::new(format!("`{}` holds {} statements", file.path, statements.len()));
         return Err(problem.at(whole(file)).hint("A file of SQL holds one SELECT and nothing else.").into());
     }
     let Some(mut statement @ Statement::Query(_)) = statements.pop() else {
         let problem = Problem::new(format!("`{}` is no SELECT", file.path));
-        return Err(problem.at(first_word(file)).hint("Models and checks only read: write one SELECT, with WITH before it if you like.").into());
+        return Err(problem
+            .at(first_word(file))
+            .hint("Models and checks only read: write one SELECT, with WITH before it if you like.")
+            .into());
     };
     let mut unknown = None;
     let bound: ControlFlow<()> = visit_expressions_mut(&mut statement, |expr| {
@@ -65,7 +69,9 @@ pub fn parse(file: &Arc<SourceText>, params: &IndexMap<String, Param>) -> Result
         let bare = name.trim_start_matches('$');
         return Err(match nearest(bare, params.keys().map(String::as_str)) {
             Some(near) => problem.hint(format!("Did you mean `${near}`?")),
-            None => problem.hint(format!("Declare it in the job: `params: {{ {bare}: {{ type: string }} }}`.")),
+            None => {
+                problem.hint(format!("Declare it in the job: `params: {{ {bare}: {{ type: string }} }}`."))
+            }
         }
         .into());
     }
@@ -79,14 +85,16 @@ impl Select {
     /// Where the table `name` is named.
     pub fn place_of(&self, name: &str) -> Place {
         let mut found = None;
-        let _: ControlFlow<()> = visit_relations(&self.statement, |relation| {
-            let last = relation.0.last().and_then(|part| part.as_ident()).map(|ident| ident.value.to_lowercase());
+        let walk: ControlFlow<()> = visit_relations(&self.statement, |relation| {
+            let last =
+                relation.0.last().and_then(|part| part.as_ident()).map(|ident| ident.value.to_lowercase());
             if last.as_deref() == Some(name) {
                 found = Some(relation.span());
                 return ControlFlow::Break(());
             }
             ControlFlow::Continue(())
         });
+        debug_assert_eq!(walk.is_break(), found.is_some());
         found.map_or_else(|| whole(&self.file), |span| place(&self.file, span))
     }
 
@@ -149,7 +157,9 @@ fn parser_problem(error: &ParserError, file: &Arc<SourceText>) -> Problem {
         Some(Location { line: line.trim().parse().ok()?, column: column.trim().parse().ok()? })
     });
     let message = message.trim_start_matches("sql parser error: ").to_owned();
-    let problem = Problem::new(format!("this is not SQL: {message}"));
+    let problem = Problem::new(format!("this is not SQL: {message}")).hint(
+        "Look at the words just before this place: a comma, a bracket or a keyword is missing or too many.",
+    );
     match location {
         Some(location) => {
             let start = byte_of(&file.text, location).unwrap_or(0);
@@ -158,9 +168,15 @@ fn parser_problem(error: &ParserError, file: &Arc<SourceText>) -> Problem {
             let end = (start + word).min(file.text.len());
             problem.at(Place { file: Arc::clone(file), span: start.min(end)..end })
         }
-        None => problem.at(Place { file: Arc::clone(file), span: file.text.trim_end().len()..file.text.len() }),
+        None => {
+            problem.at(Place { file: Arc::clone(file), span: file.text.trim_end().len()..file.text.len() })
+        }
     }
 }
+
+/// Where names and types can be looked up.
+const LOOK_UP: &str =
+    "`floodmark plan JOB --output json` lists the columns and types of every source and model.";
 
 /// An error of DataFusion's planner as a mistake in the file.
 pub fn problem(error: &DataFusionError, file: &Arc<SourceText>) -> Problem {
@@ -176,19 +192,31 @@ pub fn problem(error: &DataFusionError, file: &Arc<SourceText>) -> Problem {
         let text = error.strip_backtrace();
         let text = Error::from(DataFusionError::Plan(text)).to_string();
         let text = text.trim_start_matches("type_coercion").trim_start_matches("caused by").trim().to_owned();
-        return Problem::new(text).at(whole(file));
+        return Problem::new(text).at(whole(file)).hint(LOOK_UP);
     };
     let span = diagnostic.span.map(|span| {
-        let of = |location: datafusion::common::Location| Location { line: location.line, column: location.column };
+        let of = |location: datafusion::common::Location| Location {
+            line: location.line,
+            column: location.column,
+        };
         Span { start: of(span.start), end: of(span.end) }
     });
     let mut problem = Problem::new(diagnostic.message.clone());
     problem = problem.at(span.map_or_else(|| whole(file), |span| place(file, span)));
-    for note in &diagnostic.notes {
+    let possible: Vec<&str> = diagnostic
+        .notes
+        .iter()
+        .filter_map(|note| note.message.strip_prefix("possible column "))
+        .map(|column| column.rsplit('.').next().unwrap_or(column))
+        .collect();
+    for note in diagnostic.notes.iter().filter(|note| !note.message.starts_with("possible column ")) {
         problem = problem.note(note.message.clone());
     }
-    if let Some(help) = diagnostic.helps.first() {
-        problem = problem.hint(help.message.clone());
-    }
-    problem
+    let hint = match (diagnostic.helps.first(), possible.as_slice()) {
+        (Some(help), _) => help.message.clone(),
+        (None, []) => LOOK_UP.to_owned(),
+        (None, [one]) => format!("Did you mean `{one}`?"),
+        (None, several) => format!("Did you mean one of {}?", several.join(", ")),
+    };
+    problem.hint(hint)
 }

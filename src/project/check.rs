@@ -32,7 +32,9 @@ pub(super) fn check(project: &Project, document: &Document, problems: &mut Vec<P
                 problems.push(
                     Problem::new(format!("output `{output}` belongs to job `{owner}` already"))
                         .at(document.key_place(&["target", "outputs", output]))
-                        .hint("An output has one job: its record is its history. Give this one another name."),
+                        .hint(
+                            "An output has one job: its record is its history. Give this one another name.",
+                        ),
                 );
             }
         }
@@ -40,17 +42,23 @@ pub(super) fn check(project: &Project, document: &Document, problems: &mut Vec<P
 }
 
 fn project_environments(document: &Document) -> Vec<(String, Vec<String>)> {
-    let environments = document.root.get("environments").map(|node| node.entries()).unwrap_or_default();
+    let environments = document.root.get("environments").map(super::yaml::Node::entries).unwrap_or_default();
     environments
         .iter()
         .map(|environment| {
-            let connections = environment.node.get("connections").map(|node| node.entries()).unwrap_or_default();
+            let connections =
+                environment.node.get("connections").map(super::yaml::Node::entries).unwrap_or_default();
             (environment.key.clone(), connections.iter().map(|entry| entry.key.clone()).collect())
         })
         .collect()
 }
 
-fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a String>, place: crate::error::Place) -> Problem {
+fn unknown<'a>(
+    what: &str,
+    name: &str,
+    known: impl Iterator<Item = &'a String>,
+    place: crate::error::Place,
+) -> Problem {
     let known: Vec<&str> = known.map(String::as_str).collect();
     let problem = Problem::new(format!("there is no {what} `{name}`")).at(place);
     match nearest(name, known.iter().copied()) {
@@ -83,19 +91,31 @@ impl Job<'_> {
         for (name, path) in &self.job.models {
             self.problems.extend(name_problem("model", name, self.document.key_place(&["models", name])));
             if self.job.sources.contains_key(name) {
-                self.say(&["models", name], format!("`{name}` is a source already"), "Sources and models share their names in SQL: rename one.");
+                self.say(
+                    &["models", name],
+                    format!("`{name}` is a source already"),
+                    "Sources and models share their names in SQL: rename one.",
+                );
             }
             let file = Project::model_path(self.job, name);
             if !self.project.root.join(&file).is_file() {
                 let message = format!("model `{name}`: there is no file `{file}`");
-                let hint = if path.is_some() { "Mend the path; it is relative to the project's folder." } else { "Write the SELECT there, or give its path." };
+                let hint = if path.is_some() {
+                    "Mend the path; it is relative to the project's folder."
+                } else {
+                    "Write the SELECT there, or give its path."
+                };
                 self.say(&["models", name], message, hint);
             }
         }
         for (name, param) in &self.job.params {
             self.problems.extend(name_problem("parameter", name, self.document.key_place(&["params", name])));
             if param.r#type.parse::<ColumnType>().is_err() {
-                self.say(&["params", name, "type"], format!("there is no type `{}`", param.r#type), "Such as `string`, `int`, `decimal(18,2)`, `date`.");
+                self.say(
+                    &["params", name, "type"],
+                    format!("there is no type `{}`", param.r#type),
+                    "Such as `string`, `int`, `decimal(18,2)`, `date`.",
+                );
             }
         }
         self.checks();
@@ -105,13 +125,27 @@ impl Job<'_> {
     fn source(&mut self, name: &str, source: &SourceSpec) {
         self.problems.extend(name_problem("source", name, self.document.key_place(&["sources", name])));
         let at = ["sources", name];
-        let given = [("table", &source.table), ("query", &source.query), ("file", &source.file), ("files", &source.files)];
-        let given: Vec<&str> = given.iter().filter(|(_, value)| value.is_some()).map(|(key, _)| *key).collect();
+        let given = [
+            ("table", &source.table),
+            ("query", &source.query),
+            ("file", &source.file),
+            ("files", &source.files),
+        ];
+        let given: Vec<&str> =
+            given.iter().filter(|(_, value)| value.is_some()).map(|(key, _)| *key).collect();
         match given.as_slice() {
             [_] => {}
-            [] => self.say(&at, format!("source `{name}` says nothing about what to read"), "Add one of `table`, `query`, `file`, `files`."),
+            [] => self.say(
+                &at,
+                format!("source `{name}` says nothing about what to read"),
+                "Add one of `table`, `query`, `file`, `files`.",
+            ),
             [_, second, ..] => {
-                self.say(&["sources", name, second], format!("source `{name}` has both {}", given.join(" and ")), "Keep one of them.");
+                self.say(
+                    &["sources", name, second],
+                    format!("source `{name}` has both {}", given.join(" and ")),
+                    "Keep one of them.",
+                );
             }
         }
         match &source.connection {
@@ -120,22 +154,35 @@ impl Job<'_> {
                 self.problems.push(unknown("connection", connection, self.project.connections.keys(), place));
             }
             None if source.table.is_some() || source.query.is_some() => {
-                self.say(&at, format!("source `{name}` reads a table, and has no connection"), "Add `connection:` with a name of connections.yaml.");
+                self.say(
+                    &at,
+                    format!("source `{name}` reads a table, and has no connection"),
+                    "Add `connection:` with a name of connections.yaml.",
+                );
             }
             _ => {}
         }
         if let Some(query) = &source.query
             && !self.project.root.join(query).is_file()
         {
-            self.say(&["sources", name, "query"], format!("source `{name}`: there is no file `{query}`"), "Mend the path; it is relative to the project's folder.");
+            self.say(
+                &["sources", name, "query"],
+                format!("source `{name}`: there is no file `{query}`"),
+                "Mend the path; it is relative to the project's folder.",
+            );
         }
         if source.read.is_some() && source.files.is_none() {
-            self.say(&["sources", name, "read"], "`read` goes with `files`", "A `file` is read whole on every run; use `files` to read each file once.");
+            self.say(
+                &["sources", name, "read"],
+                "`read` goes with `files`",
+                "A `file` is read whole on every run; use `files` to read each file once.",
+            );
         }
         for (column, written) in &source.columns {
             if let Err(error) = written.parse::<ColumnType>() {
                 let word = written.split('(').next().unwrap_or_default().trim();
-                let near = nearest(word, TYPE_NAMES.iter().map(|name| name.split('(').next().unwrap_or_default()));
+                let near =
+                    nearest(word, TYPE_NAMES.iter().map(|name| name.split('(').next().unwrap_or_default()));
                 let hint = match near {
                     Some(near) if near != word => format!("Did you mean `{near}`?"),
                     _ => format!("Types: {}.", TYPE_NAMES.join(", ")),
@@ -152,16 +199,28 @@ impl Job<'_> {
         }
         if let Some(incremental) = &source.incremental {
             if incremental.cursor.to_vec().is_empty() {
-                self.say(&["sources", name, "incremental", "cursor"], "the cursor has no column", "Name a column that grows, such as `updated_at`.");
+                self.say(
+                    &["sources", name, "incremental", "cursor"],
+                    "the cursor has no column",
+                    "Name a column that grows, such as `updated_at`.",
+                );
             }
             if let Some(overlap) = &incremental.overlap {
                 let path = ["sources", name, "incremental", "overlap"];
                 if micros(overlap).is_none() && overlap.parse::<i64>().map_or(true, |count| count < 0) {
-                    self.say(&path, format!("`{overlap}` is no overlap"), "Write a span of time such as `2h` or `3d`, or a count for whole numbers.");
+                    self.say(
+                        &path,
+                        format!("`{overlap}` is no overlap"),
+                        "Write a span of time such as `2h` or `3d`, or a count for whole numbers.",
+                    );
                 }
                 let append = self.job.target.outputs.iter().find(|(_, output)| output.mode == Mode::Append);
                 if let Some((output, _)) = append {
-                    self.say(&path, format!("an overlap reads rows again, and output `{output}` would hold them twice"), "Use `mode: merge` with a `key`, or remove the overlap.");
+                    self.say(
+                        &path,
+                        format!("an overlap reads rows again, and output `{output}` would hold them twice"),
+                        "Use `mode: merge` with a `key`, or remove the overlap.",
+                    );
                 }
             }
         }
@@ -184,8 +243,16 @@ impl Job<'_> {
         let at = ["checks", on, index];
         let kinds = kinds(check);
         if kinds.len() != 1 {
-            let message = if kinds.is_empty() { "this check checks nothing".to_owned() } else { format!("this check has both {}", kinds.join(" and ")) };
-            self.say(&at, message, "A check has exactly one kind, such as `not_null`, `unique` or `expression`.");
+            let message = if kinds.is_empty() {
+                "this check checks nothing".to_owned()
+            } else {
+                format!("this check has both {}", kinds.join(" and "))
+            };
+            self.say(
+                &at,
+                message,
+                "A check has exactly one kind, such as `not_null`, `unique` or `expression`.",
+            );
         }
         let of_rows = ["not_null", "accepted", "range", "matches", "references", "expression"];
         if check.on_fail == OnFail::Quarantine && !kinds.iter().all(|kind| of_rows.contains(kind)) {
@@ -194,20 +261,36 @@ impl Job<'_> {
         if let Some(ratio) = &check.max_ratio
             && parts_per_million(ratio).is_none()
         {
-            self.say(&["checks", on, index, "max_ratio"], format!("`{ratio}` is no part of a whole"), "Write it as `0.5%`.");
+            self.say(
+                &["checks", on, index, "max_ratio"],
+                format!("`{ratio}` is no part of a whole"),
+                "Write it as `0.5%`.",
+            );
         }
         if let Some(file) = &check.query
             && !self.project.root.join(file).is_file()
         {
-            self.say(&["checks", on, index, "query"], format!("there is no file `{file}`"), "Mend the path; it is relative to the project's folder.");
+            self.say(
+                &["checks", on, index, "query"],
+                format!("there is no file `{file}`"),
+                "Mend the path; it is relative to the project's folder.",
+            );
         }
         if let Some(freshness) = &check.freshness
             && micros(&freshness.max_age).is_none()
         {
-            self.say(&["checks", on, index, "freshness", "max_age"], format!("`{}` is no span of time", freshness.max_age), "Write it as `36h` or `3d`.");
+            self.say(
+                &["checks", on, index, "freshness", "max_age"],
+                format!("`{}` is no span of time", freshness.max_age),
+                "Write it as `36h` or `3d`.",
+            );
         }
         let others = check.same_total.iter().flat_map(|same| same.of.iter()).chain(&check.joined_once);
-        let referenced = check.references.as_ref().and_then(|references| references.r#in.split_once('.')).map(|(relation, _)| relation.to_owned());
+        let referenced = check
+            .references
+            .as_ref()
+            .and_then(|references| references.r#in.split_once('.'))
+            .map(|(relation, _)| relation.to_owned());
         for other in others.cloned().chain(referenced) {
             if !self.relations().contains(&&other) {
                 let place = self.document.place(&at);
@@ -218,42 +301,74 @@ impl Job<'_> {
         if let Some(references) = &check.references
             && !references.r#in.contains('.')
         {
-            self.say(&["checks", on, index, "references", "in"], format!("`{}` names no column", references.r#in), "Write `source.column`, such as `accounts.account`.");
+            self.say(
+                &["checks", on, index, "references", "in"],
+                format!("`{}` names no column", references.r#in),
+                "Write `source.column`, such as `accounts.account`.",
+            );
         }
     }
 
     fn target(&mut self) {
         let target = &self.job.target;
-        if !self.project.connections.contains_key(&target.connection) && target.connection != PROJECT_CONNECTION {
+        if !self.project.connections.contains_key(&target.connection)
+            && target.connection != PROJECT_CONNECTION
+        {
             let place = self.document.place(&["target", "connection"]);
-            self.problems.push(unknown("connection", &target.connection, self.project.connections.keys(), place));
+            self.problems.push(unknown(
+                "connection",
+                &target.connection,
+                self.project.connections.keys(),
+                place,
+            ));
         }
         if let Some(shrink) = &target.guard.max_shrink
             && parts_per_million(shrink).is_none()
         {
-            self.say(&["target", "guard", "max_shrink"], format!("`{shrink}` is no part of a whole"), "Write it as `10%`.");
+            self.say(
+                &["target", "guard", "max_shrink"],
+                format!("`{shrink}` is no part of a whole"),
+                "Write it as `10%`.",
+            );
         }
         if target.outputs.is_empty() {
             self.say(&["target", "outputs"], "the job has no output", "Name a table or folder and what it holds: `outputs: { journal: { from: journal, mode: merge, key: [id] } }`.");
         }
         for (name, output) in &target.outputs {
-            self.problems.extend(output_name_problem(name, self.document.key_place(&["target", "outputs", name])));
+            self.problems
+                .extend(output_name_problem(name, self.document.key_place(&["target", "outputs", name])));
             if !self.relations().contains(&&output.from) {
                 let place = self.document.place(&["target", "outputs", name, "from"]);
                 let relations = self.relations();
                 self.problems.push(unknown("source or model", &output.from, relations.into_iter(), place));
             }
             if output.mode == Mode::Merge && output.key.is_empty() {
-                self.say(&["target", "outputs", name, "mode"], format!("output `{name}` merges rows, and names no `key` to merge them by"), "Add `key: [id]`, or use `mode: append`.");
+                self.say(
+                    &["target", "outputs", name, "mode"],
+                    format!("output `{name}` merges rows, and names no `key` to merge them by"),
+                    "Add `key: [id]`, or use `mode: append`.",
+                );
             }
             if output.mode == Mode::ReplaceRange && output.range.is_empty() {
-                self.say(&["target", "outputs", name, "mode"], format!("output `{name}` replaces ranges, and names no `range`"), "Add `range: [period]`: the columns whose values make a range.");
+                self.say(
+                    &["target", "outputs", name, "mode"],
+                    format!("output `{name}` replaces ranges, and names no `range`"),
+                    "Add `range: [period]`: the columns whose values make a range.",
+                );
             }
             if !output.update.is_empty() && output.mode != Mode::Merge {
-                self.say(&["target", "outputs", name, "update"], "`update` goes with `mode: merge`", "Remove it.");
+                self.say(
+                    &["target", "outputs", name, "update"],
+                    "`update` goes with `mode: merge`",
+                    "Remove it.",
+                );
             }
             if output.latest_by.is_some() && output.key.is_empty() {
-                self.say(&["target", "outputs", name, "latest_by"], "`latest_by` decides between rows with one key, and there is no `key`", "Add `key: [id]`.");
+                self.say(
+                    &["target", "outputs", name, "latest_by"],
+                    "`latest_by` decides between rows with one key, and there is no `key`",
+                    "Add `key: [id]`.",
+                );
             }
         }
     }

@@ -82,8 +82,10 @@ impl Project {
                 .note("a project's folder holds a file `floodmark.yaml`")
                 .hint("Make one with `floodmark init`, or say where it is: `--project DIR`."));
         }
-        let file = read_document(root, "floodmark.yaml", &mut problems)
-            .and_then(|document| typed::<files::ProjectFile>(&document, "floodmark.yaml", &mut problems).map(|file| (file, document)));
+        let file = read_document(root, "floodmark.yaml", &mut problems).and_then(|document| {
+            typed::<files::ProjectFile>(&document, "floodmark.yaml", &mut problems)
+                .map(|file| (file, document))
+        });
         let connections = if root.join("connections.yaml").is_file() {
             read_document(root, "connections.yaml", &mut problems)
                 .map(|document| read_connections(&document, &mut problems))
@@ -106,7 +108,9 @@ impl Project {
             jobs.insert(job.job.clone(), JobDocument { job, document });
         }
         let Some((file, document)) = file else {
-            return Err(Error::of(ErrorKind::Configuration, problems).err().unwrap_or_else(|| Error::bug("no problem")));
+            return Err(Error::of(ErrorKind::Configuration, problems)
+                .err()
+                .unwrap_or_else(|| Error::bug("no problem")));
         };
         if !is_name(&file.project) {
             problems.push(bad_name("project", &file.project).at(document.place(&["project"])));
@@ -131,7 +135,11 @@ impl Project {
         let settings = file.environments.get(&environment).cloned().unwrap_or_default();
         let memory = file.limits.memory.as_deref().map(files::bytes);
         if memory == Some(None) {
-            problems.push(Problem::new("`memory` is no number of bytes").at(document.place(&["limits", "memory"])).hint("Such as `512MiB` or `2GiB`."));
+            problems.push(
+                Problem::new("`memory` is no number of bytes")
+                    .at(document.place(&["limits", "memory"]))
+                    .hint("Such as `512MiB` or `2GiB`."),
+            );
         }
         let project = Self {
             root: root.to_owned(),
@@ -161,14 +169,19 @@ impl Project {
             let values = serde_json::json!({ "root": "." });
             return (connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values });
         }
-        let file = self.connections.get(name).ok_or_else(|| Error::configuration(format!("there is no connection `{name}`")))?;
+        let file = self
+            .connections
+            .get(name)
+            .ok_or_else(|| Error::configuration(format!("there is no connection `{name}`")))?;
         let mut values = file.options.clone();
         if let (Some(object), Some(changes)) = (values.as_object_mut(), self.settings.connections.get(name)) {
             for (key, value) in changes {
                 object.insert(key.clone(), value.clone().into());
             }
         }
-        resolve(&mut values, &self.root).map_err(|error| error.while_doing(format!("connection `{name}` cannot be used")).at(file.place.clone()))?;
+        resolve(&mut values, &self.root).map_err(|error| {
+            error.while_doing(format!("connection `{name}` cannot be used")).at(file.place.clone())
+        })?;
         (file.connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values })
             .map_err(|error| error.at(file.place.clone()))
     }
@@ -189,7 +202,8 @@ impl Project {
     /// If it cannot be read.
     pub fn sql(&self, path: &str) -> Result<Arc<SourceText>> {
         let full = self.root.join(path);
-        let text = fs::read_to_string(&full).map_err(|error| Error::io("read", path, error).with_kind(ErrorKind::Configuration))?;
+        let text = fs::read_to_string(&full)
+            .map_err(|error| Error::io("read", path, error).with_kind(ErrorKind::Configuration))?;
         Ok(Arc::new(SourceText { path: path.to_owned(), text }))
     }
 
@@ -212,7 +226,8 @@ pub fn as_of(written: &str) -> Result<DateTime<Utc>> {
         .ok()
         .and_then(DateTime::from_timestamp_micros)
         .ok_or_else(|| {
-            Error::configuration(format!("`{written}` is no point in time")).hint("Such as `2026-11-01T01:30:00Z`, or `2026-11-01`.")
+            Error::configuration(format!("`{written}` is no point in time"))
+                .hint("Such as `2026-11-01T01:30:00Z`, or `2026-11-01`.")
         })
 }
 
@@ -222,7 +237,9 @@ fn read_document(root: &Path, path: &str, problems: &mut Vec<Problem>) -> Option
             Ok(text) => text,
             Err(error) => {
                 let at = error.utf8_error().valid_up_to();
-                problems.push(Problem::new(format!("`{path}` is not UTF-8 at byte {at}")).hint("Save it as UTF-8."));
+                problems.push(
+                    Problem::new(format!("`{path}` is not UTF-8 at byte {at}")).hint("Save it as UTF-8."),
+                );
                 return None;
             }
         },
@@ -240,7 +257,11 @@ fn read_document(root: &Path, path: &str, problems: &mut Vec<Problem>) -> Option
     }
 }
 
-fn typed<T: serde::de::DeserializeOwned + schemars::JsonSchema>(document: &Document, what: &str, problems: &mut Vec<Problem>) -> Option<T> {
+fn typed<T: serde::de::DeserializeOwned + schemars::JsonSchema>(
+    document: &Document,
+    what: &str,
+    problems: &mut Vec<Problem>,
+) -> Option<T> {
     let found = validate::validate(document, &schemars::schema_for!(T), what);
     if !found.is_empty() {
         problems.extend(found);
@@ -249,7 +270,11 @@ fn typed<T: serde::de::DeserializeOwned + schemars::JsonSchema>(document: &Docum
     match serde_json::from_value(document.root.to_json()) {
         Ok(value) => Some(value),
         Err(error) => {
-            problems.push(Problem::new(format!("{what} cannot be understood")).note(error.to_string()).at(document.place(&[])));
+            problems.push(
+                Problem::new(format!("{what} cannot be understood"))
+                    .note(error.to_string())
+                    .at(document.place(&[])),
+            );
             None
         }
     }
@@ -264,11 +289,13 @@ fn read_connections(document: &Document, problems: &mut Vec<Problem>) -> IndexMa
         let kinds: Vec<&str> = CONNECTORS.iter().map(|connector| connector.name).collect();
         let Some(kind) = node.get("kind").and_then(yaml::Node::text) else {
             let problem = Problem::new(format!("connection `{key}` needs a `kind`"));
-            problems.push(problem.at(document.key_place(&[key])).hint(format!("One of: {}.", kinds.join(", "))));
+            problems
+                .push(problem.at(document.key_place(&[key])).hint(format!("One of: {}.", kinds.join(", "))));
             continue;
         };
         let Some(connector) = Connector::named(kind) else {
-            let mut problem = Problem::new(format!("there is no connector `{kind}`")).at(document.place(&[key, "kind"]));
+            let mut problem =
+                Problem::new(format!("there is no connector `{kind}`")).at(document.place(&[key, "kind"]));
             problem = match nearest(kind, kinds.iter().copied()) {
                 Some(near) => problem.hint(format!("Did you mean `{near}`?")),
                 None => problem.hint(format!("One of: {}.", kinds.join(", "))),
@@ -280,7 +307,12 @@ fn read_connections(document: &Document, problems: &mut Vec<Problem>) -> IndexMa
         if let yaml::Value::Map(entries) = &mut options.value {
             entries.retain(|entry| entry.key != "kind");
         }
-        let found = validate::validate_node(document, &options, &(connector.options)(), &format!("a `{kind}` connection"));
+        let found = validate::validate_node(
+            document,
+            &options,
+            &(connector.options)(),
+            &format!("a `{kind}` connection"),
+        );
         if found.is_empty() {
             let place = document.key_place(&[key]);
             connections.insert(key.clone(), ConnectionFile { connector, options: options.to_json(), place });
@@ -318,7 +350,9 @@ fn resolve(value: &mut serde_json::Value, root: &Path) -> Result<()> {
     match value {
         serde_json::Value::String(text) => *text = references(text, root)?,
         serde_json::Value::Array(items) => items.iter_mut().try_for_each(|item| resolve(item, root))?,
-        serde_json::Value::Object(entries) => entries.values_mut().try_for_each(|entry| resolve(entry, root))?,
+        serde_json::Value::Object(entries) => {
+            entries.values_mut().try_for_each(|entry| resolve(entry, root))?;
+        }
         _ => {}
     }
     Ok(())
@@ -330,7 +364,8 @@ fn references(text: &str, root: &Path) -> Result<String> {
     while let Some((before, behind)) = rest.split_once("${") {
         resolved.push_str(before);
         let (reference, after) = behind.split_once('}').ok_or_else(|| {
-            Error::configuration("a reference `${` is not closed").hint("Write `${env:NAME}` or `${file:path}`.")
+            Error::configuration("a reference `${` is not closed")
+                .hint("Write `${env:NAME}` or `${file:path}`.")
         })?;
         resolved.push_str(&reference_value(reference, root)?);
         rest = after;
@@ -355,8 +390,11 @@ fn reference_value(reference: &str, root: &Path) -> Result<String> {
         }
         Some(("file", path)) => fs::read_to_string(root.join(path))
             .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
-            .map_err(|error| Error::io("read the referenced file", path, error).with_kind(ErrorKind::Configuration)),
-        _ => Err(Error::configuration(format!("`${{{reference}}}` is no reference")).hint("Write `${env:NAME}` or `${file:path}`.")),
+            .map_err(|error| {
+                Error::io("read the referenced file", path, error).with_kind(ErrorKind::Configuration)
+            }),
+        _ => Err(Error::configuration(format!("`${{{reference}}}` is no reference"))
+            .hint("Write `${env:NAME}` or `${file:path}`.")),
     }
 }
 

@@ -22,7 +22,12 @@ pub fn validate(document: &Document, schema: &schemars::Schema, what: &str) -> V
 }
 
 /// The same for one node of a document, such as one connection's options.
-pub fn validate_node(document: &Document, node: &Node, schema: &schemars::Schema, what: &str) -> Vec<Problem> {
+pub fn validate_node(
+    document: &Document,
+    node: &Node,
+    schema: &schemars::Schema,
+    what: &str,
+) -> Vec<Problem> {
     let mut walk = Walk { document, root: schema.as_value(), problems: Vec::new() };
     walk.node(node, schema.as_value(), what);
     walk.problems
@@ -43,7 +48,8 @@ impl<'a> Walk<'a> {
     fn resolve(&self, schema: &'a Json) -> &'a Json {
         let mut schema = schema;
         while let Some(reference) = schema.get("$ref").and_then(Json::as_str) {
-            let Some(target) = reference.strip_prefix('#').and_then(|pointer| self.root.pointer(pointer)) else {
+            let Some(target) = reference.strip_prefix('#').and_then(|pointer| self.root.pointer(pointer))
+            else {
                 return schema;
             };
             schema = target;
@@ -118,7 +124,10 @@ impl<'a> Walk<'a> {
                     .collect();
                 let wanted = if words.is_empty() { wanted.join(" or ") } else { list(&words) };
                 let found = node.value.kind();
-                self.problem(&node.span, Problem::new(format!("{what} must be {wanted}, and this is {found}")));
+                self.problem(
+                    &node.span,
+                    Problem::new(format!("{what} must be {wanted}, and this is {found}")),
+                );
             }
         }
     }
@@ -165,10 +174,12 @@ impl<'a> Walk<'a> {
                 _ => {}
             }
         }
-        for name in schema.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str) {
+        for name in
+            schema.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str)
+        {
             if node.get(name).is_none() {
                 let mut problem = Problem::new(format!("{what} needs a key `{name}`"));
-                if let Some(about) = known.get(name).and_then(|property| description(property)) {
+                if let Some(about) = known.get(name).and_then(description) {
                     problem = problem.hint(format!("`{name}`: {about}"));
                 }
                 let first = node.entries().first().map(|entry| entry.key_span.clone());

@@ -215,7 +215,10 @@ pub fn schema_of(columns: &[ColumnRecord]) -> Result<SchemaRef> {
         .iter()
         .map(|column| {
             let data_type = column.r#type.parse().map_err(|_| {
-                Error::failed(format!("the record has a type that this floodmark does not know: {}", column.r#type))
+                Error::failed(format!(
+                    "the record has a type that this floodmark does not know: {}",
+                    column.r#type
+                ))
             })?;
             Ok(Field::new(&column.name, data_type, column.nullable))
         })
@@ -243,8 +246,11 @@ mod tests {
             DataType::Time64(TimeUnit::Microsecond),
             DataType::Binary,
         ];
-        let fields: Vec<Field> =
-            types.into_iter().enumerate().map(|(index, t)| Field::new(format!("c{index}"), t, index % 2 == 0)).collect();
+        let fields: Vec<Field> = types
+            .into_iter()
+            .enumerate()
+            .map(|(index, t)| Field::new(format!("c{index}"), t, index % 2 == 0))
+            .collect();
         let schema = Schema::new(fields);
         assert_eq!(*schema_of(&columns_of(&schema)).unwrap(), schema);
     }

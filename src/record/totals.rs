@@ -74,7 +74,10 @@ impl Totals {
             let field = schema.field_with_name(name).ok()?;
             match field.data_type() {
                 DataType::Int64 | DataType::Decimal128(..) => None,
-                other => Some(format!("`{name}` is {}, and only int and decimal add up exactly", crate::types::describe(other))),
+                other => Some(format!(
+                    "`{name}` is {}, and only int and decimal add up exactly",
+                    crate::types::describe(other)
+                )),
             }
         })
     }
@@ -105,8 +108,11 @@ impl Totals {
             key.extend(by.iter().map(|formatter| formatter.value(row).to_string()));
             if !self.sums.contains_key(&key) {
                 if self.sums.len() == MAX_GROUPS {
-                    return Err(Error::configuration(format!("`totals` by {} make more than {MAX_GROUPS} groups", self.spec.by.join(", ")))
-                        .hint("Group control totals by something with few values, such as a period."));
+                    return Err(Error::configuration(format!(
+                        "`totals` by {} make more than {MAX_GROUPS} groups",
+                        self.spec.by.join(", ")
+                    ))
+                    .hint("Group control totals by something with few values, such as a period."));
                 }
                 let group = Group { rows: 0, sums: vec![i256::ZERO; columns.len()], scales: scales.clone() };
                 self.sums.insert(key.clone(), group);
@@ -120,7 +126,11 @@ impl Totals {
                 let value = match array.data_type() {
                     DataType::Int64 => i128::from(array.as_primitive::<Int64Type>().value(row)),
                     DataType::Decimal128(..) => array.as_primitive::<Decimal128Type>().value(row),
-                    other => return Err(Error::configuration(format!("totals of a {other} column are not exact"))),
+                    other => {
+                        return Err(Error::configuration(format!(
+                            "totals of a {other} column are not exact"
+                        )));
+                    }
                 };
                 *sum = sum
                     .checked_add(i256::from_i128(value))
@@ -234,7 +244,8 @@ mod tests {
         let names: StringArray = rows.iter().map(|row| Some(row.0)).collect();
         let amounts: Decimal128Array = rows.iter().map(|row| Some(row.1)).collect();
         let amounts = amounts.with_precision_and_scale(38, 2).unwrap();
-        RecordBatch::try_from_iter([("name", Arc::new(names) as _), ("amount", Arc::new(amounts) as _)]).unwrap()
+        RecordBatch::try_from_iter([("name", Arc::new(names) as _), ("amount", Arc::new(amounts) as _)])
+            .unwrap()
     }
 
     #[test]
@@ -267,7 +278,9 @@ mod tests {
         assert_eq!(one, hash(&[batch(&[("c", 3)]), batch(&[("b", 2), ("a", 1)])]));
         let twice = hash(&[batch(&[("a", 1), ("b", 2), ("c", 3), ("x", 9), ("x", 9)])]);
         assert_ne!(one.rsplit(':').next(), twice.rsplit(':').next(), "XOR would hide the pair");
-        let numbers = RecordBatch::try_from_iter([("n", Arc::new(Int64Array::from(vec![None, Some(0)])) as _)]).unwrap();
+        let numbers =
+            RecordBatch::try_from_iter([("n", Arc::new(Int64Array::from(vec![None, Some(0)])) as _)])
+                .unwrap();
         assert_ne!(hash(&[numbers.slice(0, 1)]), hash(&[numbers.slice(1, 1)]), "null is not zero");
     }
 }

@@ -128,7 +128,8 @@ impl Records {
                 continue;
             }
             if std::str::from_utf8(&record.raw).is_err() {
-                let good = std::str::from_utf8(&record.raw).map_or_else(|error| error.valid_up_to(), str::len);
+                let good =
+                    std::str::from_utf8(&record.raw).map_or_else(|error| error.valid_up_to(), str::len);
                 return Ok(Next::Broken(format!("byte {} is not UTF-8", record.byte + good as u64)));
             }
             return Ok(match split(&self.dialect, record) {
@@ -148,7 +149,8 @@ impl Records {
             while let Some(rest) = text.get(at..).filter(|rest| !rest.is_empty()) {
                 let quote = self.dialect.quote;
                 if quoted {
-                    let (quote, escape) = (quote.unwrap_or(b'"'), self.dialect.escape.unwrap_or(quote.unwrap_or(b'"')));
+                    let (quote, escape) =
+                        (quote.unwrap_or(b'"'), self.dialect.escape.unwrap_or(quote.unwrap_or(b'"')));
                     let Some(found) = memchr::memchr3(quote, escape, b'\n', rest) else {
                         at = text.len();
                         break;
@@ -209,7 +211,10 @@ impl Records {
                 return Ok((!quoted && length > 0).then_some((length, lines + 1)));
             }
             if self.input.text().len() > MAX_RECORD_BYTES {
-                return Err(format!("the record is longer than {} MiB: is a quote not closed?", MAX_RECORD_BYTES >> 20));
+                return Err(format!(
+                    "the record is longer than {} MiB: is a quote not closed?",
+                    MAX_RECORD_BYTES >> 20
+                ));
             }
             self.input.fill()?;
         }
@@ -266,7 +271,10 @@ fn split(dialect: &Dialect, record: &mut Record) -> Result<(), String> {
             let length = memchr::memchr(dialect.delimiter, rest).unwrap_or(rest.len());
             let field = rest.get(..length).unwrap_or_default();
             if dialect.quote.is_some_and(|quote| memchr::memchr(quote, field).is_some()) {
-                return Err(format!("field {} has a quote inside, and does not start with one", record.ends.len() + 1));
+                return Err(format!(
+                    "field {} has a quote inside, and does not start with one",
+                    record.ends.len() + 1
+                ));
             }
             record.text.extend_from_slice(if dialect.trim { field.trim_ascii_end() } else { field });
             at = start + length;
@@ -288,7 +296,8 @@ mod tests {
     fn records(text: &[u8], dialect: Dialect, piece: usize) -> Vec<Result<Vec<String>, String>> {
         let bytes = BufReader::with_capacity(piece, Cursor::new(text.to_vec()));
         let input = TextReader::new(Box::new(bytes), encoding_rs::UTF_8);
-        let (mut records, mut record, mut all) = (Records::new(input, dialect), Record::default(), Vec::new());
+        let (mut records, mut record, mut all) =
+            (Records::new(input, dialect), Record::default(), Vec::new());
         loop {
             match records.next(&mut record) {
                 Ok(Next::Record) => all.push(Ok((0..record.len())
@@ -304,12 +313,14 @@ mod tests {
         }
     }
 
-    const PLAIN: Dialect = Dialect { delimiter: b',', quote: Some(b'"'), escape: None, comment: None, trim: false };
+    const PLAIN: Dialect =
+        Dialect { delimiter: b',', quote: Some(b'"'), escape: None, comment: None, trim: false };
 
     #[test]
     fn records_are_cut_at_line_ends_outside_quotes_wherever_the_pieces_end() {
         let text = b"a,b\r\n\"x\ny\",\"q\"\"q\"\n\n1,\r,2\r\n\"\",z";
-        let expected = vec![vec!["a", "b"], vec!["x\ny", "q\"q"], vec!["1", ""], vec!["", "2"], vec!["", "z"]];
+        let expected =
+            vec![vec!["a", "b"], vec!["x\ny", "q\"q"], vec!["1", ""], vec!["", "2"], vec!["", "z"]];
         for piece in 1..text.len() + 2 {
             let found: Vec<_> = records(text, PLAIN, piece).into_iter().map(Result::unwrap).collect();
             assert_eq!(found, expected, "in pieces of {piece}");
@@ -331,7 +342,13 @@ mod tests {
 
     #[test]
     fn escapes_comments_and_blanks_follow_the_dialect() {
-        let dialect = Dialect { delimiter: b';', quote: Some(b'\''), escape: Some(b'\\'), comment: Some(b'#'), trim: true };
+        let dialect = Dialect {
+            delimiter: b';',
+            quote: Some(b'\''),
+            escape: Some(b'\\'),
+            comment: Some(b'#'),
+            trim: true,
+        };
         let found = records(b"# no\n a ; 'it\\'s; ' ;b \n", dialect, 3);
         assert_eq!(found, [Ok(vec!["a".to_owned(), "it's; ".to_owned(), "b".to_owned()])]);
     }

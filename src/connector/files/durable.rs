@@ -48,7 +48,8 @@ impl NewFile {
     /// Gives the file its name, replacing what had it.
     pub(super) fn finish(mut self) -> Result<()> {
         self.flush_to_disk()?;
-        fs::rename(&self.temporary, &self.path).map_err(|error| Error::io("write", self.path.display(), error))?;
+        fs::rename(&self.temporary, &self.path)
+            .map_err(|error| Error::io("write", self.path.display(), error))?;
         sync_folder(&self.path)
     }
 
@@ -83,13 +84,6 @@ impl Drop for NewFile {
     fn drop(&mut self) {
         drop(fs::remove_file(&self.temporary));
     }
-}
-
-/// Writes a small file whole.
-pub(super) fn write(path: &Path, content: &[u8]) -> Result<()> {
-    let mut file = NewFile::create(path)?;
-    file.write_all(content).map_err(|error| Error::io("write", path.display(), error))?;
-    file.finish()
 }
 
 /// Writes a small file whole, only if nothing has its name. False if something has.

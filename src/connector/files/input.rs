@@ -47,9 +47,10 @@ pub(super) fn decompressed(file: File, tap: Option<Arc<Tap>>) -> io::Result<Box<
             // Several gzip members in one file are one text.
             Box::new(BufReader::with_capacity(BUFFER_BYTES, flate2::bufread::MultiGzDecoder::new(reader)))
         }
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
-            Box::new(BufReader::with_capacity(BUFFER_BYTES, zstd::stream::read::Decoder::with_buffer(reader)?))
-        }
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(BufReader::with_capacity(
+            BUFFER_BYTES,
+            zstd::stream::read::Decoder::with_buffer(reader)?,
+        )),
         _ => Box::new(reader),
     })
 }
@@ -86,7 +87,16 @@ pub(super) struct TextReader {
 impl TextReader {
     pub(super) fn new(bytes: Box<dyn BufRead + Send>, encoding: &'static Encoding) -> Self {
         let decoder = (encoding != UTF_8).then(|| encoding.new_decoder());
-        Self { bytes, decoder, buffer: Vec::new(), start: 0, taken: 0, read: 0, end: false, encoding: encoding.name() }
+        Self {
+            bytes,
+            decoder,
+            buffer: Vec::new(),
+            start: 0,
+            taken: 0,
+            read: 0,
+            end: false,
+            encoding: encoding.name(),
+        }
     }
 
     /// What was read and not yet taken.
@@ -126,11 +136,14 @@ impl TextReader {
         if let Some(decoder) = &mut self.decoder {
             let mut source = piece;
             loop {
-                let need = decoder.max_utf8_buffer_length_without_replacement(source.len()).unwrap_or(source.len() * 3 + 16);
+                let need = decoder
+                    .max_utf8_buffer_length_without_replacement(source.len())
+                    .unwrap_or(source.len() * 3 + 16);
                 let old = self.buffer.len();
                 self.buffer.resize(old + need, 0);
                 let target = self.buffer.get_mut(old..).unwrap_or_default();
-                let (result, used, written) = decoder.decode_to_utf8_without_replacement(source, target, length == 0);
+                let (result, used, written) =
+                    decoder.decode_to_utf8_without_replacement(source, target, length == 0);
                 self.buffer.truncate(old + written);
                 let consumed = length - source.len() + used;
                 source = source.get(used..).unwrap_or_default();

@@ -90,7 +90,12 @@ impl FilesConnection {
         switch(&current, &release)?;
         for output in record.outputs.keys() {
             let link = self.root.join(output).join("current");
-            let target = PathBuf::from("..").join("_floodmark").join(&job.project).join(&job.job).join("current").join(output);
+            let target = PathBuf::from("..")
+                .join("_floodmark")
+                .join(&job.project)
+                .join(&job.job)
+                .join("current")
+                .join(output);
             if fs::read_link(&link).is_ok_and(|known| known == target) {
                 continue;
             }
@@ -136,7 +141,10 @@ impl Published {
 }
 
 /// The newest release of `output` in the folder of `connection`.
-pub(super) async fn published(connection: &std::sync::Arc<FilesConnection>, output: &str) -> Result<Published> {
+pub(super) async fn published(
+    connection: &std::sync::Arc<FilesConnection>,
+    output: &str,
+) -> Result<Published> {
     let (this, output) = (std::sync::Arc::clone(connection), output.to_owned());
     runtime::blocking(move || {
         let mut known = Vec::new();
@@ -147,10 +155,15 @@ pub(super) async fn published(connection: &std::sync::Arc<FilesConnection>, outp
             }
             known.extend(record.outputs.into_keys());
         }
-        let error = Error::configuration(format!("connection `{}`: no job has published `{output}` in `{}`", this.name, this.shown));
+        let error = Error::configuration(format!(
+            "connection `{}`: no job has published `{output}` in `{}`",
+            this.name, this.shown
+        ));
         Err(match crate::error::nearest(&output, known.iter().map(String::as_str)) {
             Some(near) => error.hint(format!("Did you mean `{near}`?")),
-            None => error.hint("Run the job that publishes it first; or use `file:` or `files:` for plain files."),
+            None => {
+                error.hint("Run the job that publishes it first; or use `file:` or `files:` for plain files.")
+            }
         })
     })
     .await
@@ -174,7 +187,8 @@ fn sequence_numbers(folder: &Path) -> Result<Vec<u64>> {
 }
 
 fn folders(folder: &Path) -> Result<Vec<String>> {
-    let mut names: Vec<String> = entries(folder)?.into_iter().filter(|name| folder.join(name).is_dir()).collect();
+    let mut names: Vec<String> =
+        entries(folder)?.into_iter().filter(|name| folder.join(name).is_dir()).collect();
     names.sort();
     Ok(names)
 }

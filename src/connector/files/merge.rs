@@ -49,7 +49,10 @@ impl PartitionStream for FileTable {
             .map(|file| parquet::data_file(&self.connection, &self.output, file, Arc::clone(&self.schema)))
             .collect();
         let all = futures::stream::iter(streams).flatten();
-        Box::pin(datafusion::physical_plan::stream::RecordBatchStreamAdapter::new(Arc::clone(&self.schema), all))
+        Box::pin(datafusion::physical_plan::stream::RecordBatchStreamAdapter::new(
+            Arc::clone(&self.schema),
+            all,
+        ))
     }
 }
 
@@ -93,22 +96,41 @@ impl Staging<'_> {
     }
 
     /// Replaces everything.
-    pub(super) async fn replace(&mut self, rows: SendableRecordBatchStream) -> Result<(Vec<DataFile>, Staged)> {
+    pub(super) async fn replace(
+        &mut self,
+        rows: SendableRecordBatchStream,
+    ) -> Result<(Vec<DataFile>, Staged)> {
         let before: u64 = self.base.iter().map(|file| file.rows).sum();
         let files: Vec<DataFile> = self.write(rows).await?.into_iter().collect();
         let after = files.iter().map(|file| file.rows).sum();
-        let staged = Staged { rows: after, inserted: after, deleted: before, rows_before: before, rows_after: after, ..Staged::default() };
+        let staged = Staged {
+            rows: after,
+            inserted: after,
+            deleted: before,
+            rows_before: before,
+            rows_after: after,
+            ..Staged::default()
+        };
         Ok((files, staged))
     }
 
     /// Adds rows.
-    pub(super) async fn append(&mut self, rows: SendableRecordBatchStream) -> Result<(Vec<DataFile>, Staged)> {
+    pub(super) async fn append(
+        &mut self,
+        rows: SendableRecordBatchStream,
+    ) -> Result<(Vec<DataFile>, Staged)> {
         let before: u64 = self.base.iter().map(|file| file.rows).sum();
         let mut files = self.conformed().await?;
         let new = self.write(rows).await?;
         let inserted = new.as_ref().map_or(0, |file| file.rows);
         files.extend(new);
-        let staged = Staged { rows: inserted, inserted, rows_before: before, rows_after: before + inserted, ..Staged::default() };
+        let staged = Staged {
+            rows: inserted,
+            inserted,
+            rows_before: before,
+            rows_after: before + inserted,
+            ..Staged::default()
+        };
         Ok((files, staged))
     }
 
@@ -119,7 +141,8 @@ impl Staging<'_> {
         }
         let mut files = Vec::new();
         for file in self.base.clone() {
-            let rows = parquet::data_file(self.connection, &self.output.name, &file, Arc::clone(&self.schema));
+            let rows =
+                parquet::data_file(self.connection, &self.output.name, &file, Arc::clone(&self.schema));
             files.extend(self.write(rows).await?);
         }
         Ok(files)
@@ -139,7 +162,9 @@ impl Staging<'_> {
             .iter()
             .map(|field| field.name().as_str())
             .filter(|name| !key.iter().any(|column| column == name))
-            .filter(|name| self.output.update.is_empty() || self.output.update.iter().any(|column| column == name))
+            .filter(|name| {
+                self.output.update.is_empty() || self.output.update.iter().any(|column| column == name)
+            })
             .filter(|name| rows.schema().field_with_name(name).is_ok())
             .collect();
         let changed = match equal_any(&updated)? {
@@ -163,7 +188,9 @@ impl Staging<'_> {
                     .map(|field| {
                         let name = quoted(field.name())?;
                         Ok(if updated.contains(&field.name().as_str()) {
-                            format!("CASE WHEN s.{first} IS NOT NULL THEN s.{name} ELSE f.{name} END AS {name}")
+                            format!(
+                                "CASE WHEN s.{first} IS NOT NULL THEN s.{name} ELSE f.{name} END AS {name}"
+                            )
                         } else {
                             format!("f.{name} AS {name}")
                         })
@@ -171,7 +198,10 @@ impl Staging<'_> {
                     .collect::<Result<Vec<_>>>()?
                     .join(", ");
                 let sql = format!("SELECT {columns} FROM f LEFT JOIN s ON {on}");
-                let merged = session::conform(context.sql(&sql).await?.execute_stream().await?, Arc::clone(&self.schema));
+                let merged = session::conform(
+                    context.sql(&sql).await?.execute_stream().await?,
+                    Arc::clone(&self.schema),
+                );
                 files.extend(self.write(merged).await?);
             } else {
                 files.push(file);
@@ -193,7 +223,8 @@ impl Staging<'_> {
             .collect::<Result<Vec<_>>>()?
             .join(", ");
         let sql = format!("SELECT {columns} FROM s LEFT ANTI JOIN f ON {on}");
-        let new = session::conform(context.sql(&sql).await?.execute_stream().await?, Arc::clone(&self.schema));
+        let new =
+            session::conform(context.sql(&sql).await?.execute_stream().await?, Arc::clone(&self.schema));
         let new = self.write(new).await?;
         staged.inserted = new.as_ref().map_or(0, |file| file.rows);
         files.extend(new);
@@ -227,7 +258,8 @@ impl Staging<'_> {
         context.register_table("r", context.sql(&ranges).await?.into_view())?;
         let on = equal(range, "f", "r", "IS NOT DISTINCT FROM")?;
         let before: u64 = self.base.iter().map(|file| file.rows).sum();
-        let mut staged = Staged { rows: rows.rows(), inserted: rows.rows(), rows_before: before, ..Staged::default() };
+        let mut staged =
+            Staged { rows: rows.rows(), inserted: rows.rows(), rows_before: before, ..Staged::default() };
         let mut files = Vec::new();
         for file in self.base.clone() {
             context.register_table("f", self.table(std::slice::from_ref(&file))?)?;
@@ -236,7 +268,11 @@ impl Staging<'_> {
             if hit == 0 && !self.evolved {
                 files.push(file);
             } else {
-                let kept = context.sql(&format!("SELECT * FROM f LEFT ANTI JOIN r ON {on}")).await?.execute_stream().await?;
+                let kept = context
+                    .sql(&format!("SELECT * FROM f LEFT ANTI JOIN r ON {on}"))
+                    .await?
+                    .execute_stream()
+                    .await?;
                 files.extend(self.write(session::conform(kept, Arc::clone(&self.schema))).await?);
             }
             context.deregister_table("f")?;
@@ -257,9 +293,18 @@ fn context(scratch: &Scratch, rows: &Spool) -> Result<SessionContext> {
 /// Refuses null keys, and keys that come twice.
 async fn refuse_bad_keys(context: &SessionContext, output: &OutputSpec) -> Result<()> {
     let columns = quoted_list(output.key.iter().map(String::as_str))?;
-    let nulls = output.key.iter().map(|column| Ok(format!("{} IS NULL", quoted(column)?))).collect::<Result<Vec<_>>>()?;
-    let [null_keys] = counts(context, &format!("SELECT count(*) FROM s WHERE {}", nulls.join(" OR "))).await?;
-    let [double] = counts(context, &format!("SELECT count(*) FROM (SELECT 1 FROM s GROUP BY {columns} HAVING count(*) > 1)")).await?;
+    let nulls = output
+        .key
+        .iter()
+        .map(|column| Ok(format!("{} IS NULL", quoted(column)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let [null_keys] =
+        counts(context, &format!("SELECT count(*) FROM s WHERE {}", nulls.join(" OR "))).await?;
+    let [double] = counts(
+        context,
+        &format!("SELECT count(*) FROM (SELECT 1 FROM s GROUP BY {columns} HAVING count(*) > 1)"),
+    )
+    .await?;
     crate::load::refuse_keys(output, null_keys, double)
 }
 
@@ -268,7 +313,7 @@ fn equal(columns: &[String], left: &str, right: &str, operator: &str) -> Result<
         .iter()
         .map(|column| {
             let name = quoted(column)?;
-            Ok(format!("{left}.{name} {operator} {right}.{name}"))
+            Ok(format!("({left}.{name} {operator} {right}.{name})"))
         })
         .collect::<Result<Vec<_>>>()?;
     Ok(parts.join(" AND "))
@@ -279,7 +324,7 @@ fn equal_any(columns: &[&str]) -> Result<Option<String>> {
         .iter()
         .map(|column| {
             let name = quoted(column)?;
-            Ok(format!("f.{name} IS DISTINCT FROM s.{name}"))
+            Ok(format!("(f.{name} IS DISTINCT FROM s.{name})"))
         })
         .collect::<Result<Vec<_>>>()?;
     Ok((!parts.is_empty()).then(|| parts.join(" OR ")))

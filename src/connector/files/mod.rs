@@ -4,7 +4,7 @@
 //! by path, size and content; and the outputs that jobs published here, through their manifests. Out: Parquet by
 //! the manifest protocol, in [`target`]. Everything lies beneath one root; no path leaves it.
 //!
-//! Not done yet: buckets (object_store is already what lists and opens), splitting one file over cores.
+//! Not done yet: buckets (`object_store` is already what lists and opens), splitting one file over cores.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -71,8 +71,11 @@ impl FilesConnection {
     /// The folder as a store, which no path leaves.
     fn store(&self) -> Result<LocalFileSystem> {
         if !self.root.is_dir() {
-            return Err(Error::configuration(format!("connection `{}`: there is no folder `{}`", self.name, self.shown))
-                .hint("Mend `root` in connections.yaml, or create the folder."));
+            return Err(Error::configuration(format!(
+                "connection `{}`: there is no folder `{}`",
+                self.name, self.shown
+            ))
+            .hint("Mend `root` in connections.yaml, or create the folder."));
         }
         LocalFileSystem::new_with_prefix(&self.root).map_err(|error| self.error("open", &self.shown, &error))
     }
@@ -84,8 +87,11 @@ impl FilesConnection {
     /// A path within the root, as the store knows it.
     fn path(&self, written: &str) -> Result<object_store::path::Path> {
         let outside = || {
-            Error::configuration(format!("connection `{}`: `{written}` is no path within `{}`", self.name, self.shown))
-                .hint("Paths are relative to the connection's root, and do not leave it.")
+            Error::configuration(format!(
+                "connection `{}`: `{written}` is no path within `{}`",
+                self.name, self.shown
+            ))
+            .hint("Paths are relative to the connection's root, and do not leave it.")
         };
         if written.starts_with('/') || written.split('/').any(|part| part == "..") || written.contains('\\') {
             return Err(outside());
@@ -97,15 +103,28 @@ impl FilesConnection {
     async fn matching(&self, pattern: &str) -> Result<Vec<(String, u64)>> {
         let store = self.store()?;
         self.path(&pattern.replace(['*', '?', '[', ']', '{', '}'], "x"))?;
-        let glob = globset::GlobBuilder::new(pattern.trim_start_matches("./")).literal_separator(true).build().map_err(|error| {
-            Error::configuration(format!("connection `{}`: `{pattern}` is no pattern", self.name)).note(error.to_string())
-        })?;
+        let glob = globset::GlobBuilder::new(pattern.trim_start_matches("./"))
+            .literal_separator(true)
+            .build()
+            .map_err(|error| {
+                Error::configuration(format!("connection `{}`: `{pattern}` is no pattern", self.name))
+                    .note(error.to_string())
+            })?;
         let glob = glob.compile_matcher();
         // The folders before the first wildcard need not be searched for.
-        let fixed: Vec<&str> = pattern.split('/').take_while(|part| !part.contains(['*', '?', '[', '{'])).collect();
-        let folders = if fixed.len() == pattern.split('/').count() { fixed.get(..fixed.len() - 1).unwrap_or_default() } else { &fixed };
+        let fixed: Vec<&str> =
+            pattern.split('/').take_while(|part| !part.contains(['*', '?', '[', '{'])).collect();
+        let folders = if fixed.len() == pattern.split('/').count() {
+            fixed.get(..fixed.len() - 1).unwrap_or_default()
+        } else {
+            &fixed
+        };
         let prefix = self.path(&folders.join("/"))?;
-        let listed: Vec<_> = store.list(Some(&prefix)).try_collect().await.map_err(|error| self.error("list", pattern, &error))?;
+        let listed: Vec<_> = store
+            .list(Some(&prefix))
+            .try_collect()
+            .await
+            .map_err(|error| self.error("list", pattern, &error))?;
         let mut files: Vec<(String, u64)> = listed
             .into_iter()
             .map(|object| (object.location.to_string(), object.size))
@@ -121,8 +140,12 @@ impl FilesConnection {
         match self.store()?.head(&location).await {
             Ok(object) => Ok((object.location.to_string(), object.size)),
             Err(object_store::Error::NotFound { .. }) => {
-                let error = Error::configuration(format!("connection `{}`: there is no file `{path}` in `{}`", self.name, self.shown));
-                let folder = path.rsplit_once('/').map_or("*".to_owned(), |(folder, _)| format!("{folder}/*"));
+                let error = Error::configuration(format!(
+                    "connection `{}`: there is no file `{path}` in `{}`",
+                    self.name, self.shown
+                ));
+                let folder =
+                    path.rsplit_once('/').map_or("*".to_owned(), |(folder, _)| format!("{folder}/*"));
                 let others = self.matching(&folder).await.unwrap_or_default();
                 Err(match crate::error::nearest(path, others.iter().map(|(path, _)| path.as_str())) {
                     Some(near) => error.hint(format!("Did you mean `{near}`?")),

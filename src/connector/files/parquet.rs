@@ -39,8 +39,8 @@ fn damaged(path: &str, error: impl std::fmt::Display) -> Error {
 }
 
 /// The columns of a file, with strings and bytes as plain arrays.
-pub(super) fn schema(file: File, path: &str) -> Result<SchemaRef> {
-    let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new().with_skip_arrow_metadata(false))
+pub(super) fn schema(file: &File, path: &str) -> Result<SchemaRef> {
+    let metadata = ArrowReaderMetadata::load(file, ArrowReaderOptions::new().with_skip_arrow_metadata(false))
         .map_err(|error| damaged(path, error))?;
     Ok(Arc::new(crate::model::plain_schema(metadata.schema())))
 }
@@ -56,13 +56,21 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
             Ok(index) => wanted.push(index),
             Err(_) if field.name() == POSITION_COLUMN => {}
             Err(_) => {
-                return Err(Error::data(format!("source `{}`: `{path}` has no column `{}`", scan.stream.name, field.name())));
+                return Err(Error::data(format!(
+                    "source `{}`: `{path}` has no column `{}`",
+                    scan.stream.name,
+                    field.name()
+                )));
             }
         }
     }
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
     let rows_in_all = builder.metadata().file_metadata().num_rows().unsigned_abs().max(1);
-    let reader = builder.with_projection(mask).with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(path, error))?;
+    let reader = builder
+        .with_projection(mask)
+        .with_batch_size(BATCH_ROWS)
+        .build()
+        .map_err(|error| damaged(path, error))?;
     let mut number = 0_u64;
     for batch in reader {
         let batch = batch.map_err(|error| damaged(path, error))?;
@@ -77,9 +85,12 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
                 arrays.push(Arc::new(positions.finish()));
                 continue;
             }
-            let array = batch.column_by_name(field.name()).ok_or_else(|| Error::bug("a projected column is missing"))?;
+            let array = batch
+                .column_by_name(field.name())
+                .ok_or_else(|| Error::bug("a projected column is missing"))?;
             arrays.push(cast_exactly(array, field.data_type()).map_err(|error| {
-                Error::data(format!("source `{}`: `{path}`, column `{}`", scan.stream.name, field.name())).note(error.to_string())
+                Error::data(format!("source `{}`: `{path}`, column `{}`", scan.stream.name, field.name()))
+                    .note(error.to_string())
             })?);
         }
         number += rows as u64;
@@ -95,13 +106,19 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
 }
 
 /// The rows of one data file of our own, as they are.
-pub(super) fn data_file(connection: &FilesConnection, output: &str, file: &DataFile, schema: SchemaRef) -> SendableRecordBatchStream {
+pub(super) fn data_file(
+    connection: &FilesConnection,
+    output: &str,
+    file: &DataFile,
+    schema: SchemaRef,
+) -> SendableRecordBatchStream {
     let path = connection.root.join(output).join(&file.path);
     let stream_schema = Arc::clone(&schema);
     runtime::blocking_stream(stream_schema, move |out| {
         let shown = path.display().to_string();
         let handle = File::open(&path).map_err(|error| Error::io("open", &shown, error))?;
-        let builder = ParquetRecordBatchReaderBuilder::try_new(handle).map_err(|error| damaged(&shown, error))?;
+        let builder =
+            ParquetRecordBatchReaderBuilder::try_new(handle).map_err(|error| damaged(&shown, error))?;
         for batch in builder.with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(&shown, error))? {
             let batch = batch.map_err(|error| damaged(&shown, error))?;
             let rows = batch.num_rows();
@@ -141,7 +158,8 @@ impl Writer {
         ArrowSchemaConverter::new().convert(&schema).map_err(|error| {
             Error::configuration("a column cannot be written as Parquet").note(error.to_string())
         })?;
-        let writer = ArrowWriter::try_new(NewFile::create(path)?, Arc::clone(&schema), Some(properties)).map_err(failed(path))?;
+        let writer = ArrowWriter::try_new(NewFile::create(path)?, Arc::clone(&schema), Some(properties))
+            .map_err(failed(path))?;
         let (file, factory) = writer.into_serialized_writer().map_err(failed(path))?;
         Ok(Self { file, factory, columns: Vec::new(), schema, group_rows: 0, groups: 0, limits })
     }
@@ -172,7 +190,10 @@ impl Writer {
         if columns.is_empty() {
             return Ok(());
         }
-        let chunks = columns.into_par_iter().map(ArrowColumnWriter::close).collect::<::parquet::errors::Result<Vec<_>>>()?;
+        let chunks = columns
+            .into_par_iter()
+            .map(ArrowColumnWriter::close)
+            .collect::<::parquet::errors::Result<Vec<_>>>()?;
         let mut group = self.file.next_row_group()?;
         for chunk in chunks {
             chunk.append_to_row_group(&mut group)?;

@@ -4,11 +4,7 @@
 //! `table:` is an output that a job published here; its manifest says which files are live. Files are hashed
 //! before they are read, and a file whose size or time of change moved while it was read fails the run.
 
-use std::{
-    io::Read as _,
-    sync::Arc,
-    time::SystemTime,
-};
+use std::{io::Read as _, sync::Arc, time::SystemTime};
 
 use arrow::{
     array::{ArrayRef, RecordBatch, RecordBatchOptions, StringBuilder},
@@ -77,12 +73,19 @@ impl Source for Arc<FilesConnection> {
                                 .hint("If that is right, load it anew: `floodmark run --full-refresh`."));
                         }
                     };
-                    let new: Vec<FileVersion> = versions.into_iter().filter(|file| !seen.contains(file)).collect();
+                    let new: Vec<FileVersion> =
+                        versions.into_iter().filter(|file| !seen.contains(file)).collect();
                     for file in &new {
                         if seen.iter().any(|known| known.path == file.path) {
-                            bounds.warnings.push(format!("source `{}`: `{}` was read before and has changed: it is read again", stream.name, file.path));
+                            bounds.warnings.push(format!(
+                                "source `{}`: `{}` was read before and has changed: it is read again",
+                                stream.name, file.path
+                            ));
                         } else if let Some(known) = seen.iter().find(|known| known.sha256 == file.sha256) {
-                            bounds.warnings.push(format!("source `{}`: `{}` has the same content as `{}`, which was read before", stream.name, file.path, known.path));
+                            bounds.warnings.push(format!(
+                                "source `{}`: `{}` has the same content as `{}`, which was read before",
+                                stream.name, file.path, known.path
+                            ));
                         }
                     }
                     bounds.exactness.insert(stream.name.clone(), Exactness::Exact);
@@ -113,7 +116,11 @@ impl Source for Arc<FilesConnection> {
         let files = fixed.0.get(&scan.stream.name).cloned().unwrap_or_default();
         let (this, scan) = (Self::clone(self), scan.clone());
         Ok(runtime::blocking_stream(Arc::clone(&scan.schema), move |out| {
-            let sizes: u64 = files.iter().filter_map(|path| this.root.join(path).metadata().ok()).map(|meta| meta.len()).sum();
+            let sizes: u64 = files
+                .iter()
+                .filter_map(|path| this.root.join(path).metadata().ok())
+                .map(|meta| meta.len())
+                .sum();
             tap.expect_bytes(sizes);
             for path in &files {
                 if !this.read_file(path, &scan, &tap, out)? {
@@ -129,12 +136,14 @@ impl Source for Arc<FilesConnection> {
 impl FilesConnection {
     /// The files that a stream may read, in order.
     async fn candidates(&self, stream: &StreamSpec) -> Result<Vec<(String, u64)>> {
-        let found = match &stream.read {
-            Read::File(path) => Ok(vec![self.one(path).await?]),
-            Read::Files { pattern, .. } => self.matching(pattern).await,
-            Read::Table(_) => Ok(Vec::new()),
-            Read::Query(_) => Err(Error::configuration("a folder takes no `query:`").hint("Use `file:`, `files:` or `table:`.")),
-        };
+        let found =
+            match &stream.read {
+                Read::File(path) => Ok(vec![self.one(path).await?]),
+                Read::Files { pattern, .. } => self.matching(pattern).await,
+                Read::Table(_) => Ok(Vec::new()),
+                Read::Query(_) => Err(Error::configuration("a folder takes no `query:`")
+                    .hint("Use `file:`, `files:` or `table:`.")),
+            };
         found.map_err(|error| error.while_doing(format!("source `{}` cannot be read", stream.name)))
     }
 
@@ -168,19 +177,22 @@ impl FilesConnection {
         };
         match kind(&format, first)? {
             FormatKind::Parquet => {
-                let schema = parquet::schema(self.open(first)?, first)?;
+                let schema = parquet::schema(&self.open(first)?, first)?;
                 let fields: Vec<Field> = schema
                     .fields()
                     .iter()
                     .map(|field| {
-                        let declared = stream.declared(field.name()).map(|column| arrow_type(&column, stream));
+                        let declared =
+                            stream.declared(field.name()).map(|column| arrow_type(&column, stream));
                         Field::new(field.name(), declared.unwrap_or_else(|| field.data_type().clone()), true)
                     })
                     .collect();
                 Ok(Arc::new(Schema::new(fields)))
             }
             FormatKind::Csv => self.describe_csv(stream, &format, files),
-            kind @ (FormatKind::JsonLines | FormatKind::Json) => self.describe_json(stream, &format, kind, files),
+            kind @ (FormatKind::JsonLines | FormatKind::Json) => {
+                self.describe_json(stream, &format, kind, files)
+            }
         }
     }
 
@@ -189,11 +201,17 @@ impl FilesConnection {
     }
 
     fn text(&self, path: &str, format: &Format, tap: Option<Arc<Tap>>) -> Result<input::TextReader> {
-        let bytes = input::decompressed(self.open(path)?, tap).map_err(|error| Error::io("read", path, error))?;
+        let bytes =
+            input::decompressed(self.open(path)?, tap).map_err(|error| Error::io("read", path, error))?;
         Ok(input::TextReader::new(bytes, input::encoding(format.encoding.as_deref())?))
     }
 
-    fn describe_csv(&self, stream: &StreamSpec, format: &Format, files: &[(String, u64)]) -> Result<SchemaRef> {
+    fn describe_csv(
+        &self,
+        stream: &StreamSpec,
+        format: &Format,
+        files: &[(String, u64)],
+    ) -> Result<SchemaRef> {
         let rules = TextRules::of(stream)?;
         let first = files.first().map(|(path, _)| path.as_str()).unwrap_or_default();
         let mut record = csv::Record::default();
@@ -201,7 +219,10 @@ impl FilesConnection {
         let names = header(stream, format, first, &mut records, &mut record)?;
         for declared in stream.columns.keys() {
             if !names.contains(declared) {
-                let error = Error::configuration(format!("source `{}`: `{first}` has no column `{declared}`", stream.name));
+                let error = Error::configuration(format!(
+                    "source `{}`: `{first}` has no column `{declared}`",
+                    stream.name
+                ));
                 return Err(match nearest(declared, names.iter().map(String::as_str)) {
                     Some(near) => error.hint(format!("Did you mean `{near}`?")),
                     None => error.hint(format!("It has: {}.", names.join(", "))),
@@ -224,7 +245,9 @@ impl FilesConnection {
                         csv::Next::End => break,
                     }
                     for (index, guess) in guesses.iter_mut().enumerate() {
-                        if let Some(text) = record.field(index).and_then(|(field, quoted)| value(field, quoted, format)) {
+                        if let Some(text) =
+                            record.field(index).and_then(|(field, quoted)| value(field, quoted, format))
+                        {
                             guess.see(text, &rules);
                         }
                     }
@@ -246,7 +269,13 @@ impl FilesConnection {
         Ok(Arc::new(Schema::new(fields)))
     }
 
-    fn describe_json(&self, stream: &StreamSpec, format: &Format, kind: FormatKind, files: &[(String, u64)]) -> Result<SchemaRef> {
+    fn describe_json(
+        &self,
+        stream: &StreamSpec,
+        format: &Format,
+        kind: FormatKind,
+        files: &[(String, u64)],
+    ) -> Result<SchemaRef> {
         let rules = TextRules::of(stream)?;
         let mut guesses: indexmap::IndexMap<String, Guess> = indexmap::IndexMap::new();
         let mut count = 0;
@@ -287,7 +316,11 @@ impl FilesConnection {
     fn read_file(&self, path: &str, scan: &Scan, tap: &Arc<Tap>, out: &BatchSender) -> Result<bool> {
         let before = self.version(path)?;
         let format = scan.stream.format.clone().unwrap_or_default();
-        let more = match if matches!(scan.stream.read, Read::Table(_)) { FormatKind::Parquet } else { kind(&format, path)? } {
+        let more = match if matches!(scan.stream.read, Read::Table(_)) {
+            FormatKind::Parquet
+        } else {
+            kind(&format, path)?
+        } {
             FormatKind::Parquet => parquet::read(self.open(path)?, path, scan, tap, out)?,
             FormatKind::Csv => self.read_csv(path, &format, scan, tap, out)?,
             kind @ (FormatKind::JsonLines | FormatKind::Json) => {
@@ -295,8 +328,11 @@ impl FilesConnection {
             }
         };
         if self.version(path)? != before {
-            return Err(Error::temporary(format!("source `{}`: `{path}` changed while it was read", scan.stream.name))
-                .hint("Run again once it has been delivered completely."));
+            return Err(Error::temporary(format!(
+                "source `{}`: `{path}` changed while it was read",
+                scan.stream.name
+            ))
+            .hint("Run again once it has been delivered completely."));
         }
         Ok(more)
     }
@@ -306,19 +342,29 @@ impl FilesConnection {
         Ok((meta.len(), meta.modified().ok()))
     }
 
-    fn read_csv(&self, path: &str, format: &Format, scan: &Scan, tap: &Arc<Tap>, out: &BatchSender) -> Result<bool> {
+    fn read_csv(
+        &self,
+        path: &str,
+        format: &Format,
+        scan: &Scan,
+        tap: &Arc<Tap>,
+        out: &BatchSender,
+    ) -> Result<bool> {
         let mut records = self.records(path, format, Some(Arc::clone(tap)))?;
         let mut record = csv::Record::default();
         let names = header(&scan.stream, format, path, &mut records, &mut record)?;
         let mut batch = BatchBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
         if let Some(missing) = batch.missing() {
-            return Err(Error::data(format!("source `{}`: `{path}` has no column `{missing}`", scan.stream.name))
-                .hint("All files of a source have the same columns; read others as a source of their own."));
+            return Err(Error::data(format!(
+                "source `{}`: `{path}` has no column `{missing}`",
+                scan.stream.name
+            ))
+            .hint("All files of a source have the same columns; read others as a source of their own."));
         }
         loop {
-            let next = records.next(&mut record).map_err(|why| {
-                Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name))
-            })?;
+            let next = records
+                .next(&mut record)
+                .map_err(|why| Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name)))?;
             let place = || format!("`{path}` line {}, byte {}", record.line, record.byte);
             let broken = match next {
                 csv::Next::End => break,
@@ -328,7 +374,10 @@ impl FilesConnection {
                 }
                 csv::Next::Record => batch
                     .row(
-                        |index, builder| match record.field(index).and_then(|(field, quoted)| value(field, quoted, format)) {
+                        |index, builder| match record
+                            .field(index)
+                            .and_then(|(field, quoted)| value(field, quoted, format))
+                        {
                             Some(text) => builder.text(text).map(|()| text.len()),
                             None => {
                                 builder.null();
@@ -350,7 +399,15 @@ impl FilesConnection {
         batch.send(tap, out)
     }
 
-    fn read_json(&self, path: &str, format: &Format, array: bool, scan: &Scan, tap: &Arc<Tap>, out: &BatchSender) -> Result<bool> {
+    fn read_json(
+        &self,
+        path: &str,
+        format: &Format,
+        array: bool,
+        scan: &Scan,
+        tap: &Arc<Tap>,
+        out: &BatchSender,
+    ) -> Result<bool> {
         let mut rows = json::Rows::new(self.text(path, format, Some(Arc::clone(tap)))?, array);
         let mut row = json::Row::default();
         let names: Vec<String> = scan.schema.fields().iter().map(|field| field.name().clone()).collect();
@@ -359,7 +416,10 @@ impl FilesConnection {
         while rows.next(&mut row).map_err(fatal)? {
             let object = std::str::from_utf8(&row.text)
                 .map_err(|_| "the row is not UTF-8".to_owned())
-                .and_then(|text| serde_json::from_str::<json::Object<'_>>(text).map_err(|error| format!("the row is no JSON object: {error}")));
+                .and_then(|text| {
+                    serde_json::from_str::<json::Object<'_>>(text)
+                        .map_err(|error| format!("the row is no JSON object: {error}"))
+                });
             let broken = object.and_then(|object| {
                 batch.row(
                     |index, builder| {
@@ -383,7 +443,8 @@ impl FilesConnection {
             if let Err(reason) = broken {
                 batch.send(tap, out)?;
                 let place = format!("`{path}` line {}, byte {}", row.line, row.byte);
-                let raw = || serde_json::json!({ "line": String::from_utf8_lossy(&row.text).trim() }).to_string();
+                let raw =
+                    || serde_json::json!({ "line": String::from_utf8_lossy(&row.text).trim() }).to_string();
                 tap.reject(&scan.stream, place, reason, raw)?;
             } else if batch.is_full() && !batch.send(tap, out)? {
                 return Ok(false);
@@ -394,12 +455,21 @@ impl FilesConnection {
 }
 
 /// The columns of a header line, or the declared ones where a file has none.
-fn header(stream: &StreamSpec, format: &Format, path: &str, records: &mut csv::Records, record: &mut csv::Record) -> Result<Vec<String>> {
+fn header(
+    stream: &StreamSpec,
+    format: &Format,
+    path: &str,
+    records: &mut csv::Records,
+    record: &mut csv::Record,
+) -> Result<Vec<String>> {
     let refuse = |why: String| Error::data(format!("source `{}`: `{path}`: {why}", stream.name));
     if !format.header {
         if stream.columns.is_empty() {
-            return Err(Error::configuration(format!("source `{}`: without a header the columns must be declared", stream.name))
-                .hint("List all of them in order: `columns: { id: int, name: string }`."));
+            return Err(Error::configuration(format!(
+                "source `{}`: without a header the columns must be declared",
+                stream.name
+            ))
+            .hint("List all of them in order: `columns: { id: int, name: string }`."));
         }
         return Ok(stream.columns.keys().cloned().collect());
     }
@@ -451,7 +521,9 @@ fn declared_schema(stream: &StreamSpec) -> Result<SchemaRef> {
     let fields: Vec<Field> = stream
         .columns
         .keys()
-        .map(|name| Field::new(name, arrow_type(&stream.declared(name).unwrap_or(ColumnType::String), stream), true))
+        .map(|name| {
+            Field::new(name, arrow_type(&stream.declared(name).unwrap_or(ColumnType::String), stream), true)
+        })
         .collect();
     Ok(Arc::new(Schema::new(fields)))
 }
@@ -482,7 +554,11 @@ impl<'a> BatchBuilder<'a> {
                     Error::bug(format!("no text becomes a column of type {}", field.data_type()))
                 })?,
             };
-            columns.push((index_of(field.name()), field.name().clone(), ColumnBuilder::new(&column, &rules, BATCH_ROWS)?));
+            columns.push((
+                index_of(field.name()),
+                field.name().clone(),
+                ColumnBuilder::new(&column, &rules, BATCH_ROWS)?,
+            ));
         }
         Ok(Self { scan, columns, positions, rows: 0, bytes: 0 })
     }

@@ -40,10 +40,14 @@ impl Target for Arc<FilesConnection> {
             // Files that no record of this job names: somebody else's, or a state that was deleted.
             let data = self.root.join(output).join("data");
             let foreign = fs::read_dir(&data).is_ok_and(|mut entries| {
-                entries.any(|entry| entry.is_ok_and(|entry| entry.path().extension().is_some_and(|ending| ending == "parquet")))
+                entries.any(|entry| {
+                    entry
+                        .is_ok_and(|entry| entry.path().extension().is_some_and(|ending| ending == "parquet"))
+                })
             });
             let published = super::manifest::published(self, output).await.is_ok();
-            return Ok((foreign && published).then(|| Current { schema: arrow::datatypes::Schema::empty().into(), rows: 1 }));
+            return Ok((foreign && published)
+                .then(|| Current { schema: arrow::datatypes::Schema::empty().into(), rows: 1 }));
         };
         match record.outputs.get(output) {
             Some(found) => Ok(Some(Current { schema: found.schema()?, rows: found.rows_after })),
@@ -51,7 +55,12 @@ impl Target for Arc<FilesConnection> {
         }
     }
 
-    async fn begin(&self, job: &JobId, attempt: &Attempt, base: Option<&LoadRecord>) -> Result<Box<dyn Load>> {
+    async fn begin(
+        &self,
+        job: &JobId,
+        attempt: &Attempt,
+        base: Option<&LoadRecord>,
+    ) -> Result<Box<dyn Load>> {
         if let Some(base) = base {
             let (this, job, base) = (Self::clone(self), job.clone(), base.clone());
             // A run that died between its commit and the switch left `current` behind.
@@ -86,7 +95,11 @@ const QUARANTINE: &str = "_quarantine";
 
 impl FilesLoad {
     fn base_files(&self, output: &str) -> Vec<DataFile> {
-        self.base.as_ref().and_then(|record| record.outputs.get(output)).map(|found| found.files.clone()).unwrap_or_default()
+        self.base
+            .as_ref()
+            .and_then(|record| record.outputs.get(output))
+            .map(|found| found.files.clone())
+            .unwrap_or_default()
     }
 
     /// Removes what this attempt wrote.
@@ -96,7 +109,11 @@ impl FilesLoad {
             .into_iter()
             .flat_map(|(output, (_, files))| {
                 let base = self.base_files(&output);
-                files.into_iter().filter(move |file| !base.contains(file)).map(move |file| (output.clone(), file)).collect::<Vec<_>>()
+                files
+                    .into_iter()
+                    .filter(move |file| !base.contains(file))
+                    .map(move |file| (output.clone(), file))
+                    .collect::<Vec<_>>()
             })
             .collect();
         for (output, file) in staged.into_iter().chain(quarantine) {
@@ -122,19 +139,36 @@ impl Drop for FilesLoad {
 impl Load for FilesLoad {
     async fn stage(&mut self, output: &OutputSpec, rows: SendableRecordBatchStream) -> Result<Staged> {
         let base = self.base_files(&output.name);
-        let current = self.base.as_ref().and_then(|record| record.outputs.get(&output.name)).map(|found| found.schema()).transpose()?;
+        let current = self
+            .base
+            .as_ref()
+            .and_then(|record| record.outputs.get(&output.name))
+            .map(crate::record::OutputRecord::schema)
+            .transpose()?;
         let model = rows.schema();
         let schema = match &current {
             Some(current) if !output.rebuild => evolve(output, current, &model)?,
             _ => Arc::clone(&model),
         };
-        let evolved = current.is_some_and(|current| columns_of(&current) != columns_of(&schema)) && !output.rebuild;
+        let evolved =
+            current.is_some_and(|current| columns_of(&current) != columns_of(&schema)) && !output.rebuild;
         let (attempt, connection) = (self.attempt.clone(), Arc::clone(&self.connection));
-        let mut staging =
-            Staging { connection: &connection, attempt: &attempt, output, schema: Arc::clone(&schema), base, evolved, parts: 0 };
+        let mut staging = Staging {
+            connection: &connection,
+            attempt: &attempt,
+            output,
+            schema: Arc::clone(&schema),
+            base,
+            evolved,
+            parts: 0,
+        };
         let (files, staged) = match output.mode {
-            Mode::Append if !output.rebuild => staging.append(session::conform(rows, Arc::clone(&schema))).await?,
-            Mode::Replace | Mode::Append => staging.replace(session::conform(rows, Arc::clone(&schema))).await?,
+            Mode::Append if !output.rebuild => {
+                staging.append(session::conform(rows, Arc::clone(&schema))).await?
+            }
+            Mode::Replace | Mode::Append => {
+                staging.replace(session::conform(rows, Arc::clone(&schema))).await?
+            }
             Mode::Merge => {
                 let spool = Spool::of(&output.name, rows, &attempt.scratch).await?;
                 if output.rebuild {
@@ -161,7 +195,8 @@ impl Load for FilesLoad {
 
     async fn quarantine(&mut self, rows: SendableRecordBatchStream) -> Result<u64> {
         let name = format!("{:08}-{}.parquet", self.attempt.seq, self.attempt.id.simple());
-        self.quarantine = parquet::write(&self.connection, &self.quarantine_folder(), &name, rows, |_| Ok(())).await?;
+        self.quarantine =
+            parquet::write(&self.connection, &self.quarantine_folder(), &name, rows, |_| Ok(())).await?;
         Ok(self.quarantine.as_ref().map_or(0, |file| file.rows))
     }
 
@@ -180,7 +215,8 @@ impl Load for FilesLoad {
             }
         }
         let folder = self.quarantine_folder();
-        record.quarantine_files = self.quarantine.iter().map(|file| format!("{folder}/{}", file.path)).collect();
+        record.quarantine_files =
+            self.quarantine.iter().map(|file| format!("{folder}/{}", file.path)).collect();
         let (connection, job) = (Arc::clone(&self.connection), self.job.clone());
         // From here on the files may be part of a release: they are removed only when it is certain that they are not.
         self.keep = true;
@@ -198,8 +234,9 @@ impl Load for FilesLoad {
             Ok((false, _)) => {
                 self.keep = false;
                 CommitOutcome::Rejected(
-                    Error::temporary(format!("another run of `{}` committed first", self.job))
-                        .hint("Nothing of this run was published. Run again: it starts where the other ended."),
+                    Error::temporary(format!("another run of `{}` committed first", self.job)).hint(
+                        "Nothing of this run was published. Run again: it starts where the other ended.",
+                    ),
                 )
             }
             Err(error) => CommitOutcome::Unknown(error),

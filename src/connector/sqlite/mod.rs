@@ -30,7 +30,12 @@ pub static CONNECTOR: Connector = Connector {
     open: |options| {
         let parsed: SqliteOptions = options.parse()?;
         let path = options.base.join(&parsed.path);
-        let connection = SqliteConnection { name: options.name, shown: parsed.path, path, busy_ms: parsed.busy_timeout_ms };
+        let connection = SqliteConnection {
+            name: options.name,
+            shown: parsed.path,
+            path,
+            busy_ms: parsed.busy_timeout_ms,
+        };
         Ok(Arc::new(Arc::new(connection)))
     },
 };
@@ -63,8 +68,11 @@ impl SqliteConnection {
     /// Opens the file for reading, or says that it is not there.
     fn open_to_read(&self) -> Result<Sqlite> {
         if !self.path.is_file() {
-            return Err(Error::configuration(format!("connection `{}`: there is no file `{}`", self.name, self.shown))
-                .hint("Mend `path` in connections.yaml, or create the database."));
+            return Err(Error::configuration(format!(
+                "connection `{}`: there is no file `{}`",
+                self.name, self.shown
+            ))
+            .hint("Mend `path` in connections.yaml, or create the database."));
         }
         // Read and write, because fixing a bound takes the write lock for an instant; nothing is written.
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -77,7 +85,8 @@ impl SqliteConnection {
     /// Opens the file for writing; creates it, and its folder, where they are missing.
     fn open_to_write(&self) -> Result<Sqlite> {
         if let Some(folder) = self.path.parent() {
-            std::fs::create_dir_all(folder).map_err(|error| Error::io("make the folder", folder.display(), error))?;
+            std::fs::create_dir_all(folder)
+                .map_err(|error| Error::io("make the folder", folder.display(), error))?;
         }
         let database = Sqlite::open(&self.path).map_err(|error| self.error("open", &error))?;
         let database = self.prepare(database)?;
@@ -86,14 +95,19 @@ impl SqliteConnection {
     }
 
     fn prepare(&self, database: Sqlite) -> Result<Sqlite> {
-        database.busy_timeout(Duration::from_millis(self.busy_ms)).map_err(|error| self.error("set up", &error))?;
+        database
+            .busy_timeout(Duration::from_millis(self.busy_ms))
+            .map_err(|error| self.error("set up", &error))?;
         Ok(database)
     }
 
     /// An error of SQLite as one for people: busy and full have their own words.
     fn error(&self, doing: &str, error: &rusqlite::Error) -> Error {
         use rusqlite::ffi::ErrorCode;
-        let this = |kind| Error::new(kind, format!("connection `{}`: cannot {doing} `{}`", self.name, self.shown)).note(error.to_string());
+        let this = |kind| {
+            Error::new(kind, format!("connection `{}`: cannot {doing} `{}`", self.name, self.shown))
+                .note(error.to_string())
+        };
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => this(ErrorKind::Temporary)
                 .hint("Another process holds the database. Run again later, or raise `busy_timeout_ms`."),

@@ -50,8 +50,10 @@ impl Source for Arc<SqliteConnection> {
         runtime::blocking(move || {
             let database = this.open_to_read()?;
             let columns = columns(&this, &database, &stream)?;
-            let fields: Vec<Field> =
-                columns.iter().map(|(name, column)| Field::new(name, arrow_type(column, &stream), true)).collect();
+            let fields: Vec<Field> = columns
+                .iter()
+                .map(|(name, column)| Field::new(name, arrow_type(column, &stream), true))
+                .collect();
             Ok(Arc::new(Schema::new(fields)))
         })
         .await
@@ -85,7 +87,10 @@ impl Source for Arc<SqliteConnection> {
             if locked {
                 lock.execute_batch("ROLLBACK").map_err(|error| this.error("unlock", &error))?;
             }
-            Ok(Snapshot { token: format!("sqlite:{}", this.shown), hold: Arc::new(Pinned(Mutex::new(pinned))) })
+            Ok(Snapshot {
+                token: format!("sqlite:{}", this.shown),
+                hold: Arc::new(Pinned(Mutex::new(pinned))),
+            })
         })
         .await
     }
@@ -95,8 +100,9 @@ impl Source for Arc<SqliteConnection> {
         let (this, scan) = (Self::clone(self), scan.clone());
         Ok(runtime::blocking_stream(Arc::clone(&scan.schema), move |out| {
             let database = pinned.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&scan.stream.name);
-            let database = database
-                .ok_or_else(|| Error::bug(format!("source `{}` was read twice from one view", scan.stream.name)))?;
+            let database = database.ok_or_else(|| {
+                Error::bug(format!("source `{}` was read twice from one view", scan.stream.name))
+            })?;
             read(&this, &database, &scan, &tap, out)
         }))
     }
@@ -110,20 +116,28 @@ fn query(stream: &StreamSpec) -> Result<String> {
             Ok(format!("SELECT * FROM {}", parts.join(".")))
         }
         Read::Query(sql) => Ok(format!("SELECT * FROM ({})", sql.trim().trim_end_matches(';'))),
-        Read::File(_) | Read::Files { .. } => {
-            Err(Error::configuration(format!("source `{}` reads files, and its connection is a SQLite database", stream.name))
-                .hint("Use `table:` or `query:`."))
-        }
+        Read::File(_) | Read::Files { .. } => Err(Error::configuration(format!(
+            "source `{}` reads files, and its connection is a SQLite database",
+            stream.name
+        ))
+        .hint("Use `table:` or `query:`.")),
     }
 }
 
 /// The columns of a stream, with the types before its zone is applied.
-fn columns(this: &SqliteConnection, database: &Sqlite, stream: &StreamSpec) -> Result<Vec<(String, ColumnType)>> {
+fn columns(
+    this: &SqliteConnection,
+    database: &Sqlite,
+    stream: &StreamSpec,
+) -> Result<Vec<(String, ColumnType)>> {
     if let Read::Table(table) = &stream.read {
         let tables = table_names(this, database)?;
         let bare = table.strip_prefix("main.").unwrap_or(table);
         if !tables.iter().any(|name| name.eq_ignore_ascii_case(bare)) {
-            let error = Error::configuration(format!("source `{}`: there is no table `{table}` in `{}`", stream.name, this.shown));
+            let error = Error::configuration(format!(
+                "source `{}`: there is no table `{table}` in `{}`",
+                stream.name, this.shown
+            ));
             return Err(match crate::error::nearest(table, tables.iter().map(String::as_str)) {
                 Some(near) => error.hint(format!("Did you mean `{near}`?")),
                 None => error.hint(format!("It has: {}.", tables.join(", "))),
@@ -132,14 +146,15 @@ fn columns(this: &SqliteConnection, database: &Sqlite, stream: &StreamSpec) -> R
     }
     let sql = query(stream)?;
     let statement = database.prepare(&sql).map_err(|error| {
-        this.error(&format!("prepare the query of source `{}` in", stream.name), &error).with_kind(ErrorKind::Configuration)
+        this.error(&format!("prepare the query of source `{}` in", stream.name), &error)
+            .with_kind(ErrorKind::Configuration)
     })?;
     let described: Vec<(String, Option<ColumnType>)> = statement
         .columns()
-        .into_iter()
         .map(|column| {
             let name = column.name().to_owned();
-            let column = stream.declared(&name).or_else(|| declared_type(column.decl_type().unwrap_or_default()));
+            let column =
+                stream.declared(&name).or_else(|| declared_type(column.decl_type().unwrap_or_default()));
             (name, column)
         })
         .collect();
@@ -158,7 +173,10 @@ fn columns(this: &SqliteConnection, database: &Sqlite, stream: &StreamSpec) -> R
 
 /// A column without a declared type is what all of its values are; text, if they differ.
 fn observed_type(this: &SqliteConnection, database: &Sqlite, sql: &str, column: &str) -> Result<ColumnType> {
-    let sql = format!("SELECT DISTINCT typeof({column}) FROM ({sql}) WHERE {column} IS NOT NULL", column = quoted(column)?);
+    let sql = format!(
+        "SELECT DISTINCT typeof({column}) FROM ({sql}) WHERE {column} IS NOT NULL",
+        column = quoted(column)?
+    );
     let mut statement = database.prepare(&sql).map_err(|error| this.error("look into", &error))?;
     let classes: Vec<String> = statement
         .query_map([], |row| row.get(0))
@@ -221,24 +239,46 @@ fn bounds(this: &SqliteConnection, streams: &[StreamSpec], since: &Marks, time: 
         };
         let columns = columns(this, &database, stream)?;
         let first = cursor.columns.first().map(String::as_str).unwrap_or_default();
-        let column = columns.iter().find(|(name, _)| name == first).map(|(_, column)| effective(column.clone(), stream));
+        let column = columns
+            .iter()
+            .find(|(name, _)| name == first)
+            .map(|(_, column)| effective(column.clone(), stream));
         let latest = (time.now - chrono::TimeDelta::milliseconds(MARGIN_MS)).min(time.as_of);
         let (hi, exactness) = match column {
-            Some(ColumnType::TimestampTz(_)) => (Some(Position::of(CursorValue::Instant(latest))), Exactness::Margin),
-            Some(ColumnType::Date(_)) => (Some(Position::of(CursorValue::Date(latest.date_naive()))), Exactness::Margin),
-            Some(ColumnType::Int) => (greatest(this, &database, stream, first)?.map(|value| Position::of(value).successor()), Exactness::Exact),
-            Some(ColumnType::String) => (greatest(this, &database, stream, first)?.map(|value| Position::of(value).successor()), Exactness::Exact),
+            Some(ColumnType::TimestampTz(_)) => {
+                (Some(Position::of(CursorValue::Instant(latest))), Exactness::Margin)
+            }
+            Some(ColumnType::Date(_)) => {
+                (Some(Position::of(CursorValue::Date(latest.date_naive()))), Exactness::Margin)
+            }
+            Some(ColumnType::Int) => (
+                greatest(this, &database, stream, first)?.map(|value| Position::of(value).successor()),
+                Exactness::Exact,
+            ),
+            Some(ColumnType::String) => (
+                greatest(this, &database, stream, first)?.map(|value| Position::of(value).successor()),
+                Exactness::Exact,
+            ),
             Some(ColumnType::Timestamp(_)) => {
-                return Err(Error::configuration(format!("source `{}`: the cursor `{first}` has no time zone", stream.name))
-                    .hint("Declare the zone of its timestamps: `timezone: Europe/Berlin`, or `timezone: UTC`."));
+                return Err(Error::configuration(format!(
+                    "source `{}`: the cursor `{first}` has no time zone",
+                    stream.name
+                ))
+                .hint("Declare the zone of its timestamps: `timezone: Europe/Berlin`, or `timezone: UTC`."));
             }
             Some(other) => {
-                return Err(Error::configuration(format!("source `{}`: the cursor `{first}` is {other}", stream.name))
-                    .hint("A cursor is an int, a date, a timestamp with a zone, or text in binary order."));
+                return Err(Error::configuration(format!(
+                    "source `{}`: the cursor `{first}` is {other}",
+                    stream.name
+                ))
+                .hint("A cursor is an int, a date, a timestamp with a zone, or text in binary order."));
             }
             None => {
                 let names: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
-                let error = Error::configuration(format!("source `{}`: there is no cursor column `{first}`", stream.name));
+                let error = Error::configuration(format!(
+                    "source `{}`: there is no cursor column `{first}`",
+                    stream.name
+                ));
                 return Err(match crate::error::nearest(first, names.iter().copied()) {
                     Some(near) => error.hint(format!("Did you mean `{near}`?")),
                     None => error.hint(format!("It has: {}.", names.join(", "))),
@@ -264,8 +304,17 @@ fn bounds(this: &SqliteConnection, streams: &[StreamSpec], since: &Marks, time: 
 }
 
 /// The greatest value of a column, in its own order; for text the binary one.
-fn greatest(this: &SqliteConnection, database: &Sqlite, stream: &StreamSpec, column: &str) -> Result<Option<CursorValue>> {
-    let sql = format!("SELECT max({column} COLLATE BINARY) FROM ({sql})", column = quoted(column)?, sql = query(stream)?);
+fn greatest(
+    this: &SqliteConnection,
+    database: &Sqlite,
+    stream: &StreamSpec,
+    column: &str,
+) -> Result<Option<CursorValue>> {
+    let sql = format!(
+        "SELECT max({column} COLLATE BINARY) FROM ({sql})",
+        column = quoted(column)?,
+        sql = query(stream)?
+    );
     database
         .query_row(&sql, [], |row| {
             Ok(match row.get_ref(0)? {
@@ -285,7 +334,8 @@ struct Reader {
 }
 
 fn read(this: &SqliteConnection, database: &Sqlite, scan: &Scan, tap: &Tap, out: &BatchSender) -> Result<()> {
-    let failed = |error: &rusqlite::Error| this.error(&format!("read source `{}` from", scan.stream.name), error);
+    let failed =
+        |error: &rusqlite::Error| this.error(&format!("read source `{}` from", scan.stream.name), error);
     let all = columns(this, database, &scan.stream)?;
     let rules = TextRules::of(&scan.stream)?;
     let with_position = scan.schema.field_with_name(POSITION_COLUMN).is_ok();
@@ -296,10 +346,21 @@ fn read(this: &SqliteConnection, database: &Sqlite, scan: &Scan, tap: &Tap, out:
         }
         let index = all.iter().position(|(name, _)| name == field.name());
         let index = index.ok_or_else(|| {
-            Error::data(format!("source `{}`: the column `{}` was dropped while the run went on", scan.stream.name, field.name()))
+            Error::data(format!(
+                "source `{}`: the column `{}` was dropped while the run went on",
+                scan.stream.name,
+                field.name()
+            ))
         })?;
-        let column = all.get(index).map(|(_, column)| effective(column.clone(), &scan.stream)).unwrap_or(ColumnType::String);
-        readers.push(Reader { index, name: field.name().clone(), builder: ColumnBuilder::new(&column, &rules, BATCH_ROWS)? });
+        let column = all
+            .get(index)
+            .map(|(_, column)| effective(column.clone(), &scan.stream))
+            .unwrap_or(ColumnType::String);
+        readers.push(Reader {
+            index,
+            name: field.name().clone(),
+            builder: ColumnBuilder::new(&column, &rules, BATCH_ROWS)?,
+        });
     }
     let mut cursor = cursor_readers(scan, &all, &rules)?;
     let mut statement = database.prepare(&query(&scan.stream)?).map_err(|error| failed(&error))?;
@@ -320,13 +381,19 @@ fn read(this: &SqliteConnection, database: &Sqlite, scan: &Scan, tap: &Tap, out:
                         continue;
                     }
                     OnNull::Error => {
-                        return Err(Error::data(format!("source `{}`: {}: the cursor is null", scan.stream.name, position()))
-                            .hint("Say what to do with such rows: `on_null: include` or `on_null: exclude`."));
+                        return Err(Error::data(format!(
+                            "source `{}`: {}: the cursor is null",
+                            scan.stream.name,
+                            position()
+                        ))
+                        .hint("Say what to do with such rows: `on_null: include` or `on_null: exclude`."));
                     }
                 },
                 Err((column, why)) => {
                     // A cursor that cannot be read cannot be placed in a window: never skipped in silence.
-                    tap.reject(&scan.stream, position(), format!("`{column}` {why}"), || row_json(row, &all))?;
+                    tap.reject(&scan.stream, position(), format!("`{column}` {why}"), || {
+                        row_json(row, &all)
+                    })?;
                     continue;
                 }
             }
@@ -354,7 +421,15 @@ fn read(this: &SqliteConnection, database: &Sqlite, scan: &Scan, tap: &Tap, out:
         }
         count += 1;
         if (count == BATCH_ROWS || bytes >= BATCH_BYTES)
-            && !flush(&mut readers, &mut positions, scan, with_position, std::mem::take(&mut count), tap, out)?
+            && !flush(
+                &mut readers,
+                &mut positions,
+                scan,
+                with_position,
+                std::mem::take(&mut count),
+                tap,
+                out,
+            )?
         {
             return Ok(());
         }
@@ -401,21 +476,35 @@ struct CursorReader {
     policy: OnNull,
 }
 
-fn cursor_readers(scan: &Scan, all: &[(String, ColumnType)], rules: &TextRules) -> Result<Option<CursorReader>> {
+fn cursor_readers(
+    scan: &Scan,
+    all: &[(String, ColumnType)],
+    rules: &TextRules,
+) -> Result<Option<CursorReader>> {
     let (Some(cursor), Window::Cursor { .. }) = (&scan.stream.cursor, &scan.window) else { return Ok(None) };
     let mut columns = Vec::new();
     for name in &cursor.columns {
         let Some(index) = all.iter().position(|(column, _)| column == name) else {
-            return Err(Error::configuration(format!("source `{}`: there is no cursor column `{name}`", scan.stream.name)));
+            return Err(Error::configuration(format!(
+                "source `{}`: there is no cursor column `{name}`",
+                scan.stream.name
+            )));
         };
-        let column = all.get(index).map(|(_, column)| effective(column.clone(), &scan.stream)).unwrap_or(ColumnType::String);
+        let column = all
+            .get(index)
+            .map(|(_, column)| effective(column.clone(), &scan.stream))
+            .unwrap_or(ColumnType::String);
         columns.push((index, name.clone(), column));
     }
     Ok(Some(CursorReader { columns, rules: rules.clone(), policy: cursor.on_null }))
 }
 
 impl CursorReader {
-    fn position(&mut self, row: &rusqlite::Row<'_>, _: &StreamSpec) -> Result<Option<Position>, (String, Misfit)> {
+    fn position(
+        &mut self,
+        row: &rusqlite::Row<'_>,
+        _: &StreamSpec,
+    ) -> Result<Option<Position>, (String, Misfit)> {
         let mut values = Vec::with_capacity(self.columns.len());
         for (index, name, column) in &self.columns {
             let bad = |why: &str| (name.clone(), Misfit(why.to_owned()));
@@ -423,16 +512,22 @@ impl CursorReader {
             let value = match (value, column) {
                 (ValueRef::Null, _) => return Ok(None),
                 (ValueRef::Integer(value), ColumnType::Int) => CursorValue::Int(value),
-                (ValueRef::Text(value), ColumnType::String) => CursorValue::Text(text(value).map_err(|why| (name.clone(), why))?.to_owned()),
+                (ValueRef::Text(value), ColumnType::String) => {
+                    CursorValue::Text(text(value).map_err(|why| (name.clone(), why))?.to_owned())
+                }
                 (ValueRef::Text(value), ColumnType::TimestampTz(format)) => {
                     let text = text(value).map_err(|why| (name.clone(), why))?;
-                    let micros = crate::connector::columns::instant(text, format.as_deref(), self.rules.zone())
-                        .map_err(|why| (name.clone(), why))?;
-                    CursorValue::Instant(DateTime::from_timestamp_micros(micros).ok_or_else(|| bad("is too far away"))?)
+                    let micros =
+                        crate::connector::columns::instant(text, format.as_deref(), self.rules.zone())
+                            .map_err(|why| (name.clone(), why))?;
+                    CursorValue::Instant(
+                        DateTime::from_timestamp_micros(micros).ok_or_else(|| bad("is too far away"))?,
+                    )
                 }
                 (ValueRef::Text(value), ColumnType::Date(format)) => {
                     let text = text(value).map_err(|why| (name.clone(), why))?;
-                    let days = crate::connector::columns::date(text, format.as_deref()).map_err(|why| (name.clone(), why))?;
+                    let days = crate::connector::columns::date(text, format.as_deref())
+                        .map_err(|why| (name.clone(), why))?;
                     let day = chrono::NaiveDate::default() + chrono::TimeDelta::days(i64::from(days));
                     CursorValue::Date(day)
                 }

@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use arrow::{
     array::{Array, AsArray, RecordBatch},
     datatypes::{
-        DataType, Date32Type, Decimal128Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, Schema,
-        SchemaRef, Time64MicrosecondType, TimeUnit, TimestampMicrosecondType, UInt8Type, UInt16Type, UInt32Type,
+        DataType, Date32Type, Decimal128Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type,
+        Int64Type, Schema, SchemaRef, Time64MicrosecondType, TimeUnit, TimestampMicrosecondType, UInt8Type,
+        UInt16Type, UInt32Type,
     },
     temporal_conversions::{date32_to_datetime, time64us_to_time, timestamp_us_to_datetime},
 };
@@ -19,7 +20,10 @@ use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
 use rusqlite::{Connection as Sqlite, OptionalExtension, types::Value};
 
-use super::{SqliteConnection, types::{declaration, declared_type}};
+use super::{
+    SqliteConnection,
+    types::{declaration, declared_type},
+};
 use crate::{
     connector::{
         Attempt, CommitOutcome, Current, Load, Staged, Target,
@@ -109,24 +113,37 @@ fn last_record(this: &SqliteConnection, database: &Sqlite, job: &JobId) -> Resul
         return Ok(None);
     }
     let text: Option<String> = database
-        .query_row(&format!("SELECT record_json FROM {STATE} WHERE project = ?1 AND job = ?2"), [&job.project, &job.job], |row| row.get(0))
+        .query_row(
+            &format!("SELECT record_json FROM {STATE} WHERE project = ?1 AND job = ?2"),
+            [&job.project, &job.job],
+            |row| row.get(0),
+        )
         .optional()
         .map_err(failed)?;
     text.map(|text| LoadRecord::from_json(&text)).transpose()
 }
 
 /// The columns of a table: as the job's record knows them, or as they are declared.
-fn table_schema(this: &SqliteConnection, database: &Sqlite, job: &JobId, table: &str) -> Result<Option<SchemaRef>> {
+fn table_schema(
+    this: &SqliteConnection,
+    database: &Sqlite,
+    job: &JobId,
+    table: &str,
+) -> Result<Option<SchemaRef>> {
     let failed = |error: rusqlite::Error| this.error("read the tables of", &error);
     let mut statement = database.prepare("SELECT name, type FROM pragma_table_info(?1)").map_err(failed)?;
-    let declared: Vec<(String, String)> =
-        statement.query_map([table], |row| Ok((row.get(0)?, row.get(1)?))).and_then(Iterator::collect).map_err(failed)?;
+    let declared: Vec<(String, String)> = statement
+        .query_map([table], |row| Ok((row.get(0)?, row.get(1)?)))
+        .and_then(Iterator::collect)
+        .map_err(failed)?;
     if declared.is_empty() {
         return Ok(None);
     }
     let recorded = last_record(this, database, job)?
         .and_then(|record| record.outputs.get(table).map(|output| output.columns.clone()))
-        .filter(|columns| columns.iter().map(|column| &column.name).eq(declared.iter().map(|(name, _)| name)));
+        .filter(|columns| {
+            columns.iter().map(|column| &column.name).eq(declared.iter().map(|(name, _)| name))
+        });
     if let Some(columns) = recorded {
         return schema_of(&columns).map(Some);
     }
@@ -172,7 +189,10 @@ struct SqliteLoad {
 
 impl SqliteLoad {
     /// Works on the database where it may block.
-    async fn with<T: Send + 'static>(&self, work: impl FnOnce(&SqliteConnection, &mut Sqlite) -> Result<T> + Send + 'static) -> Result<T> {
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&SqliteConnection, &mut Sqlite) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let (connection, database) = (Arc::clone(&self.connection), Arc::clone(&self.database));
         runtime::blocking(move || {
             let mut database = database.lock().unwrap_or_else(PoisonError::into_inner);
@@ -187,7 +207,9 @@ impl SqliteLoad {
         let columns = schema
             .fields()
             .iter()
-            .map(|field| Ok(format!("{} {}", quoted(field.name())?, declaration(field.name(), field.data_type())?)))
+            .map(|field| {
+                Ok(format!("{} {}", quoted(field.name())?, declaration(field.name(), field.data_type())?))
+            })
             .collect::<Result<Vec<_>>>()?;
         let create = format!("CREATE TEMP TABLE {table} ({})", columns.join(", "));
         self.with(move |this, database| {
@@ -232,9 +254,16 @@ impl Load for SqliteLoad {
         let table = format!("fm_stage_{}", self.stages.len());
         let count = self.fill(&table, rows).await?;
         let columns = model.fields().iter().map(|field| field.name().clone()).collect();
-        let stage = Stage { output: output.clone(), table, columns, schema, staged: Staged { rows: count, ..Staged::default() } };
+        let stage = Stage {
+            output: output.clone(),
+            table,
+            columns,
+            schema,
+            staged: Staged { rows: count, ..Staged::default() },
+        };
         let announced = stage.clone();
-        let staged = self.with(move |this, database| announce(this, database, &announced, current.is_some())).await?;
+        let staged =
+            self.with(move |this, database| announce(this, database, &announced, current.is_some())).await?;
         self.stages.push(Stage { staged: staged.clone(), ..stage });
         Ok(staged)
     }
@@ -245,9 +274,12 @@ impl Load for SqliteLoad {
     }
 
     async fn commit(self: Box<Self>, record: &LoadRecord) -> CommitOutcome {
-        let (record, stages, job, quarantined) = (record.clone(), self.stages.clone(), self.job.clone(), self.quarantined);
+        let (record, stages, job, quarantined) =
+            (record.clone(), self.stages.clone(), self.job.clone(), self.quarantined);
         let seq = self.attempt.seq;
-        let outcome = self.with(move |this, database| Ok(publish(this, database, &job, seq, record, &stages, quarantined))).await;
+        let outcome = self
+            .with(move |this, database| Ok(publish(this, database, &job, seq, record, &stages, quarantined)))
+            .await;
         outcome.unwrap_or_else(CommitOutcome::Unknown)
     }
 
@@ -263,13 +295,27 @@ fn announce(this: &SqliteConnection, database: &Sqlite, stage: &Stage, exists: b
     let output = &stage.output;
     if output.mode == Mode::Merge {
         let key = quoted_list(output.key.iter().map(String::as_str))?;
-        let nulls = output.key.iter().map(|column| Ok(format!("{} IS NULL", quoted(column)?))).collect::<Result<Vec<_>>>()?;
-        let null_keys = count(this, database, &format!("SELECT count(*) FROM {table} WHERE {}", nulls.join(" OR ")))?;
-        let twice = count(this, database, &format!("SELECT count(*) FROM (SELECT 1 FROM {table} GROUP BY {key} HAVING count(*) > 1)"))?;
+        let nulls = output
+            .key
+            .iter()
+            .map(|column| Ok(format!("{} IS NULL", quoted(column)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let null_keys =
+            count(this, database, &format!("SELECT count(*) FROM {table} WHERE {}", nulls.join(" OR ")))?;
+        let twice = count(
+            this,
+            database,
+            &format!("SELECT count(*) FROM (SELECT 1 FROM {table} GROUP BY {key} HAVING count(*) > 1)"),
+        )?;
         crate::load::refuse_keys(output, null_keys, twice)?;
     }
     if !exists {
-        return Ok(Staged { rows: staged_rows, inserted: staged_rows, rows_after: staged_rows, ..Staged::default() });
+        return Ok(Staged {
+            rows: staged_rows,
+            inserted: staged_rows,
+            rows_after: staged_rows,
+            ..Staged::default()
+        });
     }
     let name = quoted(&output.name)?;
     let before = count(this, database, &format!("SELECT count(*) FROM {name}"))?;
@@ -277,14 +323,26 @@ fn announce(this: &SqliteConnection, database: &Sqlite, stage: &Stage, exists: b
     match output.mode {
         Mode::Append if !output.rebuild => staged.inserted = staged_rows,
         Mode::ReplaceRange if !output.rebuild => {
-            staged.deleted = count(this, database, &format!("SELECT count(*) FROM {name} AS t WHERE {}", in_ranges(stage)?))?;
+            staged.deleted = count(
+                this,
+                database,
+                &format!("SELECT count(*) FROM {name} AS t WHERE {}", in_ranges(stage)?),
+            )?;
             staged.inserted = staged_rows;
         }
         Mode::Merge if !output.rebuild => {
             let on = matches(stage)?;
-            let matched = count(this, database, &format!("SELECT count(*) FROM {table} AS s JOIN {name} AS t ON {on}"))?;
+            let matched = count(
+                this,
+                database,
+                &format!("SELECT count(*) FROM {table} AS s JOIN {name} AS t ON {on}"),
+            )?;
             staged.updated = match differs(stage)? {
-                Some(differs) => count(this, database, &format!("SELECT count(*) FROM {table} AS s JOIN {name} AS t ON {on} WHERE {differs}"))?,
+                Some(differs) => count(
+                    this,
+                    database,
+                    &format!("SELECT count(*) FROM {table} AS s JOIN {name} AS t ON {on} WHERE {differs}"),
+                )?,
                 None => 0,
             };
             staged.unchanged = matched - staged.updated;
@@ -310,7 +368,9 @@ fn matches(stage: &Stage) -> Result<String> {
 /// The columns that a match may change.
 fn updatable(stage: &Stage) -> Vec<&String> {
     let output = &stage.output;
-    let may = |column: &&String| !output.key.contains(column) && (output.update.is_empty() || output.update.contains(column));
+    let may = |column: &&String| {
+        !output.key.contains(column) && (output.update.is_empty() || output.update.contains(column))
+    };
     stage.columns.iter().filter(may).collect()
 }
 
@@ -333,7 +393,12 @@ fn in_ranges(stage: &Stage) -> Result<String> {
     let same = parts.collect::<Result<Vec<_>>>()?.join(" AND ");
     let mut condition = format!("EXISTS (SELECT 1 FROM {} AS s WHERE {same})", stage.table);
     if let Some(column) = stage.output.range.first().filter(|_| !stage.output.named_ranges.is_empty()) {
-        let values: Vec<String> = stage.output.named_ranges.iter().map(|value| format!("'{}'", value.replace('\'', "''"))).collect();
+        let values: Vec<String> = stage
+            .output
+            .named_ranges
+            .iter()
+            .map(|value| format!("'{}'", value.replace('\'', "''")))
+            .collect();
         condition = format!("({condition} OR t.{} IN ({}))", quoted(column)?, values.join(", "));
     }
     Ok(condition)
@@ -369,9 +434,13 @@ fn publish(
             record.outputs.entry(output).or_insert(before);
         }
         if quarantined {
-            let sql = format!("INSERT INTO {QUARANTINE} SELECT ?1, ?2, ?3, ?4, \"on\", \"check\", reason, position, row FROM fm_quarantine");
+            let sql = format!(
+                "INSERT INTO {QUARANTINE} SELECT ?1, ?2, ?3, ?4, \"on\", \"check\", reason, position, row FROM fm_quarantine"
+            );
             let run = record.run_id.to_string();
-            database.execute(&sql, rusqlite::params![job.project, job.job, seq.cast_signed(), run]).map_err(failed)?;
+            database
+                .execute(&sql, rusqlite::params![job.project, job.job, seq.cast_signed(), run])
+                .map_err(failed)?;
         }
         let text = record.to_json();
         let incarnation = record.incarnation.to_string();
@@ -384,7 +453,14 @@ fn publish(
         database
             .execute(
                 &format!("INSERT OR REPLACE INTO {STATE} VALUES (?1, ?2, ?3, ?4, ?5, ?6)"),
-                rusqlite::params![job.project, job.job, incarnation, seq.cast_signed(), text, record.committed_at],
+                rusqlite::params![
+                    job.project,
+                    job.job,
+                    incarnation,
+                    seq.cast_signed(),
+                    text,
+                    record.committed_at
+                ],
             )
             .map_err(failed)?;
         Ok(())
@@ -410,7 +486,8 @@ fn publish(
 
 /// Applies one stage, and checks that it changes what was announced.
 fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage) -> Result<()> {
-    let failed = |error: rusqlite::Error| this.error(&format!("write output `{}` to", stage.output.name), &error);
+    let failed =
+        |error: rusqlite::Error| this.error(&format!("write output `{}` to", stage.output.name), &error);
     let output = &stage.output;
     let name = quoted(&output.name)?;
     match table_schema(this, database, job, &output.name)? {
@@ -419,7 +496,9 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
                 .schema
                 .fields()
                 .iter()
-                .map(|field| Ok(format!("{} {}", quoted(field.name())?, declaration(field.name(), field.data_type())?)))
+                .map(|field| {
+                    Ok(format!("{} {}", quoted(field.name())?, declaration(field.name(), field.data_type())?))
+                })
                 .collect::<Result<Vec<_>>>()?;
             if !output.key.is_empty() {
                 parts.push(format!("PRIMARY KEY ({})", quoted_list(output.key.iter().map(String::as_str))?));
@@ -429,8 +508,14 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
         Some(current) => {
             for field in stage.schema.fields() {
                 if current.field_with_name(field.name()).is_err() {
-                    let column = format!("{} {}", quoted(field.name())?, declaration(field.name(), field.data_type())?);
-                    database.execute_batch(&format!("ALTER TABLE {name} ADD COLUMN {column}")).map_err(failed)?;
+                    let column = format!(
+                        "{} {}",
+                        quoted(field.name())?,
+                        declaration(field.name(), field.data_type())?
+                    );
+                    database
+                        .execute_batch(&format!("ALTER TABLE {name} ADD COLUMN {column}"))
+                        .map_err(failed)?;
                 }
             }
         }
@@ -451,9 +536,13 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
                     })
                     .collect::<Result<Vec<_>>>()?
                     .join(", ");
-                updated = run(&format!("UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({differs})"))?;
+                updated = run(&format!(
+                    "UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({differs})"
+                ))?;
             }
-            run(&format!("INSERT INTO {name} ({columns}) SELECT {columns} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on})"))?
+            run(&format!(
+                "INSERT INTO {name} ({columns}) SELECT {columns} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on})"
+            ))?
         }
         mode => {
             if mode == Mode::ReplaceRange && !output.rebuild {
@@ -466,9 +555,15 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
     };
     let announced = (stage.staged.inserted, stage.staged.updated, stage.staged.deleted);
     if (inserted, updated, deleted) != announced {
-        return Err(Error::temporary(format!("output `{}` was changed by somebody else while this run went on", output.name))
-            .note(format!("announced {announced:?}, found {:?} (inserted, updated, deleted)", (inserted, updated, deleted)))
-            .hint("Nothing was published. Run again."));
+        return Err(Error::temporary(format!(
+            "output `{}` was changed by somebody else while this run went on",
+            output.name
+        ))
+        .note(format!(
+            "announced {announced:?}, found {:?} (inserted, updated, deleted)",
+            (inserted, updated, deleted)
+        ))
+        .hint("Nothing was published. Run again."));
     }
     Ok(())
 }
@@ -508,7 +603,8 @@ fn value(array: &dyn Array, row: usize) -> Result<Value> {
             Value::Text(if zone.is_some() { text + "Z" } else { text })
         }
         DataType::Time64(TimeUnit::Microsecond) => {
-            let time = time64us_to_time(array.as_primitive::<Time64MicrosecondType>().value(row)).ok_or_else(far)?;
+            let time =
+                time64us_to_time(array.as_primitive::<Time64MicrosecondType>().value(row)).ok_or_else(far)?;
             Value::Text(time.format("%H:%M:%S%.6f").to_string())
         }
         other => return Err(Error::bug(format!("SQLite was given a value of type {other}"))),

@@ -19,13 +19,15 @@ pub(super) fn declared_type(declared: &str) -> Option<ColumnType> {
     let arguments = declared.split_once('(').map(|(_, rest)| rest.trim_end_matches(')').to_owned());
     match name {
         "" | "ANY" => None,
-        "DECIMAL" | "NUMERIC" | "DECIMAL_TEXT" | "MONEY" => {
-            arguments.and_then(|arguments| format!("decimal({arguments})").parse().ok()).or(Some(ColumnType::String))
-        }
+        "DECIMAL" | "NUMERIC" | "DECIMAL_TEXT" | "MONEY" => arguments
+            .and_then(|arguments| format!("decimal({arguments})").parse().ok())
+            .or(Some(ColumnType::String)),
         "BOOLEAN" | "BOOL" => Some(ColumnType::Bool),
         "DATE" | "DATE_TEXT" => Some(ColumnType::Date(None)),
         "DATETIME" | "TIMESTAMP" | "TIMESTAMP_TEXT" => Some(ColumnType::Timestamp(None)),
-        "TIMESTAMPTZ" | "TIMESTAMPTZ_TEXT" | "TIMESTAMP WITH TIME ZONE" => Some(ColumnType::TimestampTz(None)),
+        "TIMESTAMPTZ" | "TIMESTAMPTZ_TEXT" | "TIMESTAMP WITH TIME ZONE" => {
+            Some(ColumnType::TimestampTz(None))
+        }
         "TIME" | "TIME_TEXT" => Some(ColumnType::Time),
         "JSON" => Some(ColumnType::Json),
         _ if name.contains("INT") => Some(ColumnType::Int),
@@ -44,7 +46,13 @@ pub(super) fn declared_type(declared: &str) -> Option<ColumnType> {
 pub(super) fn declaration(name: &str, data_type: &DataType) -> Result<String> {
     Ok(match data_type {
         DataType::Utf8 => "TEXT".to_owned(),
-        DataType::Int8 | DataType::Int16 | DataType::Int32 | DataType::Int64 | DataType::UInt8 | DataType::UInt16 | DataType::UInt32 => "INTEGER".to_owned(),
+        DataType::Int8
+        | DataType::Int16
+        | DataType::Int32
+        | DataType::Int64
+        | DataType::UInt8
+        | DataType::UInt16
+        | DataType::UInt32 => "INTEGER".to_owned(),
         DataType::Decimal128(precision, scale) => format!("DECIMAL_TEXT({precision},{scale})"),
         DataType::Float32 | DataType::Float64 => "REAL".to_owned(),
         DataType::Boolean => "BOOLEAN".to_owned(),
@@ -54,8 +62,10 @@ pub(super) fn declaration(name: &str, data_type: &DataType) -> Result<String> {
         DataType::Time64(TimeUnit::Microsecond) => "TIME_TEXT".to_owned(),
         DataType::Binary => "BLOB".to_owned(),
         other => {
-            return Err(Error::configuration(format!("column `{name}` is {other}, which SQLite cannot hold"))
-                .hint("Cast it in the model, for example to text."));
+            return Err(Error::configuration(format!(
+                "column `{name}` is {other}, which SQLite cannot hold"
+            ))
+            .hint("Cast it in the model, for example to text."));
         }
     })
 }
@@ -66,7 +76,18 @@ mod tests {
 
     #[test]
     fn what_floodmark_declares_it_reads_back_as_the_same_type() {
-        for written in ["string", "int", "decimal(18,2)", "float", "bool", "date", "timestamp", "timestamptz", "time", "binary"] {
+        for written in [
+            "string",
+            "int",
+            "decimal(18,2)",
+            "float",
+            "bool",
+            "date",
+            "timestamp",
+            "timestamptz",
+            "time",
+            "binary",
+        ] {
             let column: ColumnType = written.parse().unwrap();
             let declared = declaration("c", &column.arrow()).unwrap();
             assert_eq!(declared_type(&declared), Some(column), "{declared}");
@@ -76,6 +97,9 @@ mod tests {
     #[test]
     fn decimals_never_get_numeric_affinity() {
         let declared = declaration("c", &DataType::Decimal128(18, 2)).unwrap();
-        assert!(declared.contains("TEXT") && !declared.contains("INT"), "{declared}: SQLite's affinity rules 1 and 2");
+        assert!(
+            declared.contains("TEXT") && !declared.contains("INT"),
+            "{declared}: SQLite's affinity rules 1 and 2"
+        );
     }
 }

@@ -1,0 +1,175 @@
+//! Seeded mistakes: what the user sees, with the exit code, and that nothing is written.
+//!
+//! The answers lie in `tests/it/snapshots/`; after a deliberate change, `INSTA_UPDATE=always cargo test` writes them anew.
+
+use crate::support::Folder;
+
+/// Answers longer than this do not fit a screen.
+const SCREEN_LINES: usize = 30;
+
+fn answer(name: &str, arguments: &[&str], files: &[(&str, &str)]) {
+    let folder = Folder::with(files);
+    answer_in(&folder, name, arguments);
+}
+
+fn answer_in(folder: &Folder, name: &str, arguments: &[&str]) {
+    let before = folder.published();
+    let output = folder.floodmark(arguments);
+    let stderr =
+        String::from_utf8(output.stderr).unwrap().replace(folder.path().to_str().unwrap(), "[folder]");
+    assert!(stderr.lines().count() <= SCREEN_LINES, "{name} does not fit a screen:\n{stderr}");
+    assert!(!stderr.contains("panicked") && !stderr.contains("bug in floodmark"), "{name}: {stderr}");
+    assert!(stderr.contains("hint"), "{name} has no remedy:\n{stderr}");
+    assert_eq!(folder.published(), before, "{name}: something was written");
+    let text = format!("exit code: {}\n{stderr}", output.status.code().unwrap());
+    insta::with_settings!({ prepend_module_to_snapshot => false, omit_expression => true }, {
+        insta::assert_snapshot!(name, text);
+    });
+}
+
+const JOB: &str = "job: load\nsources:\n  orders: { connection: data, file: orders.csv, columns: { amount: \"decimal(18,2)\" } }\nmodels:\n  clean:\ntarget:\n  connection: lake\n  outputs:\n    orders: { from: clean, mode: merge, key: [id] }\n";
+
+fn job(from: &str, to: &str) -> String {
+    assert!(JOB.contains(from), "{from}");
+    JOB.replace(from, to)
+}
+
+#[test]
+fn mistakes_in_job_files() {
+    #[rustfmt::skip]
+    let cases = [
+        ("misspelt_key", "connection: data", "conection: data"),
+        ("misspelt_section", "models:", "modles:"),
+        ("unknown_connection", "connection: data", "connection: dta"),
+        ("unknown_target_connection", "connection: lake", "connection: lak"),
+        ("wrong_type_of_a_key", "key: [id]", "key: id"),
+        ("unknown_mode", "mode: merge", "mode: upsert"),
+        ("merge_without_key", ", key: [id]", ""),
+        ("unknown_model_in_output", "from: clean", "from: claen"),
+        ("unknown_column_type", "decimal(18,2)", "decmal(18,2)"),
+        ("impossible_decimal", "decimal(18,2)", "decimal(50,2)"),
+        ("undeclared_column", "columns: { amount:", "columns: { amuont:"),
+        ("key_that_is_no_column", "key: [id]", "key: [order_id]"),
+        ("nothing_to_read", "file: orders.csv, ", ""),
+        ("two_things_to_read", "file: orders.csv", "file: orders.csv, files: \"*.csv\""),
+        ("missing_file", "orders.csv", "ordres.csv"),
+        ("path_out_of_the_root", "orders.csv", "../floodmark.yaml"),
+        ("duplicate_key_in_yaml", "models:", "job: load\nmodels:"),
+        ("broken_yaml", "key: [id] }", "key: [id"),
+        ("missing_target", "target:\n  connection: lake\n  outputs:\n    orders: { from: clean, mode: merge, key: [id] }\n", ""),
+        ("bad_source_name", "  orders: { connection: data", "  Orders: { connection: data"),
+        ("number_where_text_belongs", "job: load", "job: 17"),
+        ("missing_model_file", "  clean:", "  clean: sql/nowhere.sql"),
+        ("unknown_time_zone", "file: orders.csv", "file: orders.csv, timezone: Europe/Berln"),
+        ("partial_model_replaced", "file: orders.csv, columns: { amount: \"decimal(18,2)\" } }\nmodels:\n  clean:\ntarget:\n  connection: lake\n  outputs:\n    orders: { from: clean, mode: merge, key: [id] }", "files: \"*.csv\" }\nmodels:\n  clean:\ntarget:\n  connection: lake\n  outputs:\n    orders: { from: clean, mode: replace }"),
+        ("cursor_on_files", "file: orders.csv", "file: orders.csv, incremental: { cursor: id }"),
+        ("read_without_files", "file: orders.csv", "file: orders.csv, read: always"),
+        ("check_without_kind", "target:\n", "checks: { clean: [ { on_fail: warn } ] }\ntarget:\n"),
+        ("check_of_unknown_model", "target:\n", "checks: { claen: [ { not_null: [id] } ] }\ntarget:\n"),
+        ("check_of_unknown_column", "target:\n", "checks: { clean: [ { not_null: [ident] } ] }\ntarget:\n"),
+        ("quarantine_of_all_rows", "target:\n", "checks: { clean: [ { unique: [id], on_fail: quarantine } ] }\ntarget:\n"),
+        ("wrong_ratio", "target:\n", "checks: { clean: [ { not_null: [id], max_ratio: lots } ] }\ntarget:\n"),
+        ("param_without_value", "sources:\n", "params: { day: { type: date } }\nsources:\n"),
+        ("param_of_wrong_type", "sources:\n", "params: { day: { type: date, default: soon } }\nsources:\n"),
+    ];
+    for (name, from, to) in cases {
+        answer(name, &["run"], &[("jobs/load.yaml", &job(from, to))]);
+    }
+    answer(
+        "several_mistakes_at_once",
+        &["check"],
+        &[("jobs/load.yaml", &job("mode: merge", "mode: upsert").replace("conn", "con"))],
+    );
+}
+
+#[test]
+fn mistakes_in_sql() {
+    for (name, sql) in [
+        ("unknown_column_in_sql", "SELECT id, custmer, amount FROM orders\n"),
+        ("unknown_table_in_sql", "SELECT id, customer, amount\nFROM ordres\n"),
+        ("broken_sql", "SELECT id, FROM orders WHERE\n"),
+        ("not_a_select", "DELETE FROM orders\n"),
+        ("two_statements", "SELECT 1 AS id; SELECT 2 AS id\n"),
+        ("unknown_parameter", "SELECT id, customer, amount FROM orders WHERE amount > $least\n"),
+        (
+            "wrong_types_in_sql",
+            "SELECT id, customer, amount FROM orders WHERE customer + amount > interval '1 day'\n",
+        ),
+        ("zones_compared", "SELECT id FROM orders WHERE cast('2026-10-01' AS timestamp) < now()\n"),
+        ("untyped_null", "SELECT id, NULL AS customer, amount FROM orders\n"),
+    ] {
+        answer(name, &["run"], &[("sql/mappings/load/clean.sql", sql)]);
+    }
+}
+
+#[test]
+fn mistakes_in_data() {
+    for (name, csv) in [
+        ("ragged_line", "id,customer,amount\n1,ada,1.50\n2,grace\n"),
+        ("unclosed_quote", "id,customer,amount\n1,\"ada,1.50\n2,grace,2.25\n"),
+        ("no_number", "id,customer,amount\n1,ada,1.50\n2,grace,a lot\n"),
+        ("too_many_decimals", "id,customer,amount\n1,ada,1.505\n"),
+        ("duplicate_key_in_merge", "id,customer,amount\n1,ada,1.50\n1,ada,2.50\n"),
+        ("null_key_in_merge", "id,customer,amount\n1,ada,1.50\n,grace,2.25\n"),
+        ("empty_file", ""),
+        ("doubled_header", "id,id,amount\n1,2,3\n"),
+    ] {
+        answer(name, &["run"], &[("data/orders.csv", csv)]);
+    }
+    let folder = Folder::with(&[]);
+    folder.write("data/orders.csv", b"id,customer,amount\n1,ada,1.50\n2,gr\xfcn,2.25\n");
+    answer_in(&folder, "invalid_utf8", &["run"]);
+    answer(
+        "overflow",
+        &["run"],
+        &[(
+            "sql/mappings/load/clean.sql",
+            "SELECT id, customer, id * 9223372036854775807 AS amount FROM orders\n",
+        )],
+    );
+    answer(
+        "lossy_cast",
+        &["run"],
+        &[(
+            "sql/mappings/load/clean.sql",
+            "SELECT id, customer, cast(amount AS decimal(18, 1)) AS amount FROM orders\n",
+        )],
+    );
+    answer(
+        "division_by_zero",
+        &["run"],
+        &[("sql/mappings/load/clean.sql", "SELECT id, customer, amount / (id - id) AS amount FROM orders\n")],
+    );
+    let folder = Folder::with(&[]);
+    assert_eq!(folder.run(&[]).0, 0);
+    folder.write("sql/mappings/load/clean.sql", b"SELECT id, customer, amount, 1 AS more FROM orders\n");
+    answer_in(&folder, "new_column_against_the_contract", &["run"]);
+}
+
+#[test]
+fn mistakes_on_the_command_line() {
+    answer("unknown_job", &["run", "laod"], &[]);
+    answer("unknown_tag", &["run", "--select", "tag:nightly"], &[]);
+    answer("unknown_environment", &["run", "--env", "prod"], &[]);
+    answer("no_point_in_time", &["run", "--as-of", "yesterday"], &[]);
+    answer("param_without_equals", &["run", "--param", "x"], &[]);
+    answer(
+        "missing_variable",
+        &["run"],
+        &[(
+            "connections.yaml",
+            "data: { kind: files, root: \"${env:NOWHERE_SET}\" }\nlake: { kind: files, root: out }\n",
+        )],
+    );
+    answer(
+        "unknown_connector",
+        &["run"],
+        &[("connections.yaml", "data: { kind: fiels, root: data }\nlake: { kind: files, root: out }\n")],
+    );
+    answer(
+        "misspelt_option",
+        &["run"],
+        &[("connections.yaml", "data: { kind: files, rot: data }\nlake: { kind: files, root: out }\n")],
+    );
+    answer("no_project", &["run", "--project", "data"], &[]);
+}
