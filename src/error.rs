@@ -278,7 +278,9 @@ impl From<DataFusionError> for Error {
             _ => {}
         }
         let text = error.strip_backtrace();
-        Self::failed(first_line(strip_prefixes(&text)))
+        // DataFusion puts the rules that it was applying in front: "rule\ncaused by\nthe error".
+        let cause = text.rsplit("caused by\n").next().unwrap_or(&text);
+        Self::failed(first_line(strip_prefixes(cause)))
     }
 }
 

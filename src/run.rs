@@ -606,7 +606,10 @@ impl Release<'_> {
         let rows = session::conform(rows, Arc::clone(&output.schema));
         let counted =
             Arc::new(Mutex::new((RowHash::new(&output.schema)?, output.totals.clone().map(Totals::new))));
-        let staged = self.load.stage(&output.spec, tee(rows, Arc::clone(&counted))).await?;
+        let staged =
+            self.load.stage(&output.spec, tee(rows, Arc::clone(&counted))).await.map_err(|error| {
+                error.note(format!("while output `{}` was made from `{}`", output.spec.name, output.from))
+            })?;
         let counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
         let hash = counted.0.finish();
         record.outputs.insert(

@@ -194,7 +194,7 @@ pub fn problem(error: &DataFusionError, file: &Arc<SourceText>) -> Problem {
         let text = text.trim_start_matches("type_coercion").trim_start_matches("caused by").trim().to_owned();
         return Problem::new(text).at(whole(file)).hint(LOOK_UP);
     };
-    let span = diagnostic.span.map(|span| {
+    let span = diagnostic.span.or_else(|| diagnostic.notes.iter().find_map(|note| note.span)).map(|span| {
         let of = |location: datafusion::common::Location| Location {
             line: location.line,
             column: location.column,

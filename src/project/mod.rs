@@ -86,9 +86,13 @@ impl Project {
             typed::<files::ProjectFile>(&document, "floodmark.yaml", &mut problems)
                 .map(|file| (file, document))
         });
+        let mut declared: Vec<String> = Vec::new();
         let connections = if root.join("connections.yaml").is_file() {
             read_document(root, "connections.yaml", &mut problems)
-                .map(|document| read_connections(&document, &mut problems))
+                .map(|document| {
+                    declared = document.root.entries().iter().map(|entry| entry.key.clone()).collect();
+                    read_connections(&document, &mut problems)
+                })
                 .unwrap_or_default()
         } else {
             IndexMap::new()
@@ -126,6 +130,9 @@ impl Project {
                 let known: Vec<&str> = file.environments.keys().map(String::as_str).collect();
                 problem = match nearest(name, known.iter().copied()) {
                     Some(near) => problem.hint(format!("Did you mean `{near}`?")),
+                    None if known.is_empty() => {
+                        problem.hint("The project has no environments: declare them in floodmark.yaml under `environments:`.")
+                    }
                     None => problem.hint(format!("There are: {}.", known.join(", "))),
                 };
                 problems.push(problem);
@@ -153,7 +160,14 @@ impl Project {
             connections,
             jobs,
         };
+        // A connection whose own lines are wrong was told already: those that use it are not.
+        let told = problems.len();
         check::check(&project, &document, &mut problems);
+        let found = problems.split_off(told);
+        let follows = |problem: &Problem| {
+            declared.iter().any(|name| problem.message == format!("there is no connection `{name}`"))
+        };
+        problems.extend(found.into_iter().filter(|problem| !follows(problem)));
         Error::of(ErrorKind::Configuration, problems)?;
         Ok(project)
     }

@@ -30,7 +30,12 @@ pub fn validate_node(
 ) -> Vec<Problem> {
     let mut walk = Walk { document, root: schema.as_value(), problems: Vec::new() };
     walk.node(node, schema.as_value(), what);
-    walk.problems
+    let remedy = |problem: Problem| match problem.hint {
+        Some(_) => problem,
+        None => problem
+            .hint("`floodmark schema job`, `project` or `connections` documents every key and its values."),
+    };
+    walk.problems.into_iter().map(remedy).collect()
 }
 
 struct Walk<'a> {

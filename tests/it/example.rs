@@ -13,7 +13,7 @@ fn sum(total: &Value) -> &str {
 }
 
 /// Sums of a relation's totals as they stand in the fixtures.
-fn totals<'a>(part: &'a Value) -> Vec<(String, &'a str)> {
+fn totals(part: &Value) -> Vec<(String, &str)> {
     part["totals"]
         .as_array()
         .unwrap()

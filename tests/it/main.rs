@@ -1,5 +1,5 @@
 //! The binary as users meet it: the worked example, seeded mistakes, and rules of the house.
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test may panic")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic")]
 #![expect(clippy::print_stdout, reason = "a test may print")]
 
 mod example;

@@ -59,7 +59,10 @@ fn layers_are_kept() {
                 }
                 for name in *forbidden {
                     let exact = line.find(name).is_some_and(|at| {
-                        !line[at + name.len()..].starts_with(|c: char| c.is_alphanumeric() || c == '_')
+                        !line
+                            .get(at + name.len()..)
+                            .unwrap()
+                            .starts_with(|c: char| c.is_alphanumeric() || c == '_')
                     });
                     if exact || (name.ends_with("::") && line.contains(name)) {
                         offences.push(format!("{path}:{}: names {name}", number + 1));

@@ -362,9 +362,10 @@ impl FilesConnection {
             .hint("All files of a source have the same columns; read others as a source of their own."));
         }
         loop {
-            let next = records
-                .next(&mut record)
-                .map_err(|why| Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name)))?;
+            let next = records.next(&mut record).map_err(|why| {
+                Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name))
+                    .hint("Mend the file; or the `format:` of the source, if it is another dialect.")
+            })?;
             let place = || format!("`{path}` line {}, byte {}", record.line, record.byte);
             let broken = match next {
                 csv::Next::End => break,
@@ -412,7 +413,10 @@ impl FilesConnection {
         let mut row = json::Row::default();
         let names: Vec<String> = scan.schema.fields().iter().map(|field| field.name().clone()).collect();
         let mut batch = BatchBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
-        let fatal = |why: String| Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name));
+        let fatal = |why: String| {
+            Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name))
+                .hint("Have the file delivered again; `kind: json_lines` is one object a line, `kind: json` one list.")
+        };
         while rows.next(&mut row).map_err(fatal)? {
             let object = std::str::from_utf8(&row.text)
                 .map_err(|_| "the row is not UTF-8".to_owned())
@@ -462,7 +466,10 @@ fn header(
     records: &mut csv::Records,
     record: &mut csv::Record,
 ) -> Result<Vec<String>> {
-    let refuse = |why: String| Error::data(format!("source `{}`: `{path}`: {why}", stream.name));
+    let refuse = |why: String| {
+        Error::data(format!("source `{}`: `{path}`: {why}", stream.name))
+            .hint("Mend the file; or the `format:` of the source, if it is another dialect.")
+    };
     if !format.header {
         if stream.columns.is_empty() {
             return Err(Error::configuration(format!(
