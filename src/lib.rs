@@ -12,6 +12,8 @@ pub mod functions;
 pub mod job;
 pub mod load;
 pub mod model;
+#[cfg(test)]
+mod mortal;
 pub mod names;
 pub mod plan;
 pub mod project;

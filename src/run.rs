@@ -85,6 +85,27 @@ pub struct Conductor {
     pub progress: Progress,
     /// Ends everything that has not begun to commit.
     pub stop: CancellationToken,
+    /// How connections are opened.
+    pub opener: Opener,
+}
+
+/// How connections are opened: by the project, unless a test puts something around them.
+#[derive(Clone)]
+pub struct Opener(pub Arc<Open>);
+
+/// Opens the connection of that name.
+pub type Open = dyn Fn(&Project, &str) -> Result<Arc<dyn Connection>> + Send + Sync;
+
+impl Default for Opener {
+    fn default() -> Self {
+        Self(Arc::new(|project, name| project.connection(name)))
+    }
+}
+
+impl std::fmt::Debug for Opener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Opener")
+    }
 }
 
 /// Connections by name, opened as jobs need them.
@@ -101,7 +122,7 @@ impl Conductor {
             job.job.sources.values().map(|source| source.connection.as_deref().unwrap_or(PROJECT_CONNECTION));
         names
             .chain([job.job.target.connection.as_str()])
-            .map(|name| Ok((name.to_owned(), self.project.connection(name)?)))
+            .map(|name| Ok((name.to_owned(), self.opener.0(&self.project, name)?)))
             .collect()
     }
 

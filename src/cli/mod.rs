@@ -341,6 +341,7 @@ fn conductor(
         scratch,
         progress: Progress::default(),
         stop: CancellationToken::new(),
+        opener: crate::run::Opener::default(),
     };
     Ok((conductor, Request { as_of, params, full_refresh, ranges }))
 }
