@@ -122,6 +122,10 @@ impl Target for Mortal {
         self.call(self.inner_target()?.current(job, output)).await
     }
 
+    async fn quarantined(&self, job: &JobId) -> Result<SendableRecordBatchStream> {
+        self.call(self.inner_target()?.quarantined(job)).await
+    }
+
     async fn begin(
         &self,
         job: &JobId,
@@ -274,7 +278,6 @@ async fn a_run_that_dies_anywhere_loses_no_row_and_doubles_none() {
         let second = second.unwrap_or_else(|error| panic!("after death at touch {touches}: {error}"));
         assert_eq!(published(&second), expected, "after death at touch {touches}");
         if !died {
-            println!("{touches} touches, each with a death");
             assert!(touches > 60, "the example touches the world at least sixty times");
             return;
         }

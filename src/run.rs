@@ -98,7 +98,7 @@ pub type Open = dyn Fn(&Project, &str) -> Result<Arc<dyn Connection>> + Send + S
 
 impl Default for Opener {
     fn default() -> Self {
-        Self(Arc::new(|project, name| project.connection(name)))
+        Self(Arc::new(Project::connection))
     }
 }
 

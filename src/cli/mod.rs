@@ -24,6 +24,7 @@ use render::Renderer;
 
 mod init;
 mod preview;
+mod quarantine;
 mod render;
 
 /// Batch data integration that is exact, audited before it is published, and never counts twice.
@@ -113,6 +114,11 @@ enum Verb {
         #[arg(long, default_value_t = 20)]
         limit: u32,
     },
+    /// Look at rows that were set aside.
+    Quarantine {
+        #[command(subcommand)]
+        verb: QuarantineVerb,
+    },
     /// Look at what targets remember.
     State {
         #[command(subcommand)]
@@ -132,6 +138,26 @@ enum Verb {
     Completions {
         /// Which.
         shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum QuarantineVerb {
+    /// How many rows, by job, release and check.
+    List {
+        /// The job; all, unless given.
+        job: Option<String>,
+    },
+    /// The rows of a job.
+    Show {
+        /// The job.
+        job: String,
+        /// Only those of one release.
+        #[arg(long)]
+        release: Option<u64>,
+        /// How many rows.
+        #[arg(long, default_value_t = 100)]
+        limit: usize,
     },
 }
 
@@ -263,6 +289,16 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
                     renderer.run(run);
                 }
             }
+        }
+        Verb::Quarantine { verb: QuarantineVerb::List { job } } => {
+            let project = open()?;
+            let jobs = select(&project, &job.into_iter().collect::<Vec<_>>(), &[])?;
+            renderer.quarantine(&quarantine::count(&project, &jobs).await?);
+        }
+        Verb::Quarantine { verb: QuarantineVerb::Show { job, release, limit } } => {
+            let project = open()?;
+            select(&project, std::slice::from_ref(&job), &[])?;
+            renderer.rows(&quarantine::rows(&project, &job, release, limit).await?)?;
         }
         Verb::State { verb: StateVerb::Show { job } } => {
             let project = open()?;

@@ -321,6 +321,28 @@ impl Renderer {
         }
     }
 
+    /// How many rows were set aside: job, release, source or model, check, rows.
+    pub(super) fn quarantine(&self, counts: &BTreeMap<(String, i64, String, String), u64>) {
+        if self.json {
+            let list: Vec<_> = counts
+                .iter()
+                .map(|((job, release, on, check), rows)| {
+                    json!({ "job": job, "release": release, "on": on, "check": check, "rows": rows })
+                })
+                .collect();
+            return self.json(&json!({ "quarantine": list }));
+        }
+        if counts.is_empty() {
+            say!("no rows are set aside");
+            return;
+        }
+        let mut table = Table::new(&["job", "release", "on", "check", "rows"]);
+        for ((job, release, on, check), rows) in counts {
+            table.row([job.clone(), release.to_string(), on.clone(), check.clone(), thousands(*rows)]);
+        }
+        table.print();
+    }
+
     pub(super) fn state(&self, records: &[(String, Option<LoadRecord>)]) {
         if self.json {
             let records: BTreeMap<_, _> = records.iter().cloned().collect();

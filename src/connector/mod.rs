@@ -233,9 +233,21 @@ pub trait Target: Send + Sync {
     async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>>;
     /// The columns that an output has now, and whether it holds rows; `None` if it is not there.
     async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>>;
+    /// The rows that the job's releases set aside: the columns of `check::quarantine_schema`, behind the release's `seq`.
+    async fn quarantined(&self, job: &JobId) -> Result<SendableRecordBatchStream>;
     /// Starts one attempt of a release on top of `base`, the last record.
     async fn begin(&self, job: &JobId, attempt: &Attempt, base: Option<&LoadRecord>)
     -> Result<Box<dyn Load>>;
+}
+
+/// The columns of rows that were set aside, as a target gives them back.
+pub fn quarantined_schema() -> SchemaRef {
+    use arrow::datatypes::{DataType, Field, Schema};
+    let texts =
+        ["on", "check", "reason", "position", "row"].map(|name| Field::new(name, DataType::Utf8, false));
+    Arc::new(Schema::new(
+        [Field::new("seq", DataType::Int64, false)].into_iter().chain(texts).collect::<Vec<_>>(),
+    ))
 }
 
 /// What an output is before a load.

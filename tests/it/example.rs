@@ -62,6 +62,10 @@ fn the_first_night_publishes_everything_and_the_totals_tie_to_the_fixtures() {
     ] {
         assert!(published.contains(&(group.to_owned(), expected)), "{group} is {expected} in {published:?}");
     }
+    let shown = folder.floodmark(&["quarantine", "show", "consolidate_ledgers", "--output", "json"]);
+    let aside: Value = serde_json::from_slice(&shown.stdout).unwrap();
+    assert_eq!(aside["position"], "`gl_2026-10.csv` line 6, byte 223");
+    assert_eq!(aside["reason"], "the row has 3 fields and the header 6");
     let balance = &job(&runs, "trial_balance")["outputs"]["trial_balance"]["totals"][0]["sums"];
     assert_eq!(balance[0][1], balance[1][1], "debits are credits");
 }
@@ -204,6 +208,8 @@ fn the_verbs_that_only_look_write_nothing() {
         &["schema", "connections"],
         &["completions", "bash"],
         &["runs"],
+        &["quarantine", "list"],
+        &["quarantine", "show", "consolidate_ledgers"],
     ] {
         let output = folder.floodmark(arguments);
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));

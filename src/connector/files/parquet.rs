@@ -15,7 +15,7 @@ use ::parquet::{
     file::{properties::WriterProperties, writer::SerializedFileWriter},
 };
 use arrow::{
-    array::{ArrayRef, RecordBatch, RecordBatchOptions, StringBuilder},
+    array::{ArrayRef, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder},
     datatypes::SchemaRef,
 };
 use datafusion::physical_plan::SendableRecordBatchStream;
@@ -25,6 +25,7 @@ use rayon::prelude::*;
 use super::{FilesConnection, durable::NewFile};
 use crate::{
     connector::{
+        quarantined_schema,
         scan::{POSITION_COLUMN, Scan},
         tap::Tap,
     },
@@ -99,6 +100,21 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
         tap.bytes(size * rows as u64 / rows_in_all);
         tap.rows(&batch)?;
         if !out.send(batch) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Sends the rows that one release set aside. False once nobody reads any more.
+pub(super) fn read_quarantined(file: &File, path: &str, seq: u64, out: &BatchSender) -> Result<bool> {
+    let file = file.try_clone().map_err(|error| Error::io("read", path, error))?;
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| damaged(path, error))?;
+    for batch in builder.with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(path, error))? {
+        let batch = batch.map_err(|error| damaged(path, error))?;
+        let seq: ArrayRef = Arc::new(Int64Array::from(vec![seq.cast_signed(); batch.num_rows()]));
+        let columns = [seq].into_iter().chain(batch.columns().iter().cloned()).collect();
+        if !out.send(RecordBatch::try_new(quarantined_schema(), columns)?) {
             return Ok(false);
         }
     }

@@ -15,6 +15,7 @@ use crate::{
     connector::{
         Attempt, CommitOutcome, Current, Load, Staged, Target,
         evolve::evolve,
+        quarantined_schema,
         spec::{Guarantee, Mode, OutputSpec},
     },
     error::{Error, Result},
@@ -53,6 +54,22 @@ impl Target for Arc<FilesConnection> {
             Some(found) => Ok(Some(Current { schema: found.schema()?, rows: found.rows_after })),
             None => Ok(None),
         }
+    }
+
+    async fn quarantined(&self, job: &JobId) -> Result<SendableRecordBatchStream> {
+        let (this, job) = (Self::clone(self), job.clone());
+        Ok(runtime::blocking_stream(quarantined_schema(), move |out| {
+            let newest = this.newest(&job)?.map_or(0, |record| record.seq);
+            for seq in 1..=newest {
+                let Some(record) = this.record_at(&job, seq)? else { continue };
+                for path in &record.quarantine_files {
+                    if !parquet::read_quarantined(&this.open(path)?, path, seq, out)? {
+                        return Ok(());
+                    }
+                }
+            }
+            Ok(())
+        }))
     }
 
     async fn begin(

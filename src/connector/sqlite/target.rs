@@ -7,7 +7,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::{
-    array::{Array, AsArray, RecordBatch},
+    array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray},
     datatypes::{
         DataType, Date32Type, Decimal128Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type,
         Int64Type, Schema, SchemaRef, Time64MicrosecondType, TimeUnit, TimestampMicrosecondType, UInt8Type,
@@ -28,6 +28,7 @@ use crate::{
     connector::{
         Attempt, CommitOutcome, Current, Load, Staged, Target,
         evolve::evolve,
+        quarantined_schema,
         spec::{Guarantee, Mode, OutputSpec},
     },
     error::{Error, ErrorKind, Result},
@@ -87,6 +88,44 @@ impl Target for Arc<SqliteConnection> {
             Ok(Some(Current { schema, rows }))
         })
         .await
+    }
+
+    async fn quarantined(&self, job: &JobId) -> Result<SendableRecordBatchStream> {
+        let (this, job) = (Self::clone(self), job.clone());
+        Ok(runtime::blocking_stream(quarantined_schema(), move |out| {
+            if !this.path.is_file() || last_record(&this, &this.open_to_read()?, &job)?.is_none() {
+                return Ok(());
+            }
+            let database = this.open_to_read()?;
+            let failed = |error: rusqlite::Error| this.error("read the quarantine in", &error);
+            let sql = format!(
+                "SELECT seq, \"on\", \"check\", reason, position, row FROM {QUARANTINE} WHERE project = ?1 AND job = ?2 ORDER BY seq, rowid"
+            );
+            let mut statement = database.prepare(&sql).map_err(failed)?;
+            let mut rows = statement.query([&job.project, &job.job]).map_err(failed)?;
+            loop {
+                let (mut seqs, mut texts): (Vec<i64>, [Vec<String>; 5]) = Default::default();
+                while let Some(row) = rows.next().map_err(failed)? {
+                    seqs.push(row.get(0).map_err(failed)?);
+                    for (index, column) in texts.iter_mut().enumerate() {
+                        column.push(row.get(index + 1).map_err(failed)?);
+                    }
+                    if seqs.len() == runtime::BATCH_ROWS {
+                        break;
+                    }
+                }
+                if seqs.is_empty() {
+                    return Ok(());
+                }
+                let seqs: ArrayRef = Arc::new(Int64Array::from(seqs));
+                let texts = texts.into_iter().map(|column| Arc::new(StringArray::from(column)) as ArrayRef);
+                let batch =
+                    RecordBatch::try_new(quarantined_schema(), [seqs].into_iter().chain(texts).collect())?;
+                if !out.send(batch) {
+                    return Ok(());
+                }
+            }
+        }))
     }
 
     async fn begin(&self, job: &JobId, attempt: &Attempt, _: Option<&LoadRecord>) -> Result<Box<dyn Load>> {
