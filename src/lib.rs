@@ -3,6 +3,9 @@
 //! ```text
 //! jobs/*.yaml, sql/**      job ──► plan ──► extract ──► model ──► check ──► load ──► record
 //! ```
+//!
+//! Start at [`run`]: it walks these milestones. [`connector`] says what a source and a target promise, [`functions`] what SQL
+//! means here, [`watermark`] how windows follow each other. The binary is [`cli`] and nothing else.
 
 pub mod check;
 pub mod cli;

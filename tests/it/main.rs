@@ -5,4 +5,5 @@
 mod example;
 mod mistakes;
 mod support;
+mod targets;
 mod tidy;

@@ -211,6 +211,8 @@ struct Stage {
     table: String,
     /// The columns of the stage.
     columns: Vec<String>,
+    /// The columns that the output has, if it is there.
+    current: Option<SchemaRef>,
     /// The columns that the output will have.
     schema: SchemaRef,
     /// What was announced.
@@ -297,12 +299,12 @@ impl Load for SqliteLoad {
             output: output.clone(),
             table,
             columns,
+            current,
             schema,
             staged: Staged { rows: count, ..Staged::default() },
         };
         let announced = stage.clone();
-        let staged =
-            self.with(move |this, database| announce(this, database, &announced, current.is_some())).await?;
+        let staged = self.with(move |this, database| announce(this, database, &announced)).await?;
         self.stages.push(Stage { staged: staged.clone(), ..stage });
         Ok(staged)
     }
@@ -329,7 +331,7 @@ impl Load for SqliteLoad {
 }
 
 /// What a commit would change, as the database is now.
-fn announce(this: &SqliteConnection, database: &Sqlite, stage: &Stage, exists: bool) -> Result<Staged> {
+fn announce(this: &SqliteConnection, database: &Sqlite, stage: &Stage) -> Result<Staged> {
     let (table, staged_rows) = (&stage.table, stage.staged.rows);
     let output = &stage.output;
     if output.mode == Mode::Merge {
@@ -348,7 +350,7 @@ fn announce(this: &SqliteConnection, database: &Sqlite, stage: &Stage, exists: b
         )?;
         crate::load::refuse_keys(output, null_keys, twice)?;
     }
-    if !exists {
+    if stage.current.is_none() {
         return Ok(Staged {
             rows: staged_rows,
             inserted: staged_rows,
@@ -417,8 +419,15 @@ fn differs(stage: &Stage) -> Result<Option<String>> {
     let parts = updatable(stage)
         .into_iter()
         .map(|column| {
+            let added =
+                stage.current.as_ref().is_some_and(|current| current.field_with_name(column).is_err());
             let column = quoted(column)?;
-            Ok(format!("t.{column} IS NOT s.{column}"))
+            // A column that is still to be added is null in every row that is there.
+            Ok(if added {
+                format!("s.{column} IS NOT NULL")
+            } else {
+                format!("t.{column} IS NOT s.{column}")
+            })
         })
         .collect::<Result<Vec<_>>>()?;
     Ok((!parts.is_empty()).then(|| parts.join(" OR ")))

@@ -1,0 +1,161 @@
+//! What every target promises, through the binary: the same steps for a folder and for SQLite.
+
+use serde_json::{Value, json};
+
+use crate::support::Folder;
+
+const TARGETS: [(&str, &str); 2] =
+    [("a folder", "{ kind: files, root: out }"), ("SQLite", "{ kind: sqlite, path: out/target.db }")];
+
+fn project(target: &str, output: &str, more: &str) -> Folder {
+    let connections = format!("data: {{ kind: files, root: data }}\nlake: {target}\n");
+    let job = format!(
+        "job: load\nsources:\n  orders:\n    connection: data\n    file: orders.csv\n    columns: {{ id: int, period: string, amount: \"decimal(18,2)\" }}\nmodels:\n  clean:\ntarget:\n  connection: lake\n  outputs:\n    orders: {{ from: clean, {output} }}\n{more}"
+    );
+    Folder::with(&[
+        ("connections.yaml", &connections),
+        ("jobs/load.yaml", &job),
+        ("sql/mappings/load/clean.sql", "SELECT * FROM orders\n"),
+    ])
+}
+
+fn load(folder: &Folder, rows: &str, arguments: &[&str]) -> (i32, Value) {
+    folder.write("data/orders.csv", format!("id,period,amount\n{rows}").as_bytes());
+    let (code, mut runs) = folder.run(arguments);
+    (code, runs.remove(0))
+}
+
+fn counts(run: &Value) -> [u64; 5] {
+    let output = &run["outputs"]["orders"];
+    ["inserted", "updated", "unchanged", "deleted", "rows_after"].map(|key| output[key].as_u64().unwrap())
+}
+
+/// Every row that a reader sees, as text, sorted.
+fn rows(folder: &Folder) -> Vec<String> {
+    folder.write(
+        "jobs/look.yaml",
+        b"job: look\nsources:\n  seen: { connection: lake, table: orders }\nmodels: { all: sql/all.sql }\ntarget:\n  connection: data\n  outputs: { nothing: { from: all, mode: replace } }\n",
+    );
+    folder.write("sql/all.sql", b"SELECT * FROM seen\n");
+    let output = folder.floodmark(&["preview", "look", "--output", "json", "--limit", "100"]);
+    std::fs::remove_file(folder.path().join("jobs/look.yaml")).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut rows: Vec<String> = text
+        .lines()
+        .map(|line| {
+            let row: Value = serde_json::from_str(line).unwrap();
+            row.as_object()
+                .unwrap()
+                .values()
+                .map(|value| value.as_str().unwrap_or("null").to_owned())
+                .collect::<Vec<_>>()
+                .join(" ")
+        })
+        .collect();
+    rows.sort();
+    rows
+}
+
+#[test]
+fn merge_updates_what_its_key_finds_and_touches_nothing_that_is_equal() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: merge, key: [id]", "");
+        assert_eq!(
+            counts(&load(&folder, "1,a,1.10\n2,a,2.20\n3,b,3.30\n", &[]).1),
+            [3, 0, 0, 0, 3],
+            "{name}"
+        );
+        let (_, run) = load(&folder, "2,a,2.25\n3,b,3.30\n4,b,4.40\n", &[]);
+        assert_eq!(counts(&run), [1, 1, 1, 0, 4], "{name}");
+        assert_eq!(rows(&folder), ["1 a 1.10", "2 a 2.25", "3 b 3.30", "4 b 4.40"], "{name}");
+        let (code, run) = load(&folder, "2,a,2.25\n", &[]);
+        assert_eq!((code, &run["outcome"]), (0, &json!("nothing_new")), "{name}");
+        let (code, _) = load(&folder, "5,a,1.00\n5,a,2.00\n", &[]);
+        assert_eq!(code, 3, "{name}: a key that comes twice");
+        assert_eq!(rows(&folder).len(), 4, "{name}");
+    }
+}
+
+#[test]
+fn merge_changes_only_the_listed_columns() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: merge, key: [id], update: [amount]", "");
+        load(&folder, "1,a,1.10\n", &[]);
+        assert_eq!(
+            counts(&load(&folder, "1,z,1.10\n", &[]).1)[1],
+            0,
+            "{name}: the period is not to be changed"
+        );
+        load(&folder, "1,z,1.20\n", &[]);
+        assert_eq!(rows(&folder), ["1 a 1.20"], "{name}");
+    }
+}
+
+#[test]
+fn append_adds_and_replace_leaves_exactly_the_new_rows() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: append", "");
+        load(&folder, "1,a,1.10\n", &[]);
+        assert_eq!(counts(&load(&folder, "1,a,1.10\n", &[]).1), [1, 0, 0, 0, 2], "{name}");
+        assert_eq!(rows(&folder), ["1 a 1.10", "1 a 1.10"], "{name}");
+        let folder = project(target, "mode: replace", "");
+        load(&folder, "1,a,1.10\n2,a,2.20\n", &[]);
+        load(&folder, "3,a,3.30\n", &[]);
+        assert_eq!(rows(&folder), ["3 a 3.30"], "{name}");
+        let (code, run) = load(&folder, "3,a,3.30\n", &[]);
+        assert_eq!((code, &run["outcome"]), (0, &json!("nothing_new")), "{name}: the same rows");
+    }
+}
+
+#[test]
+fn replace_range_replaces_the_ranges_that_the_run_produced_and_those_that_were_named() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: replace_range, range: [period]", "");
+        load(&folder, "1,a,1.10\n2,a,2.20\n3,b,3.30\n4,c,4.40\n", &[]);
+        let (_, run) = load(&folder, "5,a,5.50\n", &[]);
+        assert_eq!(counts(&run), [1, 0, 0, 2, 3], "{name}");
+        assert_eq!(rows(&folder), ["3 b 3.30", "4 c 4.40", "5 a 5.50"], "{name}");
+        load(&folder, "5,a,5.55\n", &["--range", "b"]);
+        assert_eq!(rows(&folder), ["4 c 4.40", "5 a 5.55"], "{name}");
+    }
+}
+
+#[test]
+fn a_new_column_is_refused_or_added_as_the_contract_says() {
+    for (name, target) in TARGETS {
+        for (contract, expected) in [("", 3), ("  contract: { new_column: add }\n", 0)] {
+            let folder = project(target, "mode: merge, key: [id]", contract);
+            load(&folder, "1,a,1.10\n2,a,2.20\n", &[]);
+            folder.write("sql/mappings/load/clean.sql", b"SELECT *, 'x' AS more FROM orders\n");
+            let (code, _) = load(&folder, "2,a,2.25\n3,a,3.30\n", &[]);
+            assert_eq!(code, expected, "{name}");
+            let seen = if expected == 3 {
+                vec!["1 a 1.10", "2 a 2.20"]
+            } else {
+                vec!["1 a 1.10 null", "2 a 2.25 x", "3 a 3.30 x"]
+            };
+            assert_eq!(rows(&folder), seen, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_target_whose_history_is_not_ours_is_refused() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: append", "");
+        load(&folder, "1,a,1.10\n", &[]);
+        let before = folder.published();
+        // The local store is only a cache: without it the target still knows.
+        std::fs::remove_dir_all(folder.path().join(".floodmark")).unwrap();
+        assert_eq!(load(&folder, "2,a,2.20\n", &[]).0, 0, "{name}");
+        // Another job's rows are not ours to continue.
+        let text = std::fs::read_to_string(folder.path().join("jobs/load.yaml")).unwrap();
+        folder.write("jobs/load.yaml", text.replace("job: load", "job: other").as_bytes());
+        folder.write("sql/mappings/other/clean.sql", b"SELECT * FROM orders\n");
+        let after = folder.published();
+        assert_ne!(before, after);
+        assert_eq!(load(&folder, "3,a,3.30\n", &[]).0, 3, "{name}");
+        assert_eq!(folder.published(), after, "{name}");
+    }
+}
