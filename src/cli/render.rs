@@ -308,7 +308,7 @@ impl Renderer {
                     check.on.clone(),
                     thousands(check.found),
                     verdict.to_owned(),
-                    check.details.join("; "),
+                    details(&check.details),
                 ]);
             }
             table.print();
@@ -476,6 +476,13 @@ pub(super) fn panic_hook(info: &PanicHookInfo<'_>) {
     if std::env::var_os("RUST_BACKTRACE").is_some() {
         eprintln!("{}", std::backtrace::Backtrace::force_capture());
     }
+}
+
+/// The first details of a check, and how many more there are; all of them are in the run's document.
+fn details(all: &[String]) -> String {
+    const SHOWN: usize = 3;
+    let shown = all.iter().take(SHOWN).cloned().collect::<Vec<_>>().join("; ");
+    if all.len() > SHOWN { format!("{shown}; and {} more", all.len() - SHOWN) } else { shown }
 }
 
 fn sees(partial: bool, spool: bool) -> String {
