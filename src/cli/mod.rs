@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     connector::{CONNECTORS, Connector},
     error::{Error, ErrorKind, Result},
-    plan::{Promised, Request},
+    plan::Request,
     project::{self, Project},
     run::{Conductor, Progress, exit_code, find_project},
     runtime::{self, Clock, SystemClock},
@@ -516,11 +516,6 @@ fn schema(kind: SchemaKind) -> serde_json::Value {
             })
         }
     }
-}
-
-/// Promised columns, for previews of jobs whose upstream has not run.
-pub(crate) fn nothing_promised() -> Promised {
-    Promised::new()
 }
 
 /// Whether a folder may take a new project.

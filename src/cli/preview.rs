@@ -32,7 +32,7 @@ pub(super) async fn preview(
         &conductor.project,
         document,
         request,
-        &super::nothing_promised(),
+        &plan::Promised::new(),
         &connections,
         &conductor.scratch,
     )

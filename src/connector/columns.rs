@@ -16,7 +16,7 @@ use arrow::{
 use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime, TimeZone};
 use chrono_tz::Tz;
 
-use super::spec::{Format, StreamSpec};
+use super::spec::StreamSpec;
 use crate::{
     error::{Error, Result},
     types::{ColumnType, UTC},
@@ -59,8 +59,8 @@ impl TextRules {
     /// A mark that is not one ASCII character, two marks that are the same, an unknown zone.
     pub fn of(stream: &StreamSpec) -> Result<Self> {
         let format = stream.format.clone().unwrap_or_default();
-        let decimal = single(&format, "decimal", format.decimal.as_deref())?.unwrap_or(b'.');
-        let thousands = single(&format, "thousands", format.thousands.as_deref())?;
+        let decimal = single("decimal", format.decimal.as_deref())?.unwrap_or(b'.');
+        let thousands = single("thousands", format.thousands.as_deref())?;
         if thousands == Some(decimal) {
             return Err(Error::configuration("`decimal` and `thousands` are the same character"));
         }
@@ -74,7 +74,7 @@ impl TextRules {
 /// # Errors
 ///
 /// If it is empty, longer, or not ASCII.
-pub fn single(_: &Format, option: &str, written: Option<&str>) -> Result<Option<u8>> {
+pub fn single(option: &str, written: Option<&str>) -> Result<Option<u8>> {
     match written.map(str::as_bytes) {
         None => Ok(None),
         Some([byte]) if byte.is_ascii() => Ok(Some(*byte)),

@@ -4,7 +4,6 @@
 //! environments) goes into new values and never back into what was parsed.
 
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -420,15 +419,6 @@ fn dotenv(root: &Path, name: &str) -> Option<String> {
         .filter_map(|line| line.split_once('='))
         .find(|(known, _)| known.trim().trim_start_matches("export ") == name)
         .map(|(_, value)| value.trim().trim_matches(['"', '\'']).to_owned())
-}
-
-/// The variables with which connections may be given, for the renderer's help.
-pub fn variables() -> BTreeMap<&'static str, &'static str> {
-    BTreeMap::from([
-        ("FLOODMARK_ENV", "the environment, as --env"),
-        ("FLOODMARK_PROJECT", "the project's folder, as --project"),
-        ("NO_COLOR", "no colours"),
-    ])
 }
 
 pub(crate) fn name_problem(what: &str, name: &str, place: Place) -> Option<Problem> {

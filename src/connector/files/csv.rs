@@ -24,13 +24,13 @@ pub(super) struct Dialect {
 impl Dialect {
     pub(super) fn of(format: &Format, path: &str) -> Result<Self> {
         let tabs = path.contains(".tsv").then_some(b'\t');
-        let delimiter = single(format, "delimiter", format.delimiter.as_deref())?.or(tabs).unwrap_or(b',');
+        let delimiter = single("delimiter", format.delimiter.as_deref())?.or(tabs).unwrap_or(b',');
         let quote = match format.quote.as_deref() {
             Some("none") => None,
-            written => Some(single(format, "quote", written)?.unwrap_or(b'"')),
+            written => Some(single("quote", written)?.unwrap_or(b'"')),
         };
-        let escape = single(format, "escape", format.escape.as_deref())?;
-        let comment = single(format, "comment", format.comment.as_deref())?;
+        let escape = single("escape", format.escape.as_deref())?;
+        let comment = single("comment", format.comment.as_deref())?;
         if Some(delimiter) == quote {
             return Err(Error::configuration("`delimiter` and `quote` are the same character"));
         }

@@ -154,7 +154,7 @@ impl Staging<'_> {
         context.register_table("s", rows.table()?)?;
         refuse_bad_keys(&context, self.output).await?;
         let key = &self.output.key;
-        let on = equal(key, "f", "s", "=")?;
+        let on = pairs(key, "f", "=", "s")?.join(" AND ");
         let first = quoted(key.first().map(String::as_str).unwrap_or_default())?;
         let schema = Arc::clone(&self.schema);
         let updated: Vec<&str> = schema
@@ -167,9 +167,9 @@ impl Staging<'_> {
             })
             .filter(|name| rows.schema().field_with_name(name).is_ok())
             .collect();
-        let changed = match equal_any(&updated)? {
-            Some(different) => different,
-            None => "false".to_owned(),
+        let changed = match pairs(&updated, "f", "IS DISTINCT FROM", "s")?.join(" OR ") {
+            none if none.is_empty() => "false".to_owned(),
+            different => different,
         };
         let before: u64 = self.base.iter().map(|file| file.rows).sum();
         let mut staged = Staged { rows: rows.rows(), rows_before: before, ..Staged::default() };
@@ -256,7 +256,7 @@ impl Staging<'_> {
             }
         }
         context.register_table("r", context.sql(&ranges).await?.into_view())?;
-        let on = equal(range, "f", "r", "IS NOT DISTINCT FROM")?;
+        let on = pairs(range, "f", "IS NOT DISTINCT FROM", "r")?.join(" AND ");
         let before: u64 = self.base.iter().map(|file| file.rows).sum();
         let mut staged =
             Staged { rows: rows.rows(), inserted: rows.rows(), rows_before: before, ..Staged::default() };
@@ -308,26 +308,13 @@ async fn refuse_bad_keys(context: &SessionContext, output: &OutputSpec) -> Resul
     crate::load::refuse_keys(output, null_keys, double)
 }
 
-fn equal(columns: &[String], left: &str, right: &str, operator: &str) -> Result<String> {
-    let parts = columns
-        .iter()
-        .map(|column| {
-            let name = quoted(column)?;
-            Ok(format!("({left}.{name} {operator} {right}.{name})"))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    Ok(parts.join(" AND "))
-}
-
-fn equal_any(columns: &[&str]) -> Result<Option<String>> {
-    let parts = columns
-        .iter()
-        .map(|column| {
-            let name = quoted(column)?;
-            Ok(format!("(f.{name} IS DISTINCT FROM s.{name})"))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    Ok((!parts.is_empty()).then(|| parts.join(" OR ")))
+/// One condition a column: `(left.column operator right.column)`.
+fn pairs(columns: &[impl AsRef<str>], left: &str, operator: &str, right: &str) -> Result<Vec<String>> {
+    let pair = |column: &str| {
+        let name = quoted(column)?;
+        Ok(format!("({left}.{name} {operator} {right}.{name})"))
+    };
+    columns.iter().map(|column| pair(column.as_ref())).collect()
 }
 
 /// The one row of counts that `sql` gives.

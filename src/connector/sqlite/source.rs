@@ -371,7 +371,7 @@ fn read(this: &SqliteConnection, database: &Sqlite, scan: &Scan, tap: &Tap, out:
         number += 1;
         let position = || format!("{} row {number}", this.shown);
         if let Some(on_null) = cursor.as_mut() {
-            match on_null.position(row, &scan.stream) {
+            match on_null.position(row) {
                 Ok(Some(at)) if !scan.window.holds(&at) => continue,
                 Ok(Some(_)) => {}
                 Ok(None) => match on_null.policy {
@@ -500,11 +500,7 @@ fn cursor_readers(
 }
 
 impl CursorReader {
-    fn position(
-        &mut self,
-        row: &rusqlite::Row<'_>,
-        _: &StreamSpec,
-    ) -> Result<Option<Position>, (String, Misfit)> {
+    fn position(&mut self, row: &rusqlite::Row<'_>) -> Result<Option<Position>, (String, Misfit)> {
         let mut values = Vec::with_capacity(self.columns.len());
         for (index, name, column) in &self.columns {
             let bad = |why: &str| (name.clone(), Misfit(why.to_owned()));
