@@ -31,7 +31,7 @@ pub enum ErrorKind {
 }
 
 /// One text file of the project, kept so that mistakes in it can be shown.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub struct SourceText {
     /// The path as the user knows it, relative to the project's folder.
     pub path: String,
@@ -40,12 +40,43 @@ pub struct SourceText {
 }
 
 /// A stretch of a [`SourceText`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Place {
     /// The file.
     pub file: Arc<SourceText>,
     /// Bytes of its text.
     pub span: Range<usize>,
+}
+
+impl Place {
+    /// The first line of a file, for problems of the whole file.
+    pub fn whole(file: &Arc<SourceText>) -> Self {
+        let end = file.text.find('\n').unwrap_or(file.text.len());
+        Self { file: Arc::clone(file), span: 0..end }
+    }
+
+    /// From a line and column to another, which a parser counts in characters from 1; the whole file if it counted
+    /// none.
+    pub fn between(file: &Arc<SourceText>, start: (u64, u64), end: (u64, u64)) -> Self {
+        match (file.byte_of(start), file.byte_of(end)) {
+            (Some(from), Some(to)) if start.0 > 0 => {
+                let to = to.max((from + 1).min(file.text.len()));
+                Self { file: Arc::clone(file), span: from..to }
+            }
+            _ => Self::whole(file),
+        }
+    }
+}
+
+impl SourceText {
+    /// The byte at a line and column, which are counted in characters from 1.
+    pub fn byte_of(&self, (line, column): (u64, u64)) -> Option<usize> {
+        let line = usize::try_from(line).ok()?.checked_sub(1)?;
+        let column = usize::try_from(column).ok()?.saturating_sub(1);
+        let before: usize = self.text.split_inclusive('\n').take(line).map(str::len).sum();
+        let line = self.text.get(before..)?.split('\n').next().unwrap_or_default();
+        Some(before + line.char_indices().nth(column).map_or(line.len(), |(at, _)| at))
+    }
 }
 
 /// One thing that is wrong.
@@ -253,8 +284,9 @@ impl From<Error> for DataFusionError {
 
 impl From<DataFusionError> for Error {
     /// An error of ours that travelled through a plan comes out as it went in; memory that ran out and
-    /// values that do not fit become errors for people; what is left is DataFusion's own sentence.
+    /// values that do not fit become errors for people, without the values; what is left is DataFusion's own sentence.
     fn from(error: DataFusionError) -> Self {
+        use arrow::error::ArrowError;
         match error.find_root() {
             DataFusionError::External(inner) => {
                 if let Some(ours) = inner.downcast_ref::<Self>() {
@@ -262,12 +294,24 @@ impl From<DataFusionError> for Error {
                 }
             }
             DataFusionError::ArrowError(inner, _) => {
-                if let arrow::error::ArrowError::ExternalError(inner) = inner.as_ref()
+                if let ArrowError::ExternalError(inner) = inner.as_ref()
                     && let Some(ours) = inner.downcast_ref::<Self>()
                 {
                     return ours.clone();
                 }
+                if matches!(
+                    inner.as_ref(),
+                    ArrowError::CastError(_)
+                        | ArrowError::ParseError(_)
+                        | ArrowError::ComputeError(_)
+                        | ArrowError::InvalidArgumentError(_)
+                        | ArrowError::ArithmeticOverflow(_)
+                        | ArrowError::DivideByZero
+                ) {
+                    return Self::data(without_values(strip_prefixes(&inner.to_string())));
+                }
             }
+            DataFusionError::Execution(what) => return Self::data(without_values(strip_prefixes(what))),
             DataFusionError::ResourcesExhausted(what) => {
                 return Self::failed("the memory limit is too small for this query")
                     .note(first_line(what))
@@ -314,6 +358,35 @@ fn strip_prefixes(text: &str) -> &str {
     rest
 }
 
+/// The first line of a message of a library, with what may be a cell's value replaced by `…`: what stands in quotes, and
+/// every number.
+pub(crate) fn without_values(text: &str) -> String {
+    let line = first_line(text);
+    let (mut plain, mut quote, mut word) = (String::new(), None, ' ');
+    for c in line.chars() {
+        match quote {
+            Some(open) if c == open => {
+                quote = None;
+                plain.push('…');
+                plain.push(c);
+            }
+            Some(_) => {}
+            None if matches!(c, '\'' | '"' | '`') && !word.is_alphanumeric() => {
+                quote = Some(c);
+                plain.push(c);
+            }
+            None if word == '…' && (c.is_ascii_digit() || matches!(c, '.' | ',' | '-' | ':')) => continue,
+            None if c.is_ascii_digit() && !word.is_alphanumeric() && word != '_' => plain.push('…'),
+            None => plain.push(c),
+        }
+        word = plain.chars().next_back().unwrap_or(' ');
+    }
+    if quote.is_some() {
+        plain.push('…');
+    }
+    plain
+}
+
 fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().trim_end_matches('.').to_owned()
 }
@@ -345,6 +418,24 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(nearest(written, names), expected, "{written}");
+        }
+    }
+
+    #[test]
+    fn a_message_of_a_library_loses_the_values_in_it() {
+        for (told, expected) in [
+            (
+                "Cannot cast string 'Miller' to value of Int64 type",
+                "Cannot cast string '…' to value of Int64 type",
+            ),
+            (
+                "99999.00 is too large to store in a Decimal128 of precision 18. Max is 99.99",
+                "… is too large to store in a Decimal128 of precision … Max is …",
+            ),
+            ("Error parsing 'it's 5", "Error parsing '…'s …"),
+            ("can't do it", "can't do it"),
+        ] {
+            assert_eq!(without_values(told), expected);
         }
     }
 

@@ -19,10 +19,11 @@ use std::{
 };
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use datafusion::{physical_plan::SendableRecordBatchStream, prelude::SessionContext};
+use datafusion::{datasource::ViewTable, physical_plan::SendableRecordBatchStream, prelude::SessionContext};
 use futures::{StreamExt, future::join_all};
 use indexmap::IndexMap;
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::{
@@ -36,7 +37,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     job::parts_per_million,
     names::quoted,
-    plan::{self, Output, Plan, Promised, Request, scan_table},
+    plan::{self, Output, Plan, Promised, Request, scan_table, typed},
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::{
         LoadRecord, OutputRecord, RECORD_VERSION, SourceRecord, columns_of,
@@ -216,7 +217,7 @@ impl Conductor {
         waves: &[Vec<String>],
         request: &Request,
     ) -> Result<Vec<(RunRecord, Option<Error>)>> {
-        drop(self.plan_all(waves, request).await?);
+        drop(self.unless_stopped(Box::pin(self.plan_all(waves, request))).await?);
         let mut done: Vec<(RunRecord, Option<Error>)> = Vec::new();
         for wave in waves {
             let runs = wave.iter().filter_map(|name| self.project.jobs.get(name)).map(|job| {
@@ -242,6 +243,15 @@ impl Conductor {
             done.extend(join_all(runs.collect::<Vec<_>>()).await);
         }
         Ok(done)
+    }
+
+    /// What `work` comes to, unless the run is stopped before.
+    async fn unless_stopped<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(Error::new(ErrorKind::Interrupted, "interrupted; nothing was published")),
+            done = work => done,
+        }
     }
 
     fn blank(&self, job: &JobDocument, request: &Request) -> RunRecord {
@@ -272,7 +282,8 @@ impl Conductor {
         let started = Instant::now();
         let mut request = request.clone();
         request.params.retain(|param, _| job.job.params.contains_key(param));
-        let result = Box::pin(self.attempt(job, &request, &mut record)).await;
+        let span = info_span!("run", job = %job.job.job, run_id = %record.run_id);
+        let result = Box::pin(self.attempt(job, &request, &mut record)).instrument(span.clone()).await;
         record.duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let error = match result {
             Ok(outcome) => {
@@ -290,6 +301,10 @@ impl Conductor {
             }
         };
         record.exit_code = error.as_ref().map_or(0, |error| exit_code(error.kind()));
+        span.in_scope(|| {
+            let outcome = record.outcome.words();
+            info!(outcome, exit_code = record.exit_code, duration_ms = record.duration_ms, "ended");
+        });
         if let Err(error) = Store::open(&self.project.root).and_then(|store| store.keep_run(&record)) {
             record.warnings.push(format!("the run could not be recorded here: {error}"));
         }
@@ -297,14 +312,17 @@ impl Conductor {
     }
 
     async fn attempt(&self, job: &JobDocument, request: &Request, record: &mut RunRecord) -> Result<Outcome> {
+        info!(as_of = %request.as_of, environment = self.project.environment, "begins");
         let connections = self.connections(job)?;
-        let plan =
-            plan::plan(&self.project, job, request, &Promised::new(), &connections, &self.scratch).await?;
+        let promised = Promised::new();
+        let planned = plan::plan(&self.project, job, request, &promised, &connections, &self.scratch);
+        let plan = self.unless_stopped(Box::pin(planned)).await?;
         record.warnings.extend(plan.warnings.iter().map(|warning| warning.message.clone()));
         let open =
             connections.get(&plan.target).cloned().ok_or_else(|| Error::bug("the target is not open"))?;
         let target = open.target().ok_or_else(|| Error::bug("the target cannot be written"))?;
-        let base = target.last_record(&plan.id).await?;
+        let base = self.unless_stopped(target.last_record(&plan.id)).await?;
+        info!(release = base.as_ref().map_or(0, |base| base.seq), "the target was asked");
         self.same_history(&plan, target, base.as_ref()).await?;
         let marks = match &base {
             Some(base) if !request.full_refresh => base.marks(),
@@ -320,11 +338,7 @@ impl Conductor {
         let load = target.begin(&plan.id, &attempt, base.as_ref()).await?;
         let mut release =
             Release { plan: &plan, base: base.as_ref(), attempt: &attempt, conductor: self, load, request };
-        let staged = tokio::select! {
-            biased;
-            () = self.stop.cancelled() => Err(Error::new(ErrorKind::Interrupted, "interrupted; nothing was published")),
-            staged = Box::pin(release.stage(&connections, &marks, record)) => staged,
-        };
+        let staged = self.unless_stopped(Box::pin(release.stage(&connections, &marks, record))).await;
         let load_record = match staged {
             Ok(Some(load_record)) => load_record,
             Ok(None) => {
@@ -351,6 +365,7 @@ impl Conductor {
             }
         }
         record.seq = Some(load_record.seq);
+        info!(release = load_record.seq, "committed");
         let remembered = Store::open(&self.project.root)
             .and_then(|store| store.remember(&plan.id, &plan.target, &load_record));
         if let Err(error) = remembered {
@@ -450,14 +465,22 @@ impl Release<'_> {
             }
         }
         for (name, model) in &plan.models {
-            let plan = context.state().statement_to_plan(model.select.for_datafusion()).await?;
-            let view = context.execute_logical_plan(plan).await?;
-            context.register_table(name, view.into_view())?;
+            let view = typed(&context, &model.select).await?;
+            context.register_table(name, Arc::new(ViewTable::new(view, None)))?;
             if model.spool {
                 self.write_down(&context, name, &mut aside, record).await?;
             }
         }
         self.whole_checks(&context, record).await?;
+        for check in &record.checks {
+            info!(
+                check = check.check,
+                on = check.on,
+                found = check.found,
+                verdict = check.verdict.words(),
+                "checked"
+            );
+        }
         refuse(&record.checks, &plan.id.job)?;
         let mut written = IndexMap::new();
         for output in &plan.outputs {
@@ -515,6 +538,12 @@ impl Release<'_> {
                 .and_then(|connection| connection.source())
                 .ok_or_else(|| Error::bug("a source is not open"))?;
             let fixed = source.bounds(&streams, marks, time).await?;
+            for warning in &fixed.warnings {
+                warn!("{warning}");
+            }
+            for (source, window) in &fixed.windows {
+                info!(source, %window, "the window is fixed");
+            }
             record.warnings.extend(fixed.warnings.iter().cloned());
             windows.extend(fixed.windows.clone());
             bounds.push((name, streams, fixed));
@@ -545,7 +574,7 @@ impl Release<'_> {
             return Ok(());
         };
         for (name, window) in windows {
-            let Window::Files { new, seen } = window else { continue };
+            let Window::Files { new, seen, .. } = window else { continue };
             if let Some(file) = new.iter().find(|file| seen.iter().any(|known| known.path == file.path)) {
                 return Err(Error::data(format!("source `{name}`: `{}` was read before and has changed", file.path))
                     .note(format!("output `{}` appends, and would hold the rows of both versions", output.spec.name))
@@ -578,6 +607,7 @@ impl Release<'_> {
         }
         record.checks.extend(sorter.reports());
         let spool: Spool = spool.finish()?;
+        info!(relation = name, rows = spool.rows(), set_aside = count, "written down");
         context.deregister_table(name)?;
         context.register_table(name, spool.table()?)?;
         Ok(count)
@@ -631,6 +661,14 @@ impl Release<'_> {
             self.load.stage(&output.spec, tee(rows, Arc::clone(&counted))).await.map_err(|error| {
                 error.note(format!("while output `{}` was made from `{}`", output.spec.name, output.from))
             })?;
+        info!(
+            output = output.spec.name,
+            rows = staged.rows,
+            inserted = staged.inserted,
+            updated = staged.updated,
+            deleted = staged.deleted,
+            "staged"
+        );
         let counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
         let hash = counted.0.finish();
         record.outputs.insert(
@@ -696,6 +734,7 @@ impl Release<'_> {
             let passed = extracted
                 .checked_sub(filtered + rejected)
                 .ok_or_else(|| Error::bug(format!("source `{name}`: rows do not add up")))?;
+            info!(source = name, extracted, passed, filtered, rejected, bytes = tap.progress().0, "was read");
             let counts = Counts { extracted, passed, filtered, rejected };
             if !counts.add_up() {
                 return Err(Error::bug(format!("source `{name}`: rows do not add up")));

@@ -125,6 +125,12 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send
     }
 }
 
+/// Ends the process at once, without waiting for anything.
+#[expect(clippy::exit, reason = "a user who asks twice does not want to wait")]
+pub fn exit(code: u8) -> ! {
+    std::process::exit(code.into())
+}
+
 /// Starts a task that is aborted when the handle is dropped.
 pub fn spawn(work: impl Future<Output = ()> + Send + 'static) -> TaskGuard {
     #[expect(clippy::disallowed_methods, reason = "this is the place that spawns")]

@@ -8,16 +8,19 @@ use std::sync::Arc;
 use arrow::{array::RecordBatch, datatypes::SchemaRef};
 use chrono::{DateTime, Utc};
 use datafusion::{
+    error::DataFusionError,
     execution::{SessionStateBuilder, config::SessionConfig},
+    logical_expr::LogicalPlan,
     optimizer::{Analyzer, AnalyzerRule},
     physical_plan::{SendableRecordBatchStream, stream::RecordBatchStreamAdapter},
     prelude::SessionContext,
+    sql::parser::Statement,
 };
 use futures::StreamExt;
 
 use crate::{
     connector::scan::OpenSources,
-    error::{Error, Result},
+    error::{Error, Result, SourceText},
     functions::{cast::cast_exactly, now, rules, sum::ExactSum},
     runtime::BATCH_ROWS,
     spool::Scratch,
@@ -27,14 +30,11 @@ use crate::{
 pub fn for_models(scratch: &Scratch, as_of: DateTime<Utc>, sources: Arc<OpenSources>) -> SessionContext {
     let mut config = config(true);
     config.set_extension(sources);
-    let defaults = Analyzer::new().rules;
-    let first: Arc<dyn AnalyzerRule + Send + Sync> = Arc::new(rules::ZonesApart);
-    let last: Arc<dyn AnalyzerRule + Send + Sync> = Arc::new(rules::Exact);
     let state = SessionStateBuilder::new()
         .with_config(config)
         .with_runtime_env(Arc::clone(&scratch.environment))
         .with_default_features()
-        .with_analyzer_rules([first].into_iter().chain(defaults).chain([last]).collect())
+        .with_analyzer_rules(rules_for(None))
         .build();
     let context = SessionContext::new_with_state(state);
     context.register_udaf(ExactSum::sum());
@@ -43,6 +43,28 @@ pub fn for_models(scratch: &Scratch, as_of: DateTime<Utc>, sources: Arc<OpenSour
         context.register_udf(function);
     }
     context
+}
+
+/// What holds in every plan of a model; what a value breaks is told at its place in `file`.
+fn rules_for(file: Option<&Arc<SourceText>>) -> Vec<Arc<dyn AnalyzerRule + Send + Sync>> {
+    let first: Arc<dyn AnalyzerRule + Send + Sync> = Arc::new(rules::ZonesApart);
+    let last: Arc<dyn AnalyzerRule + Send + Sync> = Arc::new(rules::Exact { file: file.map(Arc::clone) });
+    [first].into_iter().chain(Analyzer::new().rules).chain([last]).collect()
+}
+
+/// The plan of one file's SELECT, with its types and the rules of [`for_models`] applied.
+///
+/// # Errors
+///
+/// DataFusion's, with the place as a diagnostic where it knows one.
+pub async fn plan_of(
+    context: &SessionContext,
+    statement: Statement,
+    file: &Arc<SourceText>,
+) -> Result<LogicalPlan, DataFusionError> {
+    let state = context.state();
+    let plan = state.statement_to_plan(statement).await?;
+    Analyzer::with_rules(rules_for(Some(file))).execute_and_check(plan, state.config_options(), |_, _| {})
 }
 
 /// A session for connectors' own work, with SQL of ours.

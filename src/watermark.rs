@@ -154,6 +154,8 @@ pub enum Window {
         new: Vec<FileVersion>,
         /// Read before, and still remembered.
         seen: Vec<FileVersion>,
+        /// When their contents were looked at: a file written later is not the one that was meant.
+        at: DateTime<Utc>,
     },
 }
 
@@ -237,7 +239,7 @@ impl Window {
         match self {
             Self::Whole => None,
             Self::Cursor { hi, .. } => Some(Mark::Cursor(hi.clone())),
-            Self::Files { new, seen } => {
+            Self::Files { new, seen, .. } => {
                 let mut files: Vec<FileVersion> = seen.iter().chain(new).cloned().collect();
                 files.sort();
                 files.dedup();
@@ -269,7 +271,7 @@ impl fmt::Display for Window {
                     _ => Ok(()),
                 }
             }
-            Self::Files { new, seen } => {
+            Self::Files { new, seen, .. } => {
                 let files = |count: usize| if count == 1 { "file" } else { "files" };
                 write!(f, "{} new {}", new.len(), files(new.len()))?;
                 if seen.is_empty() { Ok(()) } else { write!(f, ", {} read before", seen.len()) }

@@ -1,6 +1,7 @@
 //! sqllogictest files over the SQL semantics and the example's models.
 //!
-//! `@job/model` is replaced by that model's file as a subquery; `now()` is 2026-11-01T01:30:00Z.
+//! `@job/name` is replaced by that model's or check's file as a subquery; `now()` is 2026-11-01T01:30:00Z, and
+//! `$reporting_currency` is `EUR`.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{fs, path::Path, sync::Arc};
@@ -48,7 +49,7 @@ impl Session {
     }
 }
 
-/// Replaces every `@job/model` by the model's file.
+/// Replaces every `@job/name` by its file, with the parameter bound.
 fn with_models(sql: &str) -> String {
     let mut text = String::new();
     let mut rest = sql;
@@ -56,8 +57,11 @@ fn with_models(sql: &str) -> String {
         let end =
             behind.find(|c: char| !(c.is_alphanumeric() || matches!(c, '_' | '/'))).unwrap_or(behind.len());
         let (name, after) = behind.split_at(end);
-        let model = fs::read_to_string(format!("sql/mappings/{name}.sql")).unwrap();
-        text.push_str(&format!("{before}({model})"));
+        let file = ["mappings", "checks"]
+            .iter()
+            .find_map(|of| fs::read_to_string(format!("sql/{of}/{name}.sql")).ok());
+        let query = file.expect("a model or a check of that name");
+        text.push_str(&format!("{before}({})", query.replace("$reporting_currency", "'EUR'")));
         rest = after;
     }
     text + rest

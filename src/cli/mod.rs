@@ -4,10 +4,14 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
 };
 
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -38,14 +42,20 @@ struct Arguments {
     #[arg(long, global = true, env = "FLOODMARK_ENV", value_name = "NAME")]
     env: Option<String>,
     /// How results are printed.
-    #[arg(long, global = true, env = "FLOODMARK_OUTPUT", default_value = "text")]
-    output: OutputFormat,
+    #[arg(long, global = true, env = "FLOODMARK_OUTPUT", default_value = "text", value_name = "FORMAT")]
+    output: Format,
+    /// Tell on stderr what each run does; twice (`-vv`), every step of it.
+    #[arg(short, long, global = true, env = "FLOODMARK_VERBOSE", action = ArgAction::Count)]
+    verbose: u8,
+    /// How stderr is written. `json` is one document a line, and tells as much as `-v`.
+    #[arg(long, global = true, env = "FLOODMARK_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
+    log_format: Format,
     #[command(subcommand)]
     verb: Verb,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum OutputFormat {
+enum Format {
     /// For people.
     Text,
     /// For machines.
@@ -79,10 +89,10 @@ enum Verb {
         /// The job.
         job: String,
         /// The source or model. Unless given, what the first output holds.
-        #[arg(long)]
+        #[arg(long, env = "FLOODMARK_MODEL", value_name = "NAME")]
         model: Option<String>,
         /// How many rows.
-        #[arg(long, default_value_t = 20)]
+        #[arg(long, env = "FLOODMARK_LIMIT", default_value_t = 20, value_name = "ROWS")]
         limit: usize,
         #[command(flatten)]
         how: How,
@@ -91,17 +101,17 @@ enum Verb {
     Run {
         /// The jobs; all, unless given.
         jobs: Vec<String>,
-        /// Select jobs by tag: `tag:nightly`.
-        #[arg(long, value_name = "tag:NAME")]
+        /// Select jobs by tag: `tag:nightly`. Several with commas.
+        #[arg(long, env = "FLOODMARK_SELECT", value_delimiter = ',', value_name = "tag:NAME")]
         select: Vec<String>,
         /// Read everything again, and replace what was there once it is audited.
-        #[arg(long)]
+        #[arg(long, env = "FLOODMARK_FULL_REFRESH")]
         full_refresh: bool,
         /// A range that `replace_range` also deletes, where the run produces no row for it.
-        #[arg(long, value_name = "VALUE")]
+        #[arg(long, env = "FLOODMARK_RANGE", value_delimiter = ',', value_name = "VALUE")]
         range: Vec<String>,
         /// The exit code where there is nothing new.
-        #[arg(long, value_name = "CODE")]
+        #[arg(long, env = "FLOODMARK_SKIP_CODE", value_name = "CODE")]
         skip_code: Option<u8>,
         #[command(flatten)]
         how: How,
@@ -111,7 +121,7 @@ enum Verb {
         /// One run, by the start of its id.
         id: Option<String>,
         /// How many.
-        #[arg(long, default_value_t = 20)]
+        #[arg(long, env = "FLOODMARK_LIMIT", default_value_t = 20, value_name = "RUNS")]
         limit: u32,
     },
     /// Look at rows that were set aside.
@@ -153,10 +163,10 @@ enum QuarantineVerb {
         /// The job.
         job: String,
         /// Only those of one release.
-        #[arg(long)]
+        #[arg(long, env = "FLOODMARK_RELEASE", value_name = "NUMBER")]
         release: Option<u64>,
         /// How many rows.
-        #[arg(long, default_value_t = 100)]
+        #[arg(long, env = "FLOODMARK_LIMIT", default_value_t = 100, value_name = "ROWS")]
         limit: usize,
     },
 }
@@ -193,7 +203,7 @@ enum SchemaKind {
 
 #[derive(Debug, clap::Args)]
 struct How {
-    /// A parameter's value.
+    /// A parameter's value. `FLOODMARK_PARAM_<NAME>` in the environment is the same.
     #[arg(long = "param", value_name = "NAME=VALUE")]
     params: Vec<String>,
     /// What `now()` is; no window ends after it.
@@ -211,7 +221,9 @@ pub fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let renderer = Renderer::new(arguments.output == OutputFormat::Json);
+    let level = arguments.verbose.max(u8::from(arguments.log_format == Format::Json));
+    let renderer =
+        Renderer::new(arguments.output == Format::Json, arguments.log_format == Format::Json, level);
     std::panic::set_hook(Box::new(render::panic_hook));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let code = match runtime {
@@ -370,6 +382,14 @@ fn conductor(
         }
         params.insert(name.to_owned(), value.to_owned());
     }
+    for name in project.jobs.values().flat_map(|job| job.job.params.keys()) {
+        let twin = format!("FLOODMARK_PARAM_{}", name.to_uppercase());
+        if !params.contains_key(name)
+            && let Some(value) = project::variable(&project.root, &twin)
+        {
+            params.insert(name.clone(), value);
+        }
+    }
     let scratch = Scratch::new(project.limits.clone())?;
     let conductor = Conductor {
         project,
@@ -445,25 +465,38 @@ async fn run(
     let selected = select(&conductor.project, jobs, tags)?;
     let waves = conductor.waves(&selected)?;
     let stop = conductor.stop.clone();
-    let signal = Arc::new(std::sync::atomic::AtomicU8::new(130));
-    let caught = Arc::clone(&signal);
+    let signalled = Arc::new(AtomicU8::new(130));
+    let caught = Arc::clone(&signalled);
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return Err(Error::failed("signals cannot be caught, so that the run could not be stopped cleanly"));
+    };
+    let told = *renderer;
     let _signals = runtime::spawn(async move {
-        use tokio::signal::unix::{SignalKind, signal};
-        let (Ok(mut interrupt), Ok(mut terminate)) =
-            (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-        else {
-            return;
+        let mut next = async move || {
+            tokio::select! {
+                _ = interrupt.recv() => 130,
+                _ = terminate.recv() => 143,
+            }
         };
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => caught.store(143, std::sync::atomic::Ordering::Relaxed),
-        }
+        let first = next().await;
+        caught.store(first, Ordering::Relaxed);
         stop.cancel();
+        told.stopping();
+        // Whoever asks twice does not want to wait; what a kill leaves behind, the next run puts right.
+        runtime::exit(next().await);
     });
     let progress = renderer.progress(conductor.progress.clone());
     let done = conductor.run_all(&waves, request).await;
     drop(progress);
-    let done = done?;
+    let done = match done {
+        Err(error) if error.kind() == ErrorKind::Interrupted => {
+            renderer.error(&error);
+            return Ok(signalled.load(Ordering::Relaxed));
+        }
+        done => done?,
+    };
     let mut code = 0;
     for (record, error) in &done {
         renderer.run(record);
@@ -471,7 +504,7 @@ async fn run(
             renderer.error(error);
         }
         let own = if record.outcome == crate::record::run::Outcome::Interrupted {
-            signal.load(std::sync::atomic::Ordering::Relaxed)
+            signalled.load(Ordering::Relaxed)
         } else {
             record.exit_code
         };
@@ -528,4 +561,22 @@ pub(crate) fn is_free(folder: &Path) -> Result<()> {
         .hint("Choose another folder."));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_has_a_twin_in_the_environment() {
+        let mut waiting = vec![Arguments::command()];
+        while let Some(command) = waiting.pop() {
+            for argument in command.get_arguments() {
+                let Some(long) = argument.get_long().filter(|long| *long != "param") else { continue };
+                let twin = format!("FLOODMARK_{}", long.to_uppercase().replace('-', "_"));
+                assert_eq!(argument.get_env().and_then(|env| env.to_str()), Some(twin.as_str()));
+            }
+            waiting.extend(command.get_subcommands().cloned());
+        }
+    }
 }

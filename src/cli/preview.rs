@@ -12,7 +12,7 @@ use crate::{
     },
     error::{Error, Result, nearest},
     names::quoted,
-    plan::{self, Request, scan_table},
+    plan::{self, Request, scan_table, typed},
     run::Conductor,
     runtime::Clock,
     session,
@@ -80,8 +80,8 @@ pub(super) async fn preview(
         }
     }
     for (name, model) in &plan.models {
-        let logical = context.state().statement_to_plan(model.select.for_datafusion()).await?;
-        let view = context.execute_logical_plan(logical).await?;
+        let view = typed(&context, &model.select).await?;
+        let view = context.execute_logical_plan(view).await?;
         if model.spool {
             let spool =
                 crate::spool::Spool::of(name, view.execute_stream().await?, &conductor.scratch).await?;

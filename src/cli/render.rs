@@ -15,16 +15,17 @@ use arrow::array::RecordBatch;
 use indexmap::IndexMap;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::{
+    Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 use crate::{
     connector::Identity,
     error::{Error, Problem, Result},
     plan::Plan,
     project::Project,
-    record::{
-        LoadRecord,
-        run::{RunRecord, Verdict},
-    },
+    record::{LoadRecord, run::RunRecord},
     run::Progress,
     runtime,
 };
@@ -38,21 +39,54 @@ macro_rules! say {
 }
 
 /// Prints for a person or for a machine.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Renderer {
+    /// Results are JSON.
     json: bool,
+    /// So is what stderr says.
+    log_json: bool,
+    /// Runs tell what they do, line by line, instead of in bars.
+    logs: bool,
     colour: bool,
 }
 
 impl Renderer {
-    pub(super) fn new(json: bool) -> Self {
+    /// `verbose` is how much of what runs do is told: nothing, what a person wants to know, every step.
+    pub(super) fn new(json: bool, log_json: bool, verbose: u8) -> Self {
         let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        Self { json, colour }
+        let level = match verbose {
+            0 => LevelFilter::OFF,
+            1 => LevelFilter::INFO,
+            _ => LevelFilter::DEBUG,
+        };
+        if level != LevelFilter::OFF {
+            // Libraries are left out: they may tell addresses and values.
+            let ours = Targets::new().with_target("floodmark", level);
+            let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+            let lines = if log_json {
+                lines.json().flatten_event(true).with_span_list(false).boxed()
+            } else {
+                lines.with_ansi(colour).compact().boxed()
+            };
+            tracing_subscriber::registry().with(lines.with_filter(ours)).init();
+        }
+        Self { json, log_json: json || log_json, logs: level != LevelFilter::OFF, colour }
+    }
+
+    /// The first signal has come.
+    pub(super) fn stopping(self) {
+        if self.log_json {
+            eprintln!("{}", json!({ "message": "stopping" }));
+        } else {
+            eprintln!(
+                "stopping; nothing is published unless it was already being committed (again to stop at once)"
+            );
+        }
     }
 
     /// An error: every problem with its place, then why, then what to do.
     pub(super) fn error(&self, error: &Error) {
-        if self.json {
+        if self.log_json {
             let problems: Vec<_> = error.problems().iter().map(problem_json).collect();
             eprintln!("{}", json!({ "errors": problems }));
             return;
@@ -297,17 +331,11 @@ impl Renderer {
         if !run.checks.is_empty() {
             let mut table = Table::new(&["check", "on", "found", "verdict", ""]);
             for check in &run.checks {
-                let verdict = match check.verdict {
-                    Verdict::Passed => "passed",
-                    Verdict::Warned => "warned",
-                    Verdict::Quarantined => "set aside",
-                    Verdict::Failed => "failed",
-                };
                 table.row([
                     check.check.clone(),
                     check.on.clone(),
                     thousands(check.found),
-                    verdict.to_owned(),
+                    check.verdict.words().to_owned(),
                     details(&check.details),
                 ]);
             }
@@ -411,7 +439,7 @@ impl Renderer {
 
     /// Bars on a terminal while runs go on; nothing elsewhere.
     pub(super) fn progress(&self, progress: Progress) -> Option<(runtime::TaskGuard, Cleared)> {
-        if self.json || !std::io::stderr().is_terminal() {
+        if self.log_json || self.logs || !std::io::stderr().is_terminal() {
             return None;
         }
         let bars = Arc::new(MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));

@@ -12,9 +12,10 @@ use chrono::{DateTime, Utc};
 use datafusion::physical_plan::SendableRecordBatchStream;
 use indexmap::IndexMap;
 use serde::{Serialize, de::DeserializeOwned};
+use url::Url;
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, nearest, without_values},
     names::JobId,
     record::LoadRecord,
     spool::Scratch,
@@ -23,6 +24,8 @@ use crate::{
 use spec::{Guarantee, OutputSpec, StreamSpec};
 
 pub mod columns;
+#[cfg(test)]
+pub(crate) mod contract;
 pub mod evolve;
 pub mod files;
 pub mod scan;
@@ -42,6 +45,10 @@ pub struct Connector {
     pub summary: &'static str,
     /// The schema of its options; their doc comments are the user's documentation.
     pub options: fn() -> schemars::Schema,
+    /// The schemes of the URLs that say where such a system is: `sqlite` for `sqlite:///data/erp.db`.
+    pub schemes: &'static [&'static str],
+    /// The options that such a URL stands for, without those behind its `?`.
+    pub from_url: fn(&Url) -> Result<serde_json::Map<String, serde_json::Value>>,
     /// Checks the options and opens nothing.
     pub open: fn(Options) -> Result<Arc<dyn Connection>>,
 }
@@ -50,6 +57,40 @@ impl Connector {
     /// The connector that `kind` names.
     pub fn named(kind: &str) -> Option<&'static Self> {
         CONNECTORS.iter().copied().find(|connector| connector.name == kind)
+    }
+
+    /// The connector and the options that a URL stands for. What is behind `?` are options by their names.
+    ///
+    /// # Errors
+    ///
+    /// If it is no URL, or not one of a connector's. Never with the URL's text, which may hold a password.
+    pub fn of_url(written: &str) -> Result<(&'static Self, serde_json::Value)> {
+        let schemes = || CONNECTORS.iter().flat_map(|connector| connector.schemes).copied();
+        let known = || format!("Such as `{}://…`.", schemes().collect::<Vec<_>>().join("://…`, `"));
+        let url = Url::parse(written)
+            .map_err(|error| Error::configuration("this is no URL").note(error.to_string()).hint(known()))?;
+        let connector =
+            CONNECTORS.iter().copied().find(|connector| connector.schemes.contains(&url.scheme()));
+        let connector = connector.ok_or_else(|| {
+            let error = Error::configuration(format!("there is no connector for `{}://…`", url.scheme()));
+            match nearest(url.scheme(), schemes()) {
+                Some(near) => error.hint(format!("Did you mean `{near}://…`?")),
+                None => error.hint(known()),
+            }
+        })?;
+        let mut options = (connector.from_url)(&url)?;
+        let schema = (connector.options)().to_value();
+        for (name, value) in url.query_pairs() {
+            let integer = schema.pointer(&format!("/properties/{name}/type")).is_some_and(|types| {
+                types == "integer" || types.as_array().is_some_and(|types| types.contains(&"integer".into()))
+            });
+            let value = match value.parse::<u64>() {
+                Ok(number) if integer => number.into(),
+                _ => value.into(),
+            };
+            options.insert(name.into_owned(), value);
+        }
+        Ok((connector, options.into()))
     }
 }
 
@@ -80,9 +121,23 @@ impl Options {
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
         serde_json::from_value(self.values.clone()).map_err(|error| {
             Error::configuration(format!("the options of connection `{}` do not fit", self.name))
-                .note(error.to_string())
+                .note(without_values(&error.to_string()))
         })
     }
+}
+
+/// The path of a URL whose system is a file: everything behind `scheme://`, or behind `scheme:` where it is relative.
+fn path_of(url: &Url) -> Result<String> {
+    let misplaced = || {
+        Error::configuration(format!("a `{}` URL has no place for a host or a user", url.scheme()))
+            .hint(format!("Three slashes for an absolute path, none for one in the project: `{0}:///data/x`, `{0}:data/x`.", url.scheme()))
+    };
+    if url.has_host() || !url.username().is_empty() {
+        return Err(misplaced());
+    }
+    let path = percent_encoding::percent_decode_str(url.path()).decode_utf8();
+    path.map(std::borrow::Cow::into_owned)
+        .map_err(|_| Error::configuration("the path of this URL is not UTF-8"))
 }
 
 /// Who answered, and what it is.

@@ -1,7 +1,5 @@
 //! Arithmetic of whole numbers and decimals that never wraps.
 
-use std::sync::Arc;
-
 use arrow::{
     array::{ArrayRef, AsArray, Datum},
     compute::kernels::numeric,
@@ -17,21 +15,34 @@ use datafusion::{
     scalar::ScalarValue,
 };
 
-use crate::error::Error;
+use crate::error::{Error, Place};
 
 /// `left op right`, put in place of SQL's operator by [`super::rules::Exact`].
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub struct Checked {
     operator: Operator,
+    place: Option<Place>,
     signature: Signature,
 }
 
 impl Checked {
-    /// The function for `operator`; `None` if it is not arithmetic.
-    pub fn of(operator: Operator) -> Option<ScalarUDF> {
-        use Operator::{Divide, Minus, Modulo, Multiply, Plus};
-        matches!(operator, Plus | Minus | Multiply | Divide | Modulo)
-            .then(|| Self { operator, signature: Signature::any(2, Volatility::Immutable) }.into())
+    /// The function for `operator`, written at `place`.
+    pub fn of(operator: Operator, place: Option<Place>) -> ScalarUDF {
+        Self { operator, place, signature: Signature::any(2, Volatility::Immutable) }.into()
+    }
+
+    fn refuse(&self, error: Error) -> DataFusionError {
+        match &self.place {
+            Some(place) => error.at(place.clone()).into(),
+            None => error.into(),
+        }
+    }
+
+    fn overflow(&self) -> DataFusionError {
+        self.refuse(
+            Error::data(format!("the result of `{}` does not fit its type", self.operator))
+                .hint("Cast an operand to a wider type first, such as `cast(x as decimal(38, 4))`."),
+        )
     }
 
     fn apply(&self, left: &dyn Datum, right: &dyn Datum) -> DataFusionResult<ArrayRef> {
@@ -43,24 +54,18 @@ impl Checked {
             _ => numeric::rem(left, right),
         };
         let result = result.map_err(|error| match error {
-            arrow::error::ArrowError::DivideByZero => DataFusionError::from(
+            arrow::error::ArrowError::DivideByZero => self.refuse(
                 Error::data("a division by zero").hint("Use `nullif(divisor, 0)` where null is wanted."),
             ),
-            _ => overflow(self.operator),
+            _ => self.overflow(),
         })?;
         if let DataType::Decimal128(precision, _) = result.data_type() {
             // Arrow checks 128 bits; the type promises decimal digits.
             let decimals = result.as_primitive::<Decimal128Type>();
-            decimals.validate_decimal_precision(*precision).map_err(|_| overflow(self.operator))?;
+            decimals.validate_decimal_precision(*precision).map_err(|_| self.overflow())?;
         }
         Ok(result)
     }
-}
-
-fn overflow(operator: Operator) -> DataFusionError {
-    Error::data(format!("the result of `{operator}` does not fit its type"))
-        .hint("Cast an operand to a wider type first, such as `cast(x as decimal(38, 4))`.")
-        .into()
 }
 
 impl ScalarUDFImpl for Checked {
@@ -91,7 +96,7 @@ impl ScalarUDFImpl for Checked {
             if array.data_type() == wanted {
                 Ok(array)
             } else {
-                Ok(super::cast::cast_exactly(&array, wanted)?)
+                super::cast::cast_exactly(&array, wanted).map_err(|error| self.refuse(error))
             }
         };
         match args.args.as_slice() {
@@ -116,9 +121,4 @@ impl ScalarUDFImpl for Checked {
 /// Whether `Checked` speaks for operands of these types.
 pub fn is_exact_number(data_type: &DataType) -> bool {
     data_type.is_integer() || matches!(data_type, DataType::Decimal128(..))
-}
-
-/// Shared by the rules: the function's handle.
-pub fn function(operator: Operator) -> Option<Arc<ScalarUDF>> {
-    Checked::of(operator).map(Arc::new)
 }

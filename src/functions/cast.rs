@@ -15,8 +15,8 @@ use datafusion::{
 };
 
 use crate::{
-    connector::columns::decimal,
-    error::{Error, Result},
+    connector::columns::{Misfit, decimal},
+    error::{Error, Place, Result},
     types::describe,
 };
 
@@ -32,46 +32,81 @@ pub fn can_lose(from: &DataType, to: &DataType) -> bool {
     }
 }
 
+/// Whether a value of `from` may not have one in `to`.
+pub fn can_fail(from: &DataType, to: &DataType) -> bool {
+    use DataType::{Boolean, Date32, Decimal128, Float64, LargeUtf8, Null, Timestamp, Utf8, Utf8View};
+    let whole_digits = |of: &DataType| match of {
+        Decimal128(precision, scale) => Some(i16::from(*precision) - i16::from(*scale)),
+        DataType::Int8 | DataType::UInt8 => Some(3),
+        DataType::Int16 | DataType::UInt16 => Some(5),
+        DataType::Int32 | DataType::UInt32 => Some(10),
+        DataType::Int64 => Some(19),
+        DataType::UInt64 => Some(20),
+        _ => None,
+    };
+    match (from, to) {
+        (from, to) if from == to => false,
+        (Null, _) | (_, Utf8 | LargeUtf8 | Utf8View) => false,
+        (Decimal128(_, s1), Decimal128(_, s2)) if s2 < s1 => true,
+        (from, Decimal128(..)) => match (whole_digits(from), whole_digits(to)) {
+            (Some(from), Some(to)) => from > to,
+            _ => true,
+        },
+        (from, to) if from.is_integer() && to.is_integer() => {
+            from.is_signed_integer() != to.is_signed_integer()
+                || from.primitive_width() > to.primitive_width()
+        }
+        // Floats are asked for by name, and a warning of the plan names decimals that become one.
+        (from, Float64) => !(from.is_numeric() || *from == Boolean),
+        (Date32, Timestamp(..)) => true,
+        (Timestamp(a, _), Timestamp(b, _)) => a != b,
+        _ => true,
+    }
+}
+
 /// `array` as `to`.
 ///
 /// # Errors
 ///
 /// If a value does not fit, or fits only without some of its digits.
 pub fn cast_exactly(array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
+    cast_or_misfit(array, to).map_err(|Misfit(why)| {
+        Error::data(format!("a value cannot become {} without loss", describe(to)))
+            .note(format!("it {why}"))
+            .hint("Round it first, `round(x, 2)`, or use `try_cast` where null is wanted.")
+    })
+}
+
+/// `array` as `to`, or why not.
+///
+/// # Errors
+///
+/// See [`cast_exactly`].
+pub fn cast_or_misfit(array: &ArrayRef, to: &DataType) -> Result<ArrayRef, Misfit> {
     let from = array.data_type();
-    let refuse =
-        |why: String| Error::data(format!("a value cannot become {} without loss", describe(to))).note(why);
+    let misfit = |_| Misfit(format!("is {} and does not fit", describe(from)));
+    let strict = CastOptions { safe: false, ..CastOptions::default() };
     if let (
         DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View,
         DataType::Decimal128(precision, scale),
     ) = (from, to)
     {
-        let text = cast_with_options(array, &DataType::Utf8, &CastOptions::default())?;
+        let text = cast_with_options(array, &DataType::Utf8, &strict).map_err(misfit)?;
         let text = text.as_string::<i32>();
-        let mut builder =
-            Decimal128Builder::with_capacity(text.len()).with_precision_and_scale(*precision, *scale)?;
-        for (row, value) in text.iter().enumerate() {
-            match value {
-                Some(value) => {
-                    let exact = decimal(value, b'.', None, *precision, *scale);
-                    builder.append_value(
-                        exact.map_err(|why| refuse(format!("row {}: the text {why}", row + 1)))?,
-                    );
-                }
-                None => builder.append_null(),
-            }
+        let mut builder = Decimal128Builder::with_capacity(text.len())
+            .with_precision_and_scale(*precision, *scale)
+            .map_err(misfit)?;
+        for value in text {
+            let exact = value.map(|value| decimal(value, b'.', None, *precision, *scale)).transpose();
+            builder.append_option(exact?);
         }
         return Ok(Arc::new(builder.finish()));
     }
-    let strict = CastOptions { safe: false, ..CastOptions::default() };
-    let cast = cast_with_options(array, to, &strict)
-        .map_err(|_| refuse(format!("it is {} and does not fit", describe(from))))?;
+    let cast = cast_with_options(array, to, &strict).map_err(misfit)?;
     if can_lose(from, to) {
-        let back = cast_with_options(&cast, from, &strict).map_err(|error| refuse(error.to_string()))?;
-        let different = distinct(&back, array)?;
-        if let Some(row) = different.iter().position(|value| value == Some(true)) {
-            return Err(refuse(format!("row {} has digits that {} does not keep", row + 1, describe(to)))
-                .hint("Round it first, `round(x, 2)`, or use `try_cast` where null is wanted."));
+        let back = cast_with_options(&cast, from, &strict).map_err(misfit)?;
+        if distinct(&back, array).map_err(misfit)?.true_count() > 0 {
+            return Err(Misfit(format!("has digits that {} does not keep", describe(to))));
         }
     }
     Ok(cast)
@@ -81,13 +116,21 @@ pub fn cast_exactly(array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub struct ExactCast {
     to: DataType,
+    place: Option<Place>,
     signature: Signature,
 }
 
 impl ExactCast {
-    /// The function that casts to `to`.
-    pub fn to(to: DataType) -> ScalarUDF {
-        Self { to, signature: Signature::any(1, Volatility::Immutable) }.into()
+    /// The function that casts to `to`, written at `place`.
+    pub fn to(to: DataType, place: Option<Place>) -> ScalarUDF {
+        Self { to, place, signature: Signature::any(1, Volatility::Immutable) }.into()
+    }
+
+    fn cast(&self, array: &ArrayRef) -> Result<ArrayRef> {
+        cast_exactly(array, &self.to).map_err(|error| match &self.place {
+            Some(place) => error.at(place.clone()),
+            None => error,
+        })
     }
 }
 
@@ -106,9 +149,9 @@ impl ScalarUDFImpl for ExactCast {
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> DataFusionResult<ColumnarValue> {
         match args.args.first() {
-            Some(ColumnarValue::Array(array)) => Ok(ColumnarValue::Array(cast_exactly(array, &self.to)?)),
+            Some(ColumnarValue::Array(array)) => Ok(ColumnarValue::Array(self.cast(array)?)),
             Some(ColumnarValue::Scalar(scalar)) => {
-                let array = cast_exactly(&scalar.to_array()?, &self.to)?;
+                let array = self.cast(&scalar.to_array()?)?;
                 Ok(ColumnarValue::Scalar(ScalarValue::try_from_array(&array, 0)?))
             }
             None => Err(DataFusionError::from(Error::bug("exact_cast takes one argument"))),

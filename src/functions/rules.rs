@@ -1,5 +1,7 @@
 //! Analyzer rules: what must hold in every expression of every plan.
 
+use std::sync::Arc;
+
 use arrow::datatypes::DataType;
 use datafusion::{
     common::{
@@ -10,7 +12,7 @@ use datafusion::{
     error::DataFusionError,
     logical_expr::{
         BinaryExpr, Expr, ExprSchemable, LogicalPlan, Operator,
-        expr::{Between, Cast, ScalarFunction},
+        expr::{Between, Cast},
         expr_rewriter::NamePreserver,
         utils::merge_schema,
     },
@@ -18,6 +20,7 @@ use datafusion::{
 };
 
 use super::{arithmetic, cast};
+use crate::error::{Place, SourceText};
 
 /// Before types are coerced: a timestamp without a zone is not compared with one that has a zone.
 #[derive(Debug)]
@@ -75,24 +78,30 @@ fn refuse_mixed(left: &Expr, right: &Expr, schema: &DFSchema) -> DataFusionResul
     Err(DataFusionError::Plan(text.to_owned()).with_diagnostic(diagnostic))
 }
 
-/// Where the first column of an expression stands in the SQL.
+/// Where the columns of an expression stand in the SQL, from the first to the last.
 pub fn span_of(expr: &Expr) -> Option<Span> {
-    let mut found = None;
+    let mut spans = Vec::new();
     drop(expr.apply(|expr| {
-        if let Expr::Column(Column { spans, .. }) = expr
-            && let Some(span) = spans.first()
-        {
-            found = Some(span);
-            return Ok(TreeNodeRecursion::Stop);
+        if let Expr::Column(Column { spans: of, .. }) = expr {
+            spans.extend(of.first());
         }
         Ok(TreeNodeRecursion::Continue)
     }));
-    found
+    Span::union_iter(spans)
 }
 
-/// After types are coerced: arithmetic that checks, and casts that keep every digit.
-#[derive(Debug)]
-pub struct Exact;
+/// A span in a file.
+pub fn place(file: &Arc<SourceText>, span: Span) -> Place {
+    Place::between(file, (span.start.line, span.start.column), (span.end.line, span.end.column))
+}
+
+/// After types are coerced: arithmetic that checks, and casts that keep every digit. What they refuse is told at its
+/// place in the file, if the plan is of one.
+#[derive(Debug, Default)]
+pub struct Exact {
+    /// The file that the plan's spans count in.
+    pub file: Option<Arc<SourceText>>,
+}
 
 impl AnalyzerRule for Exact {
     fn name(&self) -> &'static str {
@@ -105,7 +114,7 @@ impl AnalyzerRule for Exact {
             let names = NamePreserver::new(&node);
             node.map_expressions(|expr| {
                 let name = names.save(&expr);
-                let exact = expr.transform_up(|expr| exact(expr, &schema))?;
+                let exact = expr.transform_up(|expr| self.exact(expr, &schema))?;
                 Ok(exact.update_data(|expr| name.restore(expr)))
             })
         })?;
@@ -113,30 +122,35 @@ impl AnalyzerRule for Exact {
     }
 }
 
-fn exact(expr: Expr, schema: &DFSchema) -> DataFusionResult<Transformed<Expr>> {
-    match expr {
-        Expr::BinaryExpr(BinaryExpr { left, op, right }) if is_arithmetic(op) => {
-            let types = (left.get_type(schema)?, right.get_type(schema)?);
-            match arithmetic::function(op) {
-                Some(function)
-                    if arithmetic::is_exact_number(&types.0) && arithmetic::is_exact_number(&types.1) =>
-                {
-                    let call = ScalarFunction::new_udf(function, vec![*left, *right]);
-                    Ok(Transformed::yes(Expr::ScalarFunction(call)))
+impl Exact {
+    fn exact(&self, expr: Expr, schema: &DFSchema) -> DataFusionResult<Transformed<Expr>> {
+        match expr {
+            Expr::BinaryExpr(BinaryExpr { left, op, right }) if is_arithmetic(op) => {
+                let types = (left.get_type(schema)?, right.get_type(schema)?);
+                if !arithmetic::is_exact_number(&types.0) || !arithmetic::is_exact_number(&types.1) {
+                    return Ok(Transformed::no(Expr::BinaryExpr(BinaryExpr { left, op, right })));
                 }
-                _ => Ok(Transformed::no(Expr::BinaryExpr(BinaryExpr { left, op, right }))),
+                let place = self.place_of(&[&left, &right]);
+                let function = arithmetic::Checked::of(op, place);
+                Ok(Transformed::yes(function.call(vec![*left, *right])))
             }
-        }
-        Expr::Cast(Cast { expr, field }) => {
-            let from = expr.get_type(schema)?;
-            if cast::can_lose(&from, field.data_type()) {
-                let function = cast::ExactCast::to(field.data_type().clone());
-                Ok(Transformed::yes(function.call(vec![*expr])))
-            } else {
-                Ok(Transformed::no(Expr::Cast(Cast { expr, field })))
+            Expr::Cast(Cast { expr, field }) => {
+                let from = expr.get_type(schema)?;
+                if cast::can_fail(&from, field.data_type()) {
+                    let function = cast::ExactCast::to(field.data_type().clone(), self.place_of(&[&expr]));
+                    Ok(Transformed::yes(function.call(vec![*expr])))
+                } else {
+                    Ok(Transformed::no(Expr::Cast(Cast { expr, field })))
+                }
             }
+            other => Ok(Transformed::no(other)),
         }
-        other => Ok(Transformed::no(other)),
+    }
+
+    fn place_of(&self, exprs: &[&Expr]) -> Option<Place> {
+        let file = self.file.as_ref()?;
+        let span = Span::union_iter(exprs.iter().filter_map(|expr| span_of(expr)))?;
+        Some(place(file, span))
     }
 }
 

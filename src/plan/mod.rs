@@ -19,7 +19,7 @@ use crate::{
         scan::{OpenSources, POSITION_COLUMN, Scan, ScanTable, with_position},
         spec::{CursorSpec, Guarantee, Mode, OutputSpec, Read, StreamSpec},
     },
-    error::{Error, ErrorKind, Problem, Result, nearest},
+    error::{Error, ErrorKind, Place, Problem, Result, nearest},
     functions::rules,
     job::{GuardSpec, JobFile, SourceSpec, micros, param::Param},
     model::plain_schema,
@@ -210,7 +210,7 @@ impl Planner<'_> {
                             Problem::new(format!(
                                 "model `{name}`: `{what}` is exact and becomes a float here"
                             ))
-                            .at(place.unwrap_or_else(|| sql::whole(&select.file)))
+                            .at(place.unwrap_or_else(|| Place::whole(&select.file)))
                             .hint("Cast the other side to a decimal instead."),
                         );
                     }
@@ -223,7 +223,7 @@ impl Planner<'_> {
                                 "model `{name}`: the column `{}` has no type",
                                 field.name()
                             ))
-                            .at(sql::whole(&select.file))
+                            .at(Place::whole(&select.file))
                             .hint("Give its null a type: `cast(null as varchar)`."),
                         );
                     }
@@ -629,14 +629,8 @@ fn placeholder(name: &str, schema: &SchemaRef) -> Arc<ScanTable> {
 ///
 /// The problem, at its place in the file.
 pub async fn typed(context: &SessionContext, select: &sql::Select) -> Result<LogicalPlan, Problem> {
-    let state = context.state();
-    let plan = state
-        .statement_to_plan(select.for_datafusion())
+    session::plan_of(context, select.for_datafusion(), &select.file)
         .await
-        .map_err(|error| sql::problem(&error, &select.file))?;
-    state
-        .analyzer()
-        .execute_and_check(plan, state.config_options(), |_, _| {})
         .map_err(|error| sql::problem(&error, &select.file))
 }
 

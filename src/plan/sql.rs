@@ -16,6 +16,7 @@ use sqlparser::{
 
 use crate::{
     error::{Error, Place, Problem, Result, SourceText, nearest},
+    functions::rules,
     job::param::Param,
 };
 
@@ -40,7 +41,10 @@ pub fn parse(file: &Arc<SourceText>, params: &IndexMap<String, Param>) -> Result
         Parser::parse_sql(&GenericDialect {}, &file.text).map_err(|error| parser_problem(&error, file))?;
     if statements.len() != 1 {
         let problem = Problem::new(format!("`{}` holds {} statements", file.path, statements.len()));
-        return Err(problem.at(whole(file)).hint("A file of SQL holds one SELECT and nothing else.").into());
+        return Err(problem
+            .at(Place::whole(file))
+            .hint("A file of SQL holds one SELECT and nothing else.")
+            .into());
     }
     let Some(mut statement @ Statement::Query(_)) = statements.pop() else {
         let problem = Problem::new(format!("`{}` is no SELECT", file.path));
@@ -95,19 +99,13 @@ impl Select {
             ControlFlow::Continue(())
         });
         debug_assert_eq!(walk.is_break(), found.is_some());
-        found.map_or_else(|| whole(&self.file), |span| place(&self.file, span))
+        found.map_or_else(|| Place::whole(&self.file), |span| place(&self.file, span))
     }
 
     /// The statement as DataFusion takes it.
     pub fn for_datafusion(&self) -> DataFusionStatement {
         DataFusionStatement::Statement(Box::new(self.statement.clone()))
     }
-}
-
-/// The first line of a file, for problems of the whole file.
-pub fn whole(file: &Arc<SourceText>) -> Place {
-    let end = file.text.find('\n').unwrap_or(file.text.len());
-    Place { file: Arc::clone(file), span: 0..end }
 }
 
 /// The first word that is no comment.
@@ -122,28 +120,12 @@ fn first_word(file: &Arc<SourceText>) -> Place {
         }
         at += line.len();
     }
-    whole(file)
+    Place::whole(file)
 }
 
-/// A place from the parser's lines and columns, which count characters from 1.
+/// A place from the parser's lines and columns.
 pub fn place(file: &Arc<SourceText>, span: Span) -> Place {
-    let start = byte_of(&file.text, span.start);
-    let end = byte_of(&file.text, span.end);
-    match (start, end) {
-        (Some(start), Some(end)) if span.start.line > 0 => {
-            Place { file: Arc::clone(file), span: start..end.max((start + 1).min(file.text.len())) }
-        }
-        _ => whole(file),
-    }
-}
-
-fn byte_of(text: &str, location: Location) -> Option<usize> {
-    let line = usize::try_from(location.line).ok()?.checked_sub(1)?;
-    let column = usize::try_from(location.column).ok()?.saturating_sub(1);
-    let before: usize = text.split_inclusive('\n').take(line).map(str::len).sum();
-    let rest = text.get(before..)?;
-    let line = rest.split('\n').next().unwrap_or_default();
-    Some(before + line.char_indices().nth(column).map_or(line.len(), |(at, _)| at))
+    Place::between(file, (span.start.line, span.start.column), (span.end.line, span.end.column))
 }
 
 fn parser_problem(error: &ParserError, file: &Arc<SourceText>) -> Problem {
@@ -162,7 +144,7 @@ fn parser_problem(error: &ParserError, file: &Arc<SourceText>) -> Problem {
     );
     match location {
         Some(location) => {
-            let start = byte_of(&file.text, location).unwrap_or(0);
+            let start = file.byte_of((location.line, location.column)).unwrap_or(0);
             let rest = file.text.get(start..).unwrap_or_default();
             let word = rest.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(rest.len()).max(1);
             let end = (start + word).min(file.text.len());
@@ -185,24 +167,18 @@ pub fn problem(error: &DataFusionError, file: &Arc<SourceText>) -> Problem {
         && let Some(first) = ours.problems().first()
     {
         let mut first = first.clone();
-        first.place.get_or_insert_with(|| whole(file));
+        first.place.get_or_insert_with(|| Place::whole(file));
         return first;
     }
     let Some(diagnostic) = error.diagnostic() else {
         let text = error.strip_backtrace();
         let text = Error::from(DataFusionError::Plan(text)).to_string();
         let text = text.trim_start_matches("type_coercion").trim_start_matches("caused by").trim().to_owned();
-        return Problem::new(text).at(whole(file)).hint(LOOK_UP);
+        return Problem::new(text).at(Place::whole(file)).hint(LOOK_UP);
     };
-    let span = diagnostic.span.or_else(|| diagnostic.notes.iter().find_map(|note| note.span)).map(|span| {
-        let of = |location: datafusion::common::Location| Location {
-            line: location.line,
-            column: location.column,
-        };
-        Span { start: of(span.start), end: of(span.end) }
-    });
+    let span = diagnostic.span.or_else(|| diagnostic.notes.iter().find_map(|note| note.span));
     let mut problem = Problem::new(diagnostic.message.clone());
-    problem = problem.at(span.map_or_else(|| whole(file), |span| place(file, span)));
+    problem = problem.at(span.map_or_else(|| Place::whole(file), |span| rules::place(file, span)));
     let possible: Vec<&str> = diagnostic
         .notes
         .iter()

@@ -4,6 +4,7 @@
 //! environments) goes into new values and never back into what was parsed.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -52,8 +53,8 @@ pub struct ConnectionFile {
     pub connector: &'static Connector,
     /// The options, without `kind`, with references unresolved.
     pub options: serde_json::Value,
-    /// Where it stands.
-    pub place: Place,
+    /// Where it stands; nowhere, if a variable of the environment gave it.
+    pub place: Option<Place>,
 }
 
 /// A job and the document it was read from, for the places of later mistakes.
@@ -86,7 +87,7 @@ impl Project {
                 .map(|file| (file, document))
         });
         let mut declared: Vec<String> = Vec::new();
-        let connections = if root.join("connections.yaml").is_file() {
+        let mut connections = if root.join("connections.yaml").is_file() {
             read_document(root, "connections.yaml", &mut problems)
                 .map(|document| {
                     declared = document.root.entries().iter().map(|entry| entry.key.clone()).collect();
@@ -96,6 +97,17 @@ impl Project {
         } else {
             IndexMap::new()
         };
+        for (name, url) in variables(root, "FLOODMARK_CONN_") {
+            let variable = format!("FLOODMARK_CONN_{name}");
+            match Connector::of_url(&url) {
+                Ok((connector, options)) => {
+                    let file = ConnectionFile { connector, options, place: None };
+                    connections.insert(name.to_lowercase(), file);
+                }
+                Err(error) => problems
+                    .extend(error.while_doing(format!("`{variable}` gives no connection")).into_problems()),
+            }
+        }
         let mut jobs: IndexMap<String, JobDocument> = IndexMap::new();
         for path in yaml_files(root, "jobs")? {
             let Some(document) = read_document(root, &path, &mut problems) else { continue };
@@ -187,16 +199,21 @@ impl Project {
             .get(name)
             .ok_or_else(|| Error::configuration(format!("there is no connection `{name}`")))?;
         let mut values = file.options.clone();
-        if let (Some(object), Some(changes)) = (values.as_object_mut(), self.settings.connections.get(name)) {
+        let changes = file.place.as_ref().and_then(|_| self.settings.connections.get(name));
+        if let (Some(object), Some(changes)) = (values.as_object_mut(), changes) {
             for (key, value) in changes {
                 object.insert(key.clone(), value.clone().into());
             }
         }
-        resolve(&mut values, &self.root).map_err(|error| {
-            error.while_doing(format!("connection `{name}` cannot be used")).at(file.place.clone())
-        })?;
-        (file.connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values })
-            .map_err(|error| error.at(file.place.clone()))
+        let at = |error: Error| match &file.place {
+            Some(place) => error.at(place.clone()),
+            None => error.note(format!("`FLOODMARK_CONN_{}` gives this connection", name.to_uppercase())),
+        };
+        if file.place.is_some() {
+            resolve(&mut values, &self.root)
+                .map_err(|error| at(error.while_doing(format!("connection `{name}` cannot be used"))))?;
+        }
+        (file.connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values }).map_err(at)
     }
 
     /// The environment's fixed `as_of`.
@@ -328,7 +345,8 @@ fn read_connections(document: &Document, problems: &mut Vec<Problem>) -> IndexMa
         );
         if found.is_empty() {
             let place = document.key_place(&[key]);
-            connections.insert(key.clone(), ConnectionFile { connector, options: options.to_json(), place });
+            let file = ConnectionFile { connector, options: options.to_json(), place: Some(place) };
+            connections.insert(key.clone(), file);
         } else {
             problems.extend(found);
         }
@@ -394,9 +412,7 @@ fn reference_value(reference: &str, root: &Path) -> Result<String> {
                 Some((name, default)) => (name, Some(default)),
                 None => (name, None),
             };
-            #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
-            let found = std::env::var(name).ok().or_else(|| dotenv(root, name));
-            found.or_else(|| default.map(str::to_owned)).ok_or_else(|| {
+            variable(root, name).or_else(|| default.map(str::to_owned)).ok_or_else(|| {
                 Error::configuration(format!("the variable `{name}` is not set"))
                     .hint(format!("Set {name} in the environment or in the project's `.env`; for what is no secret, give a default: `${{env:{name}:-value}}`."))
             })
@@ -411,14 +427,33 @@ fn reference_value(reference: &str, root: &Path) -> Result<String> {
     }
 }
 
-/// A variable of the project's `.env`: lines of `NAME=value`, comments with `#`.
-fn dotenv(root: &Path, name: &str) -> Option<String> {
-    let text = fs::read_to_string(root.join(".env")).ok()?;
-    text.lines()
-        .filter(|line| !line.trim_start().starts_with('#'))
+/// A variable of the environment, or else of the project's `.env`.
+pub fn variable(root: &Path, name: &str) -> Option<String> {
+    #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
+    let set = std::env::var(name).ok();
+    set.or_else(|| dotenv(root).remove(name))
+}
+
+/// All variables that begin with `prefix`, by what follows it.
+fn variables(root: &Path, prefix: &str) -> BTreeMap<String, String> {
+    #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
+    let set = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let all = dotenv(root).into_iter().chain(set);
+    all.filter_map(|(name, value)| Some((name.strip_prefix(prefix)?.to_owned(), value))).collect()
+}
+
+/// The variables of the project's `.env`: lines of `NAME=value`, comments with `#`.
+fn dotenv(root: &Path) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(root.join(".env")).unwrap_or_default();
+    let lines = text.lines().map(str::trim).filter(|line| !line.starts_with('#'));
+    lines
         .filter_map(|line| line.split_once('='))
-        .find(|(known, _)| known.trim().trim_start_matches("export ") == name)
-        .map(|(_, value)| value.trim().trim_matches(['"', '\'']).to_owned())
+        .map(|(name, value)| {
+            let name = name.trim().trim_start_matches("export ").trim();
+            (name.to_owned(), value.trim().trim_matches(['"', '\'']).to_owned())
+        })
+        .collect()
 }
 
 pub(crate) fn name_problem(what: &str, name: &str, place: Place) -> Option<Problem> {

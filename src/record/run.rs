@@ -112,6 +112,18 @@ pub enum Verdict {
     Failed,
 }
 
+impl Verdict {
+    /// As people read it.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::Warned => "warned",
+            Self::Quarantined => "set aside",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// One check in a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckReport {

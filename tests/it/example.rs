@@ -169,31 +169,6 @@ fn a_failed_check_and_a_guard_leave_the_target_as_it_was() {
 }
 
 #[test]
-fn a_full_disk_leaves_the_target_as_it_was_and_the_next_run_succeeds() {
-    let folder = Folder::example();
-    folder.run(&[]);
-    let before = folder.published();
-    // No file may grow beyond 512 bytes: the first write of the release fails as on a full disk.
-    let binary = env!("CARGO_BIN_EXE_floodmark");
-    let output = std::process::Command::new("bash")
-        .args([
-            "-c",
-            &format!(
-                "trap '' XFSZ; ulimit -f 1; exec {binary} run consolidate_ledgers --env day2 --output json"
-            ),
-        ])
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
-    println!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert_eq!(output.status.code(), Some(1));
-    assert_eq!(folder.published(), before);
-    let (code, runs) = folder.run(&["--env", "day2"]);
-    assert_eq!(code, 0);
-    assert_eq!(job(&runs, "consolidate_ledgers")["outputs"]["finance.journal"]["rows_after"], 24);
-}
-
-#[test]
 fn the_verbs_that_only_look_write_nothing() {
     let folder = Folder::example();
     for arguments in [
@@ -230,4 +205,54 @@ fn a_new_project_runs_at_once() {
         Some(2),
         "it does not overwrite a project"
     );
+}
+
+#[test]
+fn the_environment_gives_parameters_connections_and_flags_and_a_flag_beats_it() {
+    let folder = Folder::example();
+    let elsewhere = folder.path().join("else where").join("lake");
+    let url = format!("file://{}", elsewhere.to_str().unwrap().replace(' ', "%20"));
+    folder
+        .write(".env", b"# the shell wins\nFLOODMARK_PARAM_REPORTING_CURRENCY=JPY\nFLOODMARK_OUTPUT=text\n");
+    let run = |arguments: &[&str], variables: &[(&str, &str)]| {
+        let output = folder.command(arguments).envs(variables.iter().copied()).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        println!("{text}{}", String::from_utf8_lossy(&output.stderr));
+        (output.status.code().unwrap(), text)
+    };
+    let variables = [
+        ("FLOODMARK_CONN_LAKE", url.as_str()),
+        ("FLOODMARK_PARAM_REPORTING_CURRENCY", "EUR"),
+        ("FLOODMARK_SKIP_CODE", "99"),
+        ("FLOODMARK_OUTPUT", "json"),
+        ("FLOODMARK_SELECT", "tag:nightly"),
+    ];
+    assert_eq!(run(&["run"], &variables).0, 0);
+    assert!(elsewhere.join("finance.journal/current").exists(), "the URL's folder is the target");
+    assert!(!folder.path().join("out/lake").exists());
+    let (code, text) = run(&["run", "consolidate_ledgers"], &variables);
+    assert_eq!(code, 99);
+    assert!(text.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{text}");
+    let (code, text) =
+        run(&["run", "consolidate_ledgers", "--output", "text", "--skip-code", "98"], &variables);
+    assert_eq!(code, 98);
+    assert!(text.starts_with("consolidate_ledgers: nothing new"), "{text}");
+}
+
+#[test]
+fn the_log_is_one_document_a_line() {
+    let folder = Folder::example();
+    let output = folder.floodmark(&["run", "--log-format", "json"]);
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let told = |message: &str, job: &str| {
+        lines.iter().find(|line| line["message"] == message && line["span"]["job"] == job).unwrap()
+    };
+    assert_eq!(told("committed", "trial_balance")["release"], 1);
+    assert_eq!(told("ended", "consolidate_ledgers")["outcome"], "published");
+    // A mistake, too.
+    let output = folder.floodmark(&["run", "nowhere", "--log-format", "json"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{text}");
 }

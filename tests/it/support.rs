@@ -44,13 +44,7 @@ impl Folder {
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_floodmark"));
         command.args(arguments).current_dir(self.path()).env_remove("RUST_BACKTRACE").env("NO_COLOR", "1");
-        for variable in [
-            "FLOODMARK_ENV",
-            "FLOODMARK_PROJECT",
-            "FLOODMARK_OUTPUT",
-            "FLOODMARK_AS_OF",
-            "FLOODMARK_EXAMPLE_OUT",
-        ] {
+        for (variable, _) in std::env::vars().filter(|(name, _)| name.starts_with("FLOODMARK_")) {
             command.env_remove(variable);
         }
         command

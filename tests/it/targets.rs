@@ -1,5 +1,14 @@
 //! What every target promises, through the binary: the same steps for a folder and for SQLite.
 
+use std::{
+    io::{BufRead, BufReader, Read},
+    process::{Command, Stdio},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 
 use crate::support::Folder;
@@ -157,5 +166,75 @@ fn a_target_whose_history_is_not_ours_is_refused() {
         assert_ne!(before, after);
         assert_eq!(load(&folder, "3,a,3.30\n", &[]).0, 3, "{name}");
         assert_eq!(folder.published(), after, "{name}");
+    }
+}
+
+/// What the target holds and remembers.
+fn state(folder: &Folder) -> (Vec<String>, Value) {
+    let output = folder.floodmark(&["state", "show", "--output", "json"]);
+    (rows(folder), serde_json::from_slice(&output.stdout).unwrap())
+}
+
+#[test]
+fn a_full_disk_at_any_write_leaves_the_target_as_it_was() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: merge, key: [id]", "");
+        load(&folder, "1,2026-10,1.50\n2,2026-10,2.25\n", &[]);
+        let before = state(&folder);
+        let more: String = (1..=5000).map(|id| format!("{id},2026-11,{id}.75\n")).collect();
+        folder.write("data/orders.csv", format!("id,period,amount\n{more}").as_bytes());
+        // No file may grow beyond the limit, which fails writes as a full disk does: the first one, then later and
+        // later ones, until the run fits.
+        let (mut limit, mut full) = (1_u64, 0);
+        loop {
+            let run = format!(
+                "trap '' XFSZ; ulimit -f {limit}; exec '{}' run --output json",
+                env!("CARGO_BIN_EXE_floodmark")
+            );
+            let output = Command::new("bash").args(["-c", &run]).current_dir(folder.path()).output().unwrap();
+            let told = String::from_utf8_lossy(&output.stderr).into_owned();
+            if output.status.code() == Some(0) {
+                break;
+            }
+            assert_eq!(output.status.code(), Some(1), "{name}, {limit} KiB: {told}");
+            assert_eq!(state(&folder), before, "{name}, {limit} KiB");
+            full += 1;
+            limit += limit.div_ceil(2);
+        }
+        assert!(full > 3, "{name}: only {full} runs failed");
+        assert_eq!(rows(&folder).len(), 100, "{name}: the most that the preview shows");
+        assert_eq!(counts(&folder.run(&[]).1[0])[4], 5000, "{name}");
+    }
+}
+
+#[test]
+fn a_signal_ends_a_run_and_leaves_the_target_as_it_was() {
+    for ((name, target), (signal, code)) in
+        TARGETS.into_iter().zip([(Signal::SIGINT, 130), (Signal::SIGTERM, 143)])
+    {
+        let folder = project(target, "mode: merge, key: [id]", "");
+        let lines: String = (1..=5000).map(|id| format!("{id},2026-11,{id}.75\n")).collect();
+        load(&folder, &lines, &[]);
+        let before = state(&folder);
+        // 10^14 pairs of pairs, none of which is right: it would run for years.
+        folder.write(
+            "sql/mappings/load/clean.sql",
+            b"SELECT a.* FROM orders a, orders b, orders c, orders d WHERE a.amount + b.amount + c.amount + d.amount < 0\n",
+        );
+        let mut run = folder.command(&["run", "-v"]).stderr(Stdio::piped()).spawn().unwrap();
+        let mut told = BufReader::new(run.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("the window is fixed") {
+            line.clear();
+            assert_ne!(told.read_line(&mut line).unwrap(), 0, "{name}: the run ended");
+        }
+        kill(Pid::from_raw(run.id().try_into().unwrap()), signal).unwrap();
+        let mut rest = String::new();
+        told.read_to_string(&mut rest).unwrap();
+        assert_eq!(run.wait().unwrap().code(), Some(code), "{name}: {rest}");
+        assert!(rest.contains("interrupted; nothing was published"), "{name}: {rest}");
+        folder.write("sql/mappings/load/clean.sql", b"SELECT * FROM orders\n");
+        assert_eq!(state(&folder), before, "{name}");
+        assert_eq!(folder.run(&[]).1[0]["outcome"], "nothing_new", "{name}");
     }
 }

@@ -14,7 +14,7 @@ use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::{CatalogTable, Connection, Connector, Identity, Source, Target};
+use super::{CatalogTable, Connection, Connector, Identity, Source, Target, path_of};
 use crate::error::{Error, Result};
 
 mod csv;
@@ -26,12 +26,16 @@ mod merge;
 mod parquet;
 mod source;
 mod target;
+#[cfg(test)]
+mod tests;
 
 /// The line that [`super::CONNECTORS`] holds.
 pub static CONNECTOR: Connector = Connector {
     name: "files",
     summary: "a folder: CSV, JSON and Parquet in; Parquet by manifest out",
     options: || schemars::schema_for!(FilesOptions),
+    schemes: &["file"],
+    from_url: |url| Ok([("root".to_owned(), path_of(url)?.into())].into_iter().collect()),
     open: |options| {
         let parsed: FilesOptions = options.parse()?;
         let root = options.base.join(&parsed.root);

@@ -15,8 +15,10 @@ use ::parquet::{
     file::{properties::WriterProperties, writer::SerializedFileWriter},
 };
 use arrow::{
-    array::{ArrayRef, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder},
+    array::{Array, ArrayRef, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder},
+    compute::concat_batches,
     datatypes::SchemaRef,
+    util::display::{ArrayFormatter, FormatOptions},
 };
 use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
@@ -25,12 +27,13 @@ use rayon::prelude::*;
 use super::{FilesConnection, durable::NewFile};
 use crate::{
     connector::{
+        columns::Misfit,
         quarantined_schema,
         scan::{POSITION_COLUMN, Scan},
         tap::Tap,
     },
     error::{Error, Result},
-    functions::cast::cast_exactly,
+    functions::cast::{cast_exactly, cast_or_misfit},
     record::DataFile,
     runtime::{self, BATCH_ROWS, BatchSender},
 };
@@ -75,35 +78,76 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
     let mut number = 0_u64;
     for batch in reader {
         let batch = batch.map_err(|error| damaged(path, error))?;
-        let rows = batch.num_rows();
-        let mut arrays: Vec<ArrayRef> = Vec::with_capacity(scan.schema.fields().len());
-        for field in scan.schema.fields() {
-            if field.name() == POSITION_COLUMN {
-                let mut positions = StringBuilder::new();
-                for row in 0..rows as u64 {
-                    positions.append_value(format!("{path} row {}", number + row + 1));
-                }
-                arrays.push(Arc::new(positions.finish()));
-                continue;
-            }
-            let array = batch
-                .column_by_name(field.name())
-                .ok_or_else(|| Error::bug("a projected column is missing"))?;
-            arrays.push(cast_exactly(array, field.data_type()).map_err(|error| {
-                Error::data(format!("source `{}`: `{path}`, column `{}`", scan.stream.name, field.name()))
-                    .note(error.to_string())
-            })?);
-        }
-        number += rows as u64;
-        let options = RecordBatchOptions::new().with_row_count(Some(rows));
-        let batch = RecordBatch::try_new_with_options(Arc::clone(&scan.schema), arrays, &options)?;
-        tap.bytes(size * rows as u64 / rows_in_all);
-        tap.rows(&batch)?;
-        if !out.send(batch) {
+        let rows = batch.num_rows() as u64;
+        tap.bytes(size * rows / rows_in_all);
+        let fitting = match typed(&batch, path, number, scan)? {
+            Ok(batch) => batch,
+            Err(_) => sort_out(&batch, path, number, scan, tap)?,
+        };
+        number += rows;
+        tap.rows(&fitting)?;
+        if !out.send(fitting) {
             return Ok(false);
         }
     }
     Ok(true)
+}
+
+/// A batch as the scan wants it, or the column that does not fit and why; `number` rows of the file came before.
+fn typed(batch: &RecordBatch, path: &str, number: u64, scan: &Scan) -> Result<Result<RecordBatch, String>> {
+    let rows = batch.num_rows();
+    let mut arrays: Vec<ArrayRef> = Vec::with_capacity(scan.schema.fields().len());
+    for field in scan.schema.fields() {
+        if field.name() == POSITION_COLUMN {
+            let mut positions = StringBuilder::new();
+            for row in 0..rows as u64 {
+                positions.append_value(format!("{path} row {}", number + row + 1));
+            }
+            arrays.push(Arc::new(positions.finish()));
+            continue;
+        }
+        let array =
+            batch.column_by_name(field.name()).ok_or_else(|| Error::bug("a projected column is missing"))?;
+        match cast_or_misfit(array, field.data_type()) {
+            Ok(array) => arrays.push(array),
+            Err(Misfit(why)) => return Ok(Err(format!("`{}` {why}", field.name()))),
+        }
+    }
+    let options = RecordBatchOptions::new().with_row_count(Some(rows));
+    Ok(Ok(RecordBatch::try_new_with_options(Arc::clone(&scan.schema), arrays, &options)?))
+}
+
+/// The rows of a batch that fit, once one of them does not: row by row, each misfit set aside or refused.
+fn sort_out(batch: &RecordBatch, path: &str, number: u64, scan: &Scan, tap: &Tap) -> Result<RecordBatch> {
+    let mut fitting = Vec::new();
+    for row in 0..batch.num_rows() {
+        let one = batch.slice(row, 1);
+        match typed(&one, path, number + row as u64, scan)? {
+            Ok(one) => fitting.push(one),
+            Err(why) => {
+                let place = format!("`{path}` row {}", number + row as u64 + 1);
+                tap.reject(&scan.stream, place, why, || row_json(&one))?;
+            }
+        }
+    }
+    Ok(concat_batches(&scan.schema, &fitting)?)
+}
+
+/// A row as JSON, for the quarantine: the columns that were read.
+fn row_json(row: &RecordBatch) -> String {
+    let options = FormatOptions::new();
+    let object: serde_json::Map<String, serde_json::Value> = row
+        .schema()
+        .fields()
+        .iter()
+        .zip(row.columns())
+        .map(|(field, array)| {
+            let text =
+                ArrayFormatter::try_new(array, &options).ok().map(|values| values.value(0).to_string());
+            (field.name().clone(), text.filter(|_| array.is_valid(0)).into())
+        })
+        .collect();
+    serde_json::Value::Object(object).to_string()
 }
 
 /// Sends the rows that one release set aside. False once nobody reads any more.

@@ -4,7 +4,11 @@
 //! `table:` is an output that a job published here; its manifest says which files are live. Files are hashed
 //! before they are read, and a file whose size or time of change moved while it was read fails the run.
 
-use std::{io::Read as _, sync::Arc, time::SystemTime};
+use std::{
+    io::Read as _,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use arrow::{
     array::{ArrayRef, RecordBatch, RecordBatchOptions, StringBuilder},
@@ -36,6 +40,9 @@ const SAMPLE_ROWS: usize = 20_480;
 /// The files of each stream, fixed by the snapshot.
 struct Fixed(indexmap::IndexMap<String, Vec<String>>);
 
+/// A file that was written longer ago than this, when it was looked at, has not changed since if its time of change says so.
+const SETTLED: Duration = Duration::from_secs(5);
+
 #[async_trait]
 impl Source for Arc<FilesConnection> {
     async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef> {
@@ -48,7 +55,7 @@ impl Source for Arc<FilesConnection> {
         runtime::blocking(move || this.describe_files(&stream, &files)).await
     }
 
-    async fn bounds(&self, streams: &[StreamSpec], since: &Marks, _: RunTime) -> Result<Bounds> {
+    async fn bounds(&self, streams: &[StreamSpec], since: &Marks, time: RunTime) -> Result<Bounds> {
         let mut bounds = Bounds::default();
         for stream in streams {
             if let Some(cursor) = &stream.cursor {
@@ -89,7 +96,7 @@ impl Source for Arc<FilesConnection> {
                         }
                     }
                     bounds.exactness.insert(stream.name.clone(), Exactness::Exact);
-                    Window::Files { new, seen }
+                    Window::Files { new, seen, at: time.now }
                 }
                 _ => Window::Whole,
             };
@@ -148,22 +155,31 @@ impl FilesConnection {
     }
 
     fn hash(&self, files: &[(String, u64)]) -> Result<Vec<FileVersion>> {
-        files
-            .par_iter()
-            .map(|(path, _)| {
-                let mut file = self.open(path)?;
-                let (mut hash, mut size, mut buffer) = (Sha256::new(), 0, vec![0; 256 << 10]);
-                loop {
-                    let read = file.read(&mut buffer).map_err(|error| Error::io("read", path, error))?;
-                    if read == 0 {
-                        break;
-                    }
-                    size += read as u64;
-                    hash.update(buffer.get(..read).unwrap_or_default());
-                }
-                Ok(FileVersion { path: path.clone(), size, sha256: hex::encode(hash.finalize()) })
-            })
-            .collect()
+        files.par_iter().map(|(path, _)| self.look_at(path)).collect()
+    }
+
+    fn look_at(&self, path: &str) -> Result<FileVersion> {
+        let mut file = self.open(path)?;
+        let (mut hash, mut size, mut buffer) = (Sha256::new(), 0, vec![0; 256 << 10]);
+        loop {
+            let read = file.read(&mut buffer).map_err(|error| Error::io("read", path, error))?;
+            if read == 0 {
+                break;
+            }
+            size += read as u64;
+            hash.update(buffer.get(..read).unwrap_or_default());
+        }
+        Ok(FileVersion { path: path.to_owned(), size, sha256: hex::encode(hash.finalize()) })
+    }
+
+    /// Whether a file is still what the window means. Its contents are hashed again only if it was written so shortly
+    /// before it was looked at that its time of change cannot tell, or later.
+    fn is_still(&self, path: &str, window: &Window) -> Result<bool> {
+        let Window::Files { new, at, .. } = window else { return Ok(true) };
+        let Some(meant) = new.iter().find(|file| file.path == path) else { return Ok(true) };
+        let (size, modified) = self.version(path)?;
+        let settled = SystemTime::from(*at).checked_sub(SETTLED);
+        Ok(size == meant.size && (modified.is_some() && modified < settled || self.look_at(path)? == *meant))
     }
 
     fn describe_files(&self, stream: &StreamSpec, files: &[(String, u64)]) -> Result<SchemaRef> {
@@ -327,7 +343,8 @@ impl FilesConnection {
                 self.read_json(path, &format, kind == FormatKind::Json, scan, tap, out)?
             }
         };
-        if self.version(path)? != before {
+        // Whoever stopped reading gets no more rows, and loads none.
+        if more && (self.version(path)? != before || !self.is_still(path, &scan.window)?) {
             return Err(Error::temporary(format!(
                 "source `{}`: `{path}` changed while it was read",
                 scan.stream.name

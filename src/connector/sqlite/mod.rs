@@ -11,7 +11,7 @@ use rusqlite::{Connection as Sqlite, OpenFlags};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::{CatalogTable, Connection, Connector, Identity, Source, Target};
+use super::{CatalogTable, Connection, Connector, Identity, Source, Target, path_of};
 use crate::{
     error::{Error, ErrorKind, Result},
     runtime,
@@ -19,7 +19,8 @@ use crate::{
 
 mod source;
 mod target;
-
+#[cfg(test)]
+mod tests;
 mod types;
 
 /// The line that [`super::CONNECTORS`] holds.
@@ -27,6 +28,8 @@ pub static CONNECTOR: Connector = Connector {
     name: "sqlite",
     summary: "a SQLite database: tables, views and queries in; tables out",
     options: || schemars::schema_for!(SqliteOptions),
+    schemes: &["sqlite"],
+    from_url: |url| Ok([("path".to_owned(), path_of(url)?.into())].into_iter().collect()),
     open: |options| {
         let parsed: SqliteOptions = options.parse()?;
         let path = options.base.join(&parsed.path);

@@ -1,0 +1,124 @@
+//! Bounds that floodmark keeps, measured on the binary: `cargo bench --bench bounds`.
+//!
+//! * A job of ten rows ends within 100 ms of its start, whether it publishes or finds nothing new.
+//! * A CSV file of 1 GB becomes Parquet within 300 MiB of memory.
+//!
+//! A number, `cargo bench --bench bounds -- 100000000`, is another size of the file. Exits with 1 if a bound is broken.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::indexing_slicing,
+    reason = "a benchmark prints, and may panic"
+)]
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    io::{BufWriter, Write},
+    path::Path,
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::sys::resource::{UsageWho, getrusage};
+
+const START: Duration = Duration::from_millis(100);
+const MEMORY_KIB: i64 = 300 << 10;
+
+fn main() -> ExitCode {
+    let kept = [ten_rows(), large_file()];
+    ExitCode::from(u8::from(kept.contains(&false)))
+}
+
+/// A project that appends `data/lines.csv` to a folder of Parquet files.
+fn project(folder: &Path) {
+    let write = |path: &str, text: &str| {
+        let path = folder.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    write("floodmark.yaml", "project: bounds\n");
+    write("connections.yaml", "data: { kind: files, root: data }\nlake: { kind: files, root: out }\n");
+    write(
+        "jobs/load.yaml",
+        "job: load\nsources:\n  lines:\n    connection: data\n    files: \"*.csv\"\n    \
+         columns: { id: int, account: string, posted: date, amount: \"decimal(18,2)\", text: string }\n\
+         models: { clean: sql/clean.sql }\ntarget:\n  connection: lake\n  \
+         outputs: { lines: { from: clean, mode: append } }\n",
+    );
+    write("sql/clean.sql", "SELECT id, account, posted, amount * 2 AS twice, text FROM lines\n");
+    fs::create_dir(folder.join("data")).unwrap();
+}
+
+fn write_lines(file: &Path, bytes: usize, rows: usize) -> usize {
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(file).unwrap());
+    out.write_all(b"id,account,posted,amount,text\n").unwrap();
+    let (mut line, mut written, mut row) = (String::new(), 0, 0_u64);
+    while written < bytes && row < rows as u64 {
+        line.clear();
+        let (day, cents) = (row % 28 + 1, row * 7919 % 10_000_000);
+        writeln!(
+            line,
+            "{row},{},2026-10-{day:02},{}.{:02},line {row} of the ledger",
+            row % 997,
+            cents / 100,
+            cents % 100
+        )
+        .unwrap();
+        out.write_all(line.as_bytes()).unwrap();
+        written += line.len();
+        row += 1;
+    }
+    out.flush().unwrap();
+    written
+}
+
+fn run(folder: &Path) -> Duration {
+    let start = Instant::now();
+    let status = Command::new(env!("CARGO_BIN_EXE_floodmark"))
+        .args(["run", "--project"])
+        .arg(folder)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    let took = start.elapsed();
+    assert!(status.success(), "the job failed: {status}");
+    took
+}
+
+fn ten_rows() -> bool {
+    let (mut first, mut again) = (Vec::new(), Vec::new());
+    for _ in 0..31 {
+        let folder = tempfile::tempdir().unwrap();
+        project(folder.path());
+        write_lines(&folder.path().join("data/lines.csv"), usize::MAX, 10);
+        first.push(run(folder.path()));
+        again.push(run(folder.path()));
+    }
+    let mut kept = true;
+    for (what, mut times) in [("publishes", first), ("nothing new", again)] {
+        times.sort();
+        let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
+        kept &= median < START;
+        println!("ten rows, {what}: median {median:.1?}, worst {worst:.1?}; bound {START:?}");
+    }
+    kept
+}
+
+fn large_file() -> bool {
+    let bytes = std::env::args().find_map(|argument| argument.parse().ok()).unwrap_or(1_000_000_000);
+    let folder = tempfile::tempdir().unwrap();
+    project(folder.path());
+    let written = write_lines(&folder.path().join("data/lines.csv"), bytes, usize::MAX);
+    let took = run(folder.path());
+    let peak = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap().max_rss();
+    let (mb, seconds) = (written as f64 / 1e6, took.as_secs_f64());
+    println!(
+        "{mb:.0} MB of CSV to Parquet: peak {} MiB of memory; bound {} MiB; {seconds:.1} s, {:.0} MB/s",
+        peak >> 10,
+        MEMORY_KIB >> 10,
+        mb / seconds
+    );
+    peak < MEMORY_KIB
+}

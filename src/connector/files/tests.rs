@@ -1,0 +1,160 @@
+//! The connector's promises, for each kind of file, and what only files have: they change while they are read.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use arrow::{
+    array::{Int64Array, RecordBatch, StringArray},
+    datatypes::{DataType, Field, Schema},
+};
+use serde_json::json;
+
+use crate::{
+    connector::{
+        Connection, Connector, Marks, Options, RunTime,
+        contract::{self, Row, World, made_at, orders},
+        scan::Scan,
+        spec::{Read, StreamSpec},
+    },
+    error::ErrorKind,
+};
+
+fn open(root: &Path) -> Arc<dyn Connection> {
+    let values = json!({ "root": root, "row_group_rows": 3 });
+    let options = Options { name: "lake".to_owned(), base: PathBuf::new(), values };
+    (Connector::named("files").unwrap().open)(options).unwrap()
+}
+
+/// A folder into which one file comes after the other.
+struct Inbox {
+    folder: tempfile::TempDir,
+    ending: &'static str,
+    files: AtomicUsize,
+}
+
+impl Inbox {
+    fn of(ending: &'static str) -> Self {
+        Self { folder: tempfile::tempdir().unwrap(), ending, files: AtomicUsize::new(0) }
+    }
+
+    fn next(&self) -> PathBuf {
+        let number = self.files.fetch_add(1, Ordering::SeqCst);
+        self.folder.path().join(format!("orders-{number:04}.{}", self.ending))
+    }
+}
+
+impl World for Inbox {
+    fn name(&self) -> &'static str {
+        self.ending
+    }
+
+    fn connection(&self) -> Arc<dyn Connection> {
+        open(self.folder.path())
+    }
+
+    fn stream(&self) -> StreamSpec {
+        orders(Read::Files { pattern: format!("orders-*.{}", self.ending), once: true })
+    }
+
+    fn add(&self, rows: &[Row]) {
+        let path = self.next();
+        match self.ending {
+            "csv" => fs::write(path, csv(rows)).unwrap(),
+            "csv.gz" => {
+                let mut file =
+                    flate2::write::GzEncoder::new(fs::File::create(path).unwrap(), Default::default());
+                file.write_all(csv(rows).as_bytes()).unwrap();
+                file.finish().unwrap();
+            }
+            "jsonl" => fs::write(path, objects(rows).join("\n")).unwrap(),
+            "json" => fs::write(path, format!("[{}]", objects(rows).join(",\n"))).unwrap(),
+            "jsonl.zst" => {
+                let text = objects(rows).join("\n");
+                fs::write(path, zstd::encode_all(text.as_bytes(), 1).unwrap()).unwrap();
+            }
+            _ => parquet(&path, rows),
+        }
+    }
+}
+
+fn csv(rows: &[Row]) -> String {
+    let line = |row: &Row| format!("{},{},{}\n", row.id, row.amount, row.note.as_deref().unwrap_or_default());
+    format!("id,amount,note\n{}", rows.iter().map(line).collect::<String>())
+}
+
+fn objects(rows: &[Row]) -> Vec<String> {
+    let object =
+        |row: &Row| format!(r#"{{"id": {}, "amount": {}, "note": {}}}"#, row.id, row.amount, json!(row.note));
+    rows.iter().map(object).collect()
+}
+
+/// With amounts as text, as tools write them that know no decimals.
+fn parquet(path: &Path, rows: &[Row]) {
+    let fields = [("id", DataType::Int64), ("amount", DataType::Utf8), ("note", DataType::Utf8)];
+    let schema = Arc::new(Schema::new(fields.map(|(name, of)| Field::new(name, of, true)).to_vec()));
+    let batch = RecordBatch::try_new(
+        Arc::clone(&schema),
+        vec![
+            Arc::new(rows.iter().map(|row| row.id).collect::<Int64Array>()),
+            Arc::new(rows.iter().map(|row| Some(row.amount.as_str())).collect::<StringArray>()),
+            Arc::new(rows.iter().map(|row| row.note.as_deref()).collect::<StringArray>()),
+        ],
+    );
+    let file = fs::File::create(path).unwrap();
+    let mut writer = ::parquet::arrow::ArrowWriter::try_new(file, schema, None).unwrap();
+    writer.write(&batch.unwrap()).unwrap();
+    writer.close().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_keeps_its_promises() {
+    for ending in ["csv", "csv.gz", "jsonl", "jsonl.zst", "json", "parquet"] {
+        contract::source(|| Box::new(Inbox::of(ending))).await;
+    }
+}
+
+#[test]
+fn a_target_keeps_its_promises() {
+    contract::target("a folder", || {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().to_owned();
+        (folder, move || open(&root))
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_changes_after_it_was_looked_at_is_not_loaded_under_its_old_name() {
+    for ending in ["csv", "parquet"] {
+        let world = Inbox::of(ending);
+        let rows: Vec<Row> = (1..=3).map(|id| Row { id, amount: "1.10".to_owned(), note: None }).collect();
+        world.add(&rows);
+        let (connection, streams) = (world.connection(), [world.stream()]);
+        let source = connection.source().unwrap();
+        let time = RunTime { now: made_at(9), as_of: made_at(9) };
+        let bounds = source.bounds(&streams, &Marks::new(), time).await.unwrap();
+        // The same length, other content.
+        let other: Vec<Row> = rows.into_iter().map(|row| Row { amount: "9.90".to_owned(), ..row }).collect();
+        world.files.store(0, Ordering::SeqCst);
+        world.add(&other);
+        let snapshot = source.snapshot(&streams, &bounds).await;
+        let error = match snapshot {
+            Err(error) => error,
+            Ok(snapshot) => {
+                let schema = source.describe(&streams[0]).await.unwrap();
+                let window = bounds.windows["orders"].clone();
+                let scan = Scan { stream: streams[0].clone(), schema, window };
+                let rows = source.scan(&snapshot, &scan, Arc::default()).unwrap();
+                let read: Result<Vec<_>, _> = futures::TryStreamExt::try_collect(rows).await;
+                read.expect_err(ending).into()
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::Temporary, "{ending}: {error}");
+    }
+}
