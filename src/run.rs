@@ -460,7 +460,8 @@ impl Release<'_> {
             let window = windows.get(name).cloned().unwrap_or(Window::Whole);
             context.register_table(name, scan_table(stream, window))?;
             if stream.spool {
-                let count = self.write_down(&context, name, &mut aside, record).await?;
+                let count = self.write_down(&context, name, &mut aside, record).await;
+                let count = count.map_err(|error| error.note(format!("while source `{name}` was read")))?;
                 row_rejects.insert(name.clone(), count);
             }
         }
@@ -468,7 +469,8 @@ impl Release<'_> {
             let view = typed(&context, &model.select).await?;
             context.register_table(name, Arc::new(ViewTable::new(view, None)))?;
             if model.spool {
-                self.write_down(&context, name, &mut aside, record).await?;
+                let count = self.write_down(&context, name, &mut aside, record).await;
+                count.map_err(|error| error.note(format!("while model `{name}` was made")))?;
             }
         }
         self.whole_checks(&context, record).await?;

@@ -67,8 +67,9 @@ impl Connector {
     pub fn of_url(written: &str) -> Result<(&'static Self, serde_json::Value)> {
         let schemes = || CONNECTORS.iter().flat_map(|connector| connector.schemes).copied();
         let known = || format!("Such as `{}://…`.", schemes().collect::<Vec<_>>().join("://…`, `"));
-        let url = Url::parse(written)
-            .map_err(|error| Error::configuration("this is no URL").note(error.to_string()).hint(known()))?;
+        let url = Url::parse(written).map_err(|error| {
+            Error::configuration("its value is no URL").note(error.to_string()).hint(known())
+        })?;
         let connector =
             CONNECTORS.iter().copied().find(|connector| connector.schemes.contains(&url.scheme()));
         let connector = connector.ok_or_else(|| {
@@ -81,12 +82,27 @@ impl Connector {
         let mut options = (connector.from_url)(&url)?;
         let schema = (connector.options)().to_value();
         for (name, value) in url.query_pairs() {
-            let integer = schema.pointer(&format!("/properties/{name}/type")).is_some_and(|types| {
-                types == "integer" || types.as_array().is_some_and(|types| types.contains(&"integer".into()))
-            });
-            let value = match value.parse::<u64>() {
-                Ok(number) if integer => number.into(),
-                _ => value.into(),
+            let properties = schema.get("properties").and_then(serde_json::Value::as_object);
+            let known: Vec<&str> =
+                properties.into_iter().flat_map(|known| known.keys()).map(String::as_str).collect();
+            let types = properties.and_then(|known| known.get(&*name)).map(|option| option["type"].clone());
+            let types = types.ok_or_else(|| {
+                let error =
+                    Error::configuration(format!("there is no option `{name}` for `{}://…`", url.scheme()));
+                match nearest(&name, known.iter().copied()) {
+                    Some(near) => error.hint(format!("Did you mean `{near}`?")),
+                    None => error.hint(format!("There are: {}.", known.join(", "))),
+                }
+            })?;
+            let integer =
+                types == "integer" || types.as_array().is_some_and(|types| types.contains(&"integer".into()));
+            let value = if integer {
+                value.parse::<u64>().map(serde_json::Value::from).map_err(|_| {
+                    Error::configuration(format!("the option `{name}` is a whole number"))
+                        .hint(format!("Such as `{}:…?{name}=1000`.", url.scheme()))
+                })?
+            } else {
+                value.into()
             };
             options.insert(name.into_owned(), value);
         }
@@ -122,6 +138,7 @@ impl Options {
         serde_json::from_value(self.values.clone()).map_err(|error| {
             Error::configuration(format!("the options of connection `{}` do not fit", self.name))
                 .note(without_values(&error.to_string()))
+                .hint("`floodmark schema connections` lists them.")
         })
     }
 }

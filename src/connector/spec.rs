@@ -46,7 +46,12 @@ pub enum Read {
     /// A table or view; for a folder, an output that a job published there.
     Table(String),
     /// A SELECT in the source's own dialect.
-    Query(String),
+    Query {
+        /// The file it stands in, as the user knows it.
+        file: String,
+        /// The SELECT.
+        sql: String,
+    },
     /// One file, read whole on every run.
     File(String),
     /// Files by pattern.

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::{
     connector::spec::{BadRows, Contract, Format, Mode, OnNull},
     record::totals::TotalsSpec,
+    watermark::Overlap,
 };
 
 pub mod param;
@@ -106,7 +107,7 @@ pub struct IncrementalSpec {
     /// The column that grows, or several in order.
     pub cursor: OneOrMany,
     /// How far behind the last run to read again: `2h`, `3d`; for whole numbers a count. Needs `merge`.
-    pub overlap: Option<String>,
+    pub overlap: Option<OverlapSpec>,
     /// What to do with rows whose cursor is null.
     #[serde(default)]
     pub on_null: OnNull,
@@ -323,6 +324,29 @@ pub fn parts_per_million(written: &str) -> Option<u64> {
     let number = written.trim().strip_suffix('%')?.trim();
     let value = crate::connector::columns::decimal(number, b'.', None, 7, 4).ok()?;
     u64::try_from(value).ok().filter(|value| *value <= 1_000_000)
+}
+
+/// An overlap as it is written: a span of time, or a count.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum OverlapSpec {
+    /// `1000`: for cursors that are whole numbers.
+    Count(u64),
+    /// `2h`: for cursors that are times.
+    Span(String),
+}
+
+impl OverlapSpec {
+    /// The overlap, unless what is written is none.
+    pub fn get(&self) -> Option<Overlap> {
+        match self {
+            Self::Count(count) => i64::try_from(*count).ok().map(Overlap::Count),
+            Self::Span(written) => match written.parse::<u32>() {
+                Ok(count) => Some(Overlap::Count(count.into())),
+                Err(_) => micros(written).map(Overlap::Micros),
+            },
+        }
+    }
 }
 
 /// A span of time: `90s`, `15m`, `2h`, `3d`, in microseconds.

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use arrow::datatypes::{DataType, SchemaRef};
+use arrow::datatypes::{DataType, Schema, SchemaRef};
 use chrono::{DateTime, Utc};
 use datafusion::{common::tree_node::TreeNodeRecursion, logical_expr::LogicalPlan, prelude::SessionContext};
 use indexmap::IndexMap;
@@ -21,13 +21,14 @@ use crate::{
     },
     error::{Error, ErrorKind, Place, Problem, Result, nearest},
     functions::rules,
-    job::{GuardSpec, JobFile, SourceSpec, micros, param::Param},
+    job::{GuardSpec, JobFile, OverlapSpec, SourceSpec, param::Param},
     model::plain_schema,
     names::JobId,
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::totals::{Totals, TotalsSpec},
     session,
     spool::Scratch,
+    types::describe,
     watermark::{Overlap, Window},
 };
 
@@ -358,18 +359,29 @@ impl Planner<'_> {
                     continue;
                 }
             };
-            for column in source.key.iter().chain(spec.columns.keys()) {
+            let keys =
+                source.key.iter().map(|column| (column, self.document.place(&["sources", name, "key"])));
+            let typed = spec
+                .columns
+                .keys()
+                .map(|column| (column, self.document.key_place(&["sources", name, "columns", column])));
+            let cursor = spec
+                .cursor
+                .iter()
+                .flat_map(|cursor| &cursor.columns)
+                .map(|column| (column, self.document.place(&["sources", name, "incremental", "cursor"])));
+            for (column, place) in keys.chain(typed).chain(cursor) {
                 if schema.field_with_name(column).is_err() {
                     let names: Vec<&str> =
                         schema.fields().iter().map(|field| field.name().as_str()).collect();
-                    let problem = Problem::new(format!("source `{name}` has no column `{column}`"))
-                        .at(self.document.place(&["sources", name]));
+                    let problem = Problem::new(format!("source `{name}` has no column `{column}`")).at(place);
                     self.problems.push(match nearest(column, names.iter().copied()) {
                         Some(near) => problem.hint(format!("Did you mean `{near}`?")),
                         None => problem.hint(format!("It has: {}.", names.join(", "))),
                     });
                 }
             }
+            self.cursor(name, &spec, &schema);
             if let Some(why) = source.totals.as_ref().and_then(|totals| Totals::problem(totals, &schema)) {
                 self.problems.push(
                     Problem::new(format!("source `{name}`, totals: {why}"))
@@ -391,7 +403,9 @@ impl Planner<'_> {
     fn stream(&self, name: &str, source: &SourceSpec) -> Result<StreamSpec> {
         let read = match (&source.table, &source.query, &source.file, &source.files) {
             (Some(table), ..) => Read::Table(table.clone()),
-            (_, Some(query), ..) => Read::Query(self.project.sql(query)?.text.clone()),
+            (_, Some(file), ..) => {
+                Read::Query { file: file.clone(), sql: self.project.sql(file)?.text.clone() }
+            }
             (.., Some(file), _) => Read::File(file.clone()),
             (.., files) => Read::Files {
                 pattern: files.clone().unwrap_or_default(),
@@ -400,9 +414,7 @@ impl Planner<'_> {
         };
         let cursor = source.incremental.as_ref().map(|incremental| CursorSpec {
             columns: incremental.cursor.to_vec(),
-            overlap: incremental.overlap.as_deref().and_then(|overlap| {
-                micros(overlap).map(Overlap::Micros).or_else(|| overlap.parse().ok().map(Overlap::Count))
-            }),
+            overlap: incremental.overlap.as_ref().and_then(OverlapSpec::get),
             on_null: incremental.on_null,
         });
         Ok(StreamSpec {
@@ -415,6 +427,44 @@ impl Planner<'_> {
             bad_rows: source.bad_rows,
             max_bad_rows: source.max_bad_rows.unwrap_or(1000),
         })
+    }
+
+    /// A cursor must have an order that source and target agree on, and an overlap that can be taken from it.
+    fn cursor(&mut self, name: &str, spec: &StreamSpec, schema: &Schema) {
+        let Some(cursor) = &spec.cursor else { return };
+        let place = |key| self.document.place(&["sources", name, "incremental", key]);
+        for column in &cursor.columns {
+            let Ok(field) = schema.field_with_name(column) else { continue };
+            let problem = match field.data_type() {
+                DataType::Timestamp(_, None) => Problem::new(format!(
+                    "source `{name}`: the cursor `{column}` has no time zone"
+                ))
+                .hint("Declare the zone of its timestamps: `timezone: Europe/Berlin`, or `timezone: UTC`."),
+                DataType::Int64 | DataType::Date32 | DataType::Timestamp(..) | DataType::Utf8 => continue,
+                other => {
+                    Problem::new(format!("source `{name}`: the cursor `{column}` is {}", describe(other)))
+                        .hint("A cursor is an int, a date, a timestamp with a zone, or text in binary order.")
+                }
+            };
+            self.problems.push(problem.at(place("cursor")));
+        }
+        let Some((overlap, first)) = cursor.overlap.zip(cursor.columns.first()) else { return };
+        let Ok(first) = schema.field_with_name(first) else { return };
+        let problem = match (overlap, first.data_type()) {
+            (Overlap::Count(_), DataType::Int64)
+            | (Overlap::Micros(_), DataType::Date32 | DataType::Timestamp(..)) => return,
+            (_, DataType::Int64) => Problem::new(format!(
+                "source `{name}`: the cursor is an int, and no time can be taken from it"
+            ))
+            .hint("Give the overlap as a number: `overlap: 1000`."),
+            (_, DataType::Date32 | DataType::Timestamp(..)) => {
+                Problem::new(format!("source `{name}`: the cursor is a time, and the overlap has no unit"))
+                    .hint("Such as `overlap: 2h`, or `overlap: 3d`.")
+            }
+            _ => Problem::new(format!("source `{name}`: a cursor of text has no overlap"))
+                .hint("Remove the overlap, or use a cursor of numbers or times."),
+        };
+        self.problems.push(problem.at(place("overlap")));
     }
 
     /// The models in an order in which each comes after what it reads.
@@ -596,7 +646,7 @@ impl Planner<'_> {
                 from: output.from.clone(),
                 latest_by: output.latest_by.clone(),
                 totals: output.totals.clone(),
-                schema: Arc::new(arrow::datatypes::Schema::new(kept)),
+                schema: Arc::new(Schema::new(kept)),
                 guarantee,
             });
         }

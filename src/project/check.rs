@@ -207,10 +207,10 @@ impl Job<'_> {
             }
             if let Some(overlap) = &incremental.overlap {
                 let path = ["sources", name, "incremental", "overlap"];
-                if micros(overlap).is_none() && overlap.parse::<i64>().map_or(true, |count| count < 0) {
+                if overlap.get().is_none() {
                     self.say(
                         &path,
-                        format!("`{overlap}` is no overlap"),
+                        "this is no overlap",
                         "Write a span of time such as `2h` or `3d`, or a count for whole numbers.",
                     );
                 }

@@ -104,8 +104,11 @@ impl Project {
                     let file = ConnectionFile { connector, options, place: None };
                     connections.insert(name.to_lowercase(), file);
                 }
-                Err(error) => problems
-                    .extend(error.while_doing(format!("`{variable}` gives no connection")).into_problems()),
+                Err(error) => problems.extend(
+                    error
+                        .while_doing(format!("the variable `{variable}` gives no connection"))
+                        .into_problems(),
+                ),
             }
         }
         let mut jobs: IndexMap<String, JobDocument> = IndexMap::new();

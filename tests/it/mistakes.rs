@@ -2,6 +2,8 @@
 //!
 //! The answers lie in `tests/it/snapshots/`; after a deliberate change, `INSTA_UPDATE=always cargo test` writes them anew.
 
+use std::process::Command;
+
 use crate::support::Folder;
 
 /// Answers longer than this do not fit a screen.
@@ -13,8 +15,12 @@ fn answer(name: &str, arguments: &[&str], files: &[(&str, &str)]) {
 }
 
 fn answer_in(folder: &Folder, name: &str, arguments: &[&str]) {
+    answered(&mut folder.command(arguments), folder, name);
+}
+
+fn answered(command: &mut Command, folder: &Folder, name: &str) -> String {
     let before = folder.published();
-    let output = folder.floodmark(arguments);
+    let output = command.output().unwrap();
     let stderr =
         String::from_utf8(output.stderr).unwrap().replace(folder.path().to_str().unwrap(), "[folder]");
     assert!(stderr.lines().count() <= SCREEN_LINES, "{name} does not fit a screen:\n{stderr}");
@@ -25,6 +31,7 @@ fn answer_in(folder: &Folder, name: &str, arguments: &[&str]) {
     insta::with_settings!({ prepend_module_to_snapshot => false, omit_expression => true }, {
         insta::assert_snapshot!(name, text);
     });
+    text
 }
 
 const JOB: &str = "job: load\nsources:\n  orders: { connection: data, file: orders.csv, columns: { amount: \"decimal(18,2)\" } }\nmodels:\n  clean:\ntarget:\n  connection: lake\n  outputs:\n    orders: { from: clean, mode: merge, key: [id] }\n";
@@ -146,6 +153,81 @@ fn mistakes_in_data() {
     answer_in(&folder, "new_column_against_the_contract", &["run"]);
 }
 
+/// A project whose source is a SQLite database that `sql` made.
+fn erp(sql: &str, source: &str) -> Folder {
+    let folder = Folder::with(&[
+        ("connections.yaml", "erp: { kind: sqlite, path: data/erp.db }\nlake: { kind: files, root: out }\n"),
+        (
+            "jobs/load.yaml",
+            &format!(
+                "job: load\nsources:\n  orders: {{ connection: erp, {source} }}\nmodels:\n  clean:\ntarget:\n  connection: lake\n  outputs:\n    orders: {{ from: clean, mode: append }}\n"
+            ),
+        ),
+        ("sql/mappings/load/clean.sql", "SELECT * FROM orders\n"),
+    ]);
+    rusqlite::Connection::open(folder.path().join("data/erp.db")).unwrap().execute_batch(sql).unwrap();
+    folder
+}
+
+#[test]
+fn mistakes_in_databases() {
+    const ORDERS: &str = "CREATE TABLE orders (id INTEGER PRIMARY KEY, customer TEXT, amount DECIMAL(18,2), changed TIMESTAMP);
+        INSERT INTO orders VALUES (1, 'ada', '1.50', '2026-10-01T08:00:00'), (2, 'grace', '2.25', '2026-10-02T08:00:00');";
+    #[rustfmt::skip]
+    let cases = [
+        ("sqlite_unknown_table", "table: ordres"),
+        ("sqlite_broken_query", "query: sql/sources/orders.sql"),
+        ("sqlite_reads_no_files", "files: \"*.csv\""),
+        ("sqlite_cursor_without_zone", "table: orders, incremental: { cursor: changed }"),
+        ("sqlite_unknown_cursor", "table: orders, incremental: { cursor: chnged }"),
+        ("sqlite_cursor_of_wrong_type", "table: orders, incremental: { cursor: amount }"),
+        ("sqlite_undeclared_column", "table: orders, columns: { amuont: \"decimal(18,2)\" }"),
+        ("overlap_read_twice", "table: orders, incremental: { cursor: id, overlap: 2h }"),
+    ];
+    for (name, source) in cases {
+        let folder = erp(ORDERS, source);
+        folder.write("sql/sources/orders.sql", b"SELECT id, custmer FROM orders\n");
+        answer_in(&folder, name, &["run"]);
+    }
+    for (name, incremental) in [
+        ("overlap_of_time_on_numbers", "cursor: id, overlap: 2h"),
+        ("overlap_of_numbers_on_time", "cursor: changed, overlap: 1000"),
+        ("overlap_on_text", "cursor: customer, overlap: 1000"),
+    ] {
+        let folder = erp(ORDERS, &format!("table: orders, timezone: UTC, incremental: {{ {incremental} }}"));
+        let job = std::fs::read_to_string(folder.path().join("jobs/load.yaml")).unwrap();
+        folder.write("jobs/load.yaml", job.replace("mode: append", "mode: merge, key: [id]").as_bytes());
+        answer_in(&folder, name, &["run"]);
+    }
+    for (name, insert) in [
+        ("sqlite_text_in_a_number", "INSERT INTO orders VALUES (3, 'alan', 'a lot', '2026-10-03T08:00:00')"),
+        ("sqlite_too_many_decimals", "INSERT INTO orders VALUES (3, 'alan', '1.505', '2026-10-03T08:00:00')"),
+        ("sqlite_no_timestamp", "INSERT INTO orders VALUES (3, 'alan', '1.50', 'yesterday')"),
+        ("sqlite_text_is_not_utf8", "INSERT INTO orders VALUES (3, CAST(x'6772fc6e' AS TEXT), '1.50', NULL)"),
+    ] {
+        let folder = erp(&format!("{ORDERS}{insert}"), "table: orders");
+        answer_in(&folder, name, &["run"]);
+    }
+    let folder = erp(
+        &format!("{ORDERS}UPDATE orders SET changed = NULL WHERE id = 2"),
+        "table: orders, timezone: UTC, incremental: { cursor: changed, on_null: error }",
+    );
+    answer_in(&folder, "sqlite_null_in_the_cursor", &["run"]);
+    let folder = erp(ORDERS, "table: orders");
+    folder.write("data/erp.db", b"this was never a database, however long it may be read");
+    answer_in(&folder, "sqlite_no_database", &["run"]);
+    std::fs::remove_file(folder.path().join("data/erp.db")).unwrap();
+    answer_in(&folder, "sqlite_missing_file", &["run"]);
+    let folder = erp(ORDERS, "table: orders");
+    let other = rusqlite::Connection::open(folder.path().join("data/erp.db")).unwrap();
+    other.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    folder.write(
+        "connections.yaml",
+        b"erp: { kind: sqlite, path: data/erp.db, busy_timeout_ms: 1 }\nlake: { kind: files, root: out }\n",
+    );
+    answer_in(&folder, "sqlite_locked", &["run"]);
+}
+
 #[test]
 fn mistakes_on_the_command_line() {
     answer("unknown_job", &["run", "laod"], &[]);
@@ -172,4 +254,15 @@ fn mistakes_on_the_command_line() {
         &[("connections.yaml", "data: { kind: files, rot: data }\nlake: { kind: files, root: out }\n")],
     );
     answer("no_project", &["run", "--project", "data"], &[]);
+    for (name, variable, url) in [
+        ("url_of_no_connector", "FLOODMARK_CONN_LAKE", "sqllite:///data/secret.db"),
+        ("no_url", "FLOODMARK_CONN_LAKE", "out/secret"),
+        ("url_with_a_host", "FLOODMARK_CONN_LAKE", "file://user:secret@host/out"),
+        ("url_with_unknown_option", "FLOODMARK_CONN_LAKE", "sqlite:out/x.db?bsy_timeout_ms=secret"),
+        ("url_with_wrong_option", "FLOODMARK_CONN_LAKE", "sqlite:out/x.db?busy_timeout_ms=secret"),
+    ] {
+        let folder = Folder::with(&[]);
+        let told = answered(folder.command(&["run"]).env(variable, url), &folder, name);
+        assert!(!told.contains("secret"), "{told}");
+    }
 }

@@ -106,12 +106,92 @@ fn every_file_of_sql_is_used() {
     });
 }
 
-fn each_file(path: &Path, visit: &mut impl FnMut(&str, &str)) {
+/// The words between backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+fn section<'a>(text: &'a str, title: &str) -> &'a str {
+    let (_, behind) = text.split_once(&format!("## {title}\n")).unwrap();
+    behind.split("\n## ").next().unwrap()
+}
+
+#[test]
+fn the_map_is_the_tree() {
+    let page = fs::read_to_string("ARCHITECTURE.md").unwrap();
+    let rows: Vec<(Vec<&str>, BTreeSet<&str>)> = section(&page, "Code map")
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .map(|line| {
+            let (place, what) = line.trim_start_matches('|').split_once('|').unwrap();
+            (quoted(place).collect(), quoted(what).collect())
+        })
+        .collect();
+    let mut offences = Vec::new();
+    for (places, inside) in &rows {
+        for place in places {
+            if !Path::new(place).exists() {
+                offences.push(format!("the map has `{place}`, and the tree has not"));
+            }
+            let named = inside.iter().filter(|name| name.ends_with(".rs"));
+            for name in named.filter(|name| !Path::new(place).join(name).exists()) {
+                offences.push(format!("the map has `{name}` in `{place}`, and the tree has not"));
+            }
+        }
+    }
+    for root in ["src", "tests", "benches"] {
+        each_path(Path::new(root), &mut |path| {
+            if path.extension().is_none_or(|ending| ending != "rs")
+                || path.ends_with("mod.rs")
+                || path.ends_with("main.rs")
+            {
+                return;
+            }
+            let (folder, name) = (path.parent().unwrap(), path.file_name().unwrap().to_str().unwrap());
+            let known = rows.iter().any(|(places, inside)| {
+                places.iter().any(|place| {
+                    Path::new(place) == path || Path::new(place) == folder && inside.contains(name)
+                })
+            });
+            if !known {
+                offences.push(format!("the map lacks {}", path.display()));
+            }
+        });
+    }
+    assert!(offences.is_empty(), "{}", offences.join("\n"));
+}
+
+#[test]
+fn the_readme_lists_what_there_is() {
+    let page = fs::read_to_string("README.md").unwrap();
+    let connectors: Vec<&str> = section(&page, "Connectors")
+        .lines()
+        .filter_map(|line| quoted(line.strip_prefix("| ")?.split('|').next()?).next())
+        .collect();
+    assert_eq!(
+        connectors,
+        floodmark::connector::CONNECTORS.iter().map(|connector| connector.name).collect::<Vec<_>>()
+    );
+    let help = std::process::Command::new(env!("CARGO_BIN_EXE_floodmark")).arg("--help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let (_, verbs) = help.split_once("Commands:\n").unwrap();
+    for verb in verbs.lines().take_while(|line| !line.is_empty()) {
+        let verb = verb.split_whitespace().next().unwrap();
+        let listed = quoted(section(&page, "Verbs")).any(|listed| listed.split(' ').next() == Some(verb));
+        assert!(verb == "help" || listed, "the README lacks the verb `{verb}`");
+    }
+}
+
+fn each_path(path: &Path, visit: &mut impl FnMut(&Path)) {
     if path.is_dir() {
         for entry in fs::read_dir(path).unwrap() {
-            each_file(&entry.unwrap().path(), visit);
+            each_path(&entry.unwrap().path(), visit);
         }
     } else {
-        visit(path.to_str().unwrap(), &fs::read_to_string(path).unwrap());
+        visit(path);
     }
+}
+
+fn each_file(path: &Path, visit: &mut impl FnMut(&str, &str)) {
+    each_path(path, &mut |path| visit(path.to_str().unwrap(), &fs::read_to_string(path).unwrap()));
 }

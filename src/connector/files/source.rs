@@ -148,7 +148,7 @@ impl FilesConnection {
                 Read::File(path) => Ok(vec![self.one(path).await?]),
                 Read::Files { pattern, .. } => self.matching(pattern).await,
                 Read::Table(_) => Ok(Vec::new()),
-                Read::Query(_) => Err(Error::configuration("a folder takes no `query:`")
+                Read::Query { .. } => Err(Error::configuration("a folder takes no `query:`")
                     .hint("Use `file:`, `files:` or `table:`.")),
             };
         found.map_err(|error| error.while_doing(format!("source `{}` cannot be read", stream.name)))

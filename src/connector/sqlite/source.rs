@@ -30,7 +30,7 @@ use crate::{
         spec::{OnNull, Read, StreamSpec},
         tap::Tap,
     },
-    error::{Error, ErrorKind, Result},
+    error::{Error, Place, Result, SourceText},
     names::quoted,
     runtime::{self, BATCH_BYTES, BATCH_ROWS, BatchSender},
     types::ColumnType,
@@ -108,6 +108,9 @@ impl Source for Arc<SqliteConnection> {
     }
 }
 
+/// What stands in front of a query of the project.
+const BEFORE_QUERY: &str = "SELECT * FROM (";
+
 /// The SELECT behind a stream, without its end.
 fn query(stream: &StreamSpec) -> Result<String> {
     match &stream.read {
@@ -115,7 +118,7 @@ fn query(stream: &StreamSpec) -> Result<String> {
             let parts = table.split('.').map(quoted).collect::<Result<Vec<_>>>()?;
             Ok(format!("SELECT * FROM {}", parts.join(".")))
         }
-        Read::Query(sql) => Ok(format!("SELECT * FROM ({})", sql.trim().trim_end_matches(';'))),
+        Read::Query { sql, .. } => Ok(format!("{BEFORE_QUERY}{}\n)", sql.trim_end().trim_end_matches(';'))),
         Read::File(_) | Read::Files { .. } => Err(Error::configuration(format!(
             "source `{}` reads files, and its connection is a SQLite database",
             stream.name
@@ -145,10 +148,7 @@ fn columns(
         }
     }
     let sql = query(stream)?;
-    let statement = database.prepare(&sql).map_err(|error| {
-        this.error(&format!("prepare the query of source `{}` in", stream.name), &error)
-            .with_kind(ErrorKind::Configuration)
-    })?;
+    let statement = database.prepare(&sql).map_err(|error| refused(this, stream, &error))?;
     let described: Vec<(String, Option<ColumnType>)> = statement
         .columns()
         .map(|column| {
@@ -169,6 +169,30 @@ fn columns(
             }
         })
         .collect()
+}
+
+/// SQLite does not take the query of a stream: what it says, at the place in the file.
+fn refused(this: &SqliteConnection, stream: &StreamSpec, error: &rusqlite::Error) -> Error {
+    let (Read::Query { file, sql }, rusqlite::Error::SqlInputError { msg, offset, .. }) =
+        (&stream.read, error)
+    else {
+        return this.error(&format!("prepare source `{}` in", stream.name), error);
+    };
+    let file = Arc::new(SourceText { path: file.clone(), text: sql.clone() });
+    // SQLite counts bytes, in the text that it was given.
+    let place = usize::try_from(*offset).ok().and_then(|offset| offset.checked_sub(BEFORE_QUERY.len()));
+    let place = match place.filter(|at| sql.is_char_boundary(*at) && *at < sql.len()) {
+        Some(start) => {
+            let word = |c: char| c.is_alphanumeric() || c == '_';
+            let rest = sql.get(start..).unwrap_or_default();
+            let length = rest.find(|c| !word(c)).unwrap_or(rest.len()).max(1);
+            Place { file, span: start..start + length }
+        }
+        None => Place::whole(&file),
+    };
+    Error::configuration(format!("source `{}`: SQLite does not take this query: {msg}", stream.name))
+        .at(place)
+        .hint("It is SQLite's own dialect, and runs in the source. `floodmark preview` shows what it gives.")
 }
 
 /// A column without a declared type is what all of its values are; text, if they differ.
@@ -259,30 +283,12 @@ fn bounds(this: &SqliteConnection, streams: &[StreamSpec], since: &Marks, time: 
                 greatest(this, &database, stream, first)?.map(|value| Position::of(value).successor()),
                 Exactness::Exact,
             ),
-            Some(ColumnType::Timestamp(_)) => {
-                return Err(Error::configuration(format!(
-                    "source `{}`: the cursor `{first}` has no time zone",
+            // Planning refuses every other cursor.
+            _ => {
+                return Err(Error::bug(format!(
+                    "source `{}`: the cursor `{first}` has no order",
                     stream.name
-                ))
-                .hint("Declare the zone of its timestamps: `timezone: Europe/Berlin`, or `timezone: UTC`."));
-            }
-            Some(other) => {
-                return Err(Error::configuration(format!(
-                    "source `{}`: the cursor `{first}` is {other}",
-                    stream.name
-                ))
-                .hint("A cursor is an int, a date, a timestamp with a zone, or text in binary order."));
-            }
-            None => {
-                let names: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
-                let error = Error::configuration(format!(
-                    "source `{}`: there is no cursor column `{first}`",
-                    stream.name
-                ));
-                return Err(match crate::error::nearest(first, names.iter().copied()) {
-                    Some(near) => error.hint(format!("Did you mean `{near}`?")),
-                    None => error.hint(format!("It has: {}.", names.join(", "))),
-                });
+                )));
             }
         };
         let mark = since.get(&stream.name);

@@ -83,11 +83,10 @@ impl World for Ledger {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_source_keeps_its_promises() {
     let all = "SELECT id, amount, note FROM orders";
-    contract::source(|| Box::new(Ledger::new("a query by id", Read::Query(all.to_owned()), &["id"]))).await;
+    contract::source(|| Box::new(Ledger::new("a query by id", by_query(all), &["id"]))).await;
     let zoned = "SELECT id, amount, note, made_at FROM orders";
     for cursor in [&["made_at"][..], &["made_at", "id"]] {
-        contract::source(|| Box::new(Ledger::new("a query by time", Read::Query(zoned.to_owned()), cursor)))
-            .await;
+        contract::source(|| Box::new(Ledger::new("a query by time", by_query(zoned), cursor))).await;
     }
 }
 
@@ -171,4 +170,8 @@ async fn a_column_is_what_it_declares_and_without_a_declaration_what_all_of_its_
             "m string"
         ]
     );
+}
+
+fn by_query(sql: &str) -> Read {
+    Read::Query { file: "sql/all.sql".to_owned(), sql: sql.to_owned() }
 }
