@@ -311,6 +311,9 @@ impl From<DataFusionError> for Error {
                     return Self::data(without_values(strip_prefixes(&inner.to_string())));
                 }
             }
+            DataFusionError::ExecutionJoin(join) if join.is_panic() => {
+                return Self::bug("a step of the query panicked");
+            }
             DataFusionError::Execution(what) => return Self::data(without_values(strip_prefixes(what))),
             DataFusionError::ResourcesExhausted(what) => {
                 return Self::failed("the memory limit is too small for this query")

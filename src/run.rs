@@ -14,7 +14,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Instant,
 };
 
@@ -51,23 +54,37 @@ use crate::{
     watermark::Window,
 };
 
-/// What the renderer looks at while runs go on: each job's sources and their counters.
+/// What the renderer looks at while runs go on: the sources and outputs of each job, and their counters.
 #[derive(Debug, Clone, Default)]
 pub struct Progress(Arc<Mutex<Vec<Watched>>>);
 
-/// A job, a source of it, and what it counts.
-pub type Watched = (String, String, Arc<Tap>);
+/// A source or an output of a job, and what it counts.
+#[derive(Debug, Clone)]
+pub struct Watched {
+    /// The job.
+    pub job: String,
+    /// The source or the output.
+    pub name: String,
+    /// Its counters.
+    pub counter: Counter,
+}
+
+/// What is counted while a run goes on.
+#[derive(Debug, Clone)]
+pub enum Counter {
+    /// What is read from a source.
+    Read(Arc<Tap>),
+    /// Rows on their way into an output.
+    Staged(Arc<AtomicU64>),
+}
 
 impl Progress {
-    fn watch(&self, job: &str, source: &str, tap: &Arc<Tap>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((
-            job.to_owned(),
-            source.to_owned(),
-            Arc::clone(tap),
-        ));
+    fn watch(&self, job: &str, name: &str, counter: Counter) {
+        let watched = Watched { job: job.to_owned(), name: name.to_owned(), counter };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(watched);
     }
 
-    /// What is read at the moment: job, source, counters.
+    /// What moves at the moment, in the order in which it began.
     pub fn watched(&self) -> Vec<Watched> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -558,7 +575,11 @@ impl Release<'_> {
             for stream in streams {
                 let totals = self.plan.streams.get(&stream.name).and_then(|stream| stream.totals.clone());
                 let tap = Arc::new(Tap::with_totals(totals));
-                self.conductor.progress.watch(&self.plan.id.job, &stream.name, &tap);
+                self.conductor.progress.watch(
+                    &self.plan.id.job,
+                    &stream.name,
+                    Counter::Read(Arc::clone(&tap)),
+                );
                 open.0.insert(
                     stream.name.clone(),
                     OpenSource { connection: Arc::clone(connection), snapshot: snapshot.clone(), tap },
@@ -659,10 +680,14 @@ impl Release<'_> {
         let rows = session::conform(rows, Arc::clone(&output.schema));
         let counted =
             Arc::new(Mutex::new((RowHash::new(&output.schema)?, output.totals.clone().map(Totals::new))));
-        let staged =
-            self.load.stage(&output.spec, tee(rows, Arc::clone(&counted))).await.map_err(|error| {
+        let passed = Arc::new(AtomicU64::new(0));
+        let counter = Counter::Staged(Arc::clone(&passed));
+        self.conductor.progress.watch(&self.plan.id.job, &output.spec.name, counter);
+        let staged = self.load.stage(&output.spec, tee(rows, Arc::clone(&counted), passed)).await.map_err(
+            |error| {
                 error.note(format!("while output `{}` was made from `{}`", output.spec.name, output.from))
-            })?;
+            },
+        )?;
         info!(
             output = output.spec.name,
             rows = staged.rows,
@@ -859,10 +884,12 @@ fn conform_batch(
 fn tee(
     rows: SendableRecordBatchStream,
     counted: Arc<Mutex<(RowHash, Option<Totals>)>>,
+    passed: Arc<AtomicU64>,
 ) -> SendableRecordBatchStream {
     let schema = rows.schema();
-    let passed = rows.map(move |batch| {
+    let rows = rows.map(move |batch| {
         let batch = batch?;
+        passed.fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
         let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
         counted.0.add(&batch)?;
         if let Some(totals) = counted.1.as_mut() {
@@ -870,7 +897,7 @@ fn tee(
         }
         Ok(batch)
     });
-    Box::pin(datafusion::physical_plan::stream::RecordBatchStreamAdapter::new(schema, passed))
+    Box::pin(datafusion::physical_plan::stream::RecordBatchStreamAdapter::new(schema, rows))
 }
 
 /// The folder of a project at or above `from`.

@@ -6,7 +6,8 @@ use std::{
     collections::BTreeMap,
     io::IsTerminal,
     panic::PanicHookInfo,
-    sync::{Arc, Mutex, PoisonError},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -22,11 +23,11 @@ use tracing_subscriber::{
 
 use crate::{
     connector::Identity,
-    error::{Error, Problem, Result},
+    error::{Error, Problem, Result, without_values},
     plan::Plan,
     project::Project,
     record::{LoadRecord, run::RunRecord},
-    run::Progress,
+    run::{Counter, Progress},
     runtime,
 };
 
@@ -449,30 +450,46 @@ impl Renderer {
             loop {
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-                for (index, (job, source, tap)) in progress.watched().into_iter().enumerate() {
-                    let (read, total) = tap.progress();
+                for (index, watched) in progress.watched().iter().enumerate() {
                     if index == known.len() {
-                        let bar = shown.add(ProgressBar::new(total.unwrap_or(0)));
-                        if let Ok(style) = ProgressStyle::with_template(
-                            "  {prefix:32} {msg:>16} {bytes:>10} {bytes_per_sec:>12} {eta:>6} left",
-                        ) {
-                            bar.set_style(style);
-                        }
-                        bar.set_prefix(format!("{job}.{source}"));
+                        let bar = shown.add(ProgressBar::new(0));
+                        bar.set_prefix(watched.name.clone());
                         known.push(bar);
                     }
                     if let Some(bar) = known.get(index) {
-                        if let Some(total) = total {
-                            bar.set_length(total);
-                        }
-                        bar.set_position(read);
-                        bar.set_message(format!("{} rows", thousands(tap.extracted())));
+                        show(bar, &watched.counter);
                     }
                 }
             }
         });
         Some((task, Cleared(bars)))
     }
+}
+
+/// One line of progress, within 80 columns: what, rows, bytes, bytes in a second, and an estimate where the end is known.
+fn show(bar: &ProgressBar, counter: &Counter) {
+    let (rows, template) = match counter {
+        Counter::Read(tap) => {
+            let (read, total) = tap.progress();
+            bar.set_position(read);
+            if let Some(total) = total {
+                bar.set_length(total);
+            }
+            let template = match total {
+                _ if tap.is_complete() => "  {prefix:24.24} {msg:>18} {bytes:>11}          read",
+                Some(_) => "  {prefix:24.24} {msg:>18} {bytes:>11} {bytes_per_sec:>13} {eta:>4}",
+                None => "  {prefix:24.24} {msg:>18} {bytes:>11} {bytes_per_sec:>13}",
+            };
+            (tap.extracted(), template)
+        }
+        Counter::Staged(rows) => {
+            (rows.load(Ordering::Relaxed), "  {prefix:24.24} {msg:>18}                    staged")
+        }
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_message(format!("{} rows", thousands(rows)));
 }
 
 /// Clears the bars when the runs have ended.
@@ -495,15 +512,29 @@ fn problem_json(problem: &Problem) -> serde_json::Value {
     json!({ "message": problem.message, "place": place, "notes": problem.notes, "hint": problem.hint })
 }
 
-/// A panic is a bug of ours: said as one, with where to report it.
+/// A panic is a bug of ours: said as one, with a file that says where, for whoever mends it.
 pub(super) fn panic_hook(info: &PanicHookInfo<'_>) {
     let place = info.location().map(ToString::to_string).unwrap_or_default();
+    eprintln!("error: this is a bug in floodmark, at {place}");
     eprintln!(
-        "error: this is a bug in floodmark, at {place}\n  nothing was published by this run\nhint: Run again with RUST_BACKTRACE=1 and report what is printed."
+        "  = note: releases are published whole or not at all: `floodmark state show` tells which were"
     );
-    if std::env::var_os("RUST_BACKTRACE").is_some() {
-        eprintln!("{}", std::backtrace::Backtrace::force_capture());
+    match report(&place, info.payload_as_str().unwrap_or_default()) {
+        Ok(path) => eprintln!("  = hint: Report it with the file {}, which holds no data.", path.display()),
+        Err(error) => eprintln!("  = hint: Report it. No file about it could be written: {error}"),
     }
+}
+
+/// Writes down where a panic was, and says in which file.
+fn report(place: &str, message: &str) -> std::io::Result<PathBuf> {
+    use std::io::Write as _;
+    let mut file = tempfile::Builder::new().prefix("floodmark-bug-").suffix(".txt").tempfile()?;
+    writeln!(file, "floodmark {} at {place}", env!("CARGO_PKG_VERSION"))?;
+    // A message may quote a value.
+    writeln!(file, "{}\n", without_values(message))?;
+    write!(file, "{}", std::backtrace::Backtrace::force_capture())?;
+    let (_, path) = file.keep()?;
+    Ok(path)
 }
 
 /// The first details of a check, and how many more there are; all of them are in the run's document.
@@ -603,5 +634,19 @@ impl Table {
             say!("{}", line.trim_end());
         }
         say!("");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_of_a_bug_says_where_and_holds_no_value() {
+        let path = report("src/run.rs:1:2", "index 17 out of range for 'Ada Lovelace'").unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        assert!(text.contains("src/run.rs:1:2") && text.contains("render"), "{text}");
+        assert!(!text.contains("17 out") && !text.contains("Lovelace"), "{text}");
     }
 }
