@@ -125,6 +125,35 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send
     }
 }
 
+/// A stream of what `read` sends from a task of its own, as [`blocking_stream`] does for readers that block.
+pub fn stream<Reading: Future<Output = Result<()>> + Send + 'static>(
+    schema: SchemaRef,
+    read: impl FnOnce(AsyncSender) -> Reading,
+) -> SendableRecordBatchStream {
+    let mut builder = RecordBatchReceiverStreamBuilder::new(schema, CHANNEL_BATCHES);
+    let reading = read(AsyncSender { sender: builder.tx() });
+    builder.spawn(async move { reading.await.map_err(Into::into) });
+    builder.build()
+}
+
+/// The other end of [`stream`].
+#[derive(Debug)]
+pub struct AsyncSender {
+    sender: tokio::sync::mpsc::Sender<datafusion::error::Result<RecordBatch>>,
+}
+
+impl AsyncSender {
+    /// Hands over one batch, and waits while the consumer is behind. False once nobody reads any more.
+    pub async fn send(&self, batch: RecordBatch) -> bool {
+        self.sender.send(Ok(batch)).await.is_ok()
+    }
+}
+
+/// Waits.
+pub async fn sleep(duration: std::time::Duration) {
+    tokio::time::sleep(duration).await;
+}
+
 /// Ends the process at once, without waiting for anything.
 #[expect(clippy::exit, reason = "a user who asks twice does not want to wait")]
 pub fn exit(code: u8) -> ! {

@@ -13,7 +13,7 @@ use arrow::{
     },
     datatypes::DataType,
 };
-use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime, TimeZone};
+use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime, TimeZone, Utc};
 use chrono_tz::Tz;
 
 use super::spec::StreamSpec;
@@ -97,6 +97,18 @@ pub fn zone(name: &str) -> Result<Tz> {
             Some(near) => error.hint(format!("Did you mean `{near}`?")),
             None => error.hint("Use an IANA name such as `Europe/Berlin`."),
         }
+    })
+}
+
+/// The day before which all days are over at `now`: in the stream's zone, or without one wherever the sun is last.
+///
+/// # Errors
+///
+/// If there is no zone of that name.
+pub fn last_closed_day(now: DateTime<Utc>, stream: &StreamSpec) -> Result<NaiveDate> {
+    Ok(match stream.timezone.as_deref() {
+        Some(name) => now.with_timezone(&zone(name)?).date_naive(),
+        None => (now - chrono::TimeDelta::hours(12)).date_naive(),
     })
 }
 
@@ -558,13 +570,21 @@ pub fn instant(text: &str, format: Option<&str>, zone: Option<Tz>) -> Result<i64
     };
     match (offset, zone) {
         (Some(seconds), _) => Ok(local.and_utc().timestamp_micros() - i64::from(seconds) * 1_000_000),
-        (None, Some(zone)) => zone
-            .from_local_datetime(&local)
-            .earliest()
-            .map(|value| value.timestamp_micros())
-            .ok_or_else(|| Misfit(format!("is a time that {zone} skips when clocks go forward"))),
+        (None, Some(zone)) => in_zone(&local, zone),
         (None, None) => misfit("has no zone: set `timezone:` on the source"),
     }
+}
+
+/// Microseconds since 1970 in UTC of what a clock in `zone` showed; of a repeated hour, the first.
+///
+/// # Errors
+///
+/// A [`Misfit`] for a time that the zone skips.
+pub fn in_zone(local: &NaiveDateTime, zone: Tz) -> Result<i64, Misfit> {
+    zone.from_local_datetime(local)
+        .earliest()
+        .map(|value| value.timestamp_micros())
+        .ok_or_else(|| Misfit(format!("is a time that {zone} skips when clocks go forward")))
 }
 
 fn time(text: &str) -> Result<i64, Misfit> {

@@ -84,8 +84,8 @@ pub(crate) fn made_at(id: i64) -> DateTime<Utc> {
 
 /// A run at a time when every row up to `id` is old enough for any margin, and the next one is not made yet.
 fn after(id: i64) -> RunTime {
-    let now = made_at(id + 1) + TimeDelta::seconds(5);
-    RunTime { now, as_of: now }
+    let as_of = made_at(id + 1);
+    RunTime { now: as_of + TimeDelta::seconds(5), as_of }
 }
 
 /// One run's view of a stream.
@@ -322,22 +322,22 @@ fn tries() -> impl Strategy<Value = Vec<Try>> {
 
 /// What [`Target`](super::Target) promises, by its numbers: any sequence of tries does to a target what it does to a list.
 ///
-/// `open` gives an empty target's folder and a way to open it as a new process does.
-pub(crate) fn target<Open: Fn() -> Arc<dyn Connection>>(
+/// `empty` gives an empty target, which is gone when the first part is dropped, and a way to open it as a new process does.
+pub(crate) fn target<Empty, Open: Fn() -> Arc<dyn Connection>>(
     name: &str,
-    empty: impl Fn() -> (tempfile::TempDir, Open),
+    empty: impl Fn() -> (Empty, Open),
 ) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
-    let config = ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let config = ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() };
     let outcome = TestRunner::new(config).run(&tries(), |tries| {
-        let (_folder, open) = empty();
+        let (_empty, open) = empty();
         runtime.block_on(follow(&open, &tries));
         Ok(())
     });
     if let Err(error) = outcome {
         panic!("{name}: {error}");
     }
-    let (_folder, open) = empty();
+    let (_empty, open) = empty();
     runtime.block_on(refuses(name, &open));
 }
 
@@ -459,18 +459,47 @@ async fn refused(
     release.load.discard().await.unwrap();
 }
 
+/// Publishes rows into an output of its own, as one release of a job of that name.
+pub(crate) async fn publish(
+    connection: &dyn Connection,
+    name: &str,
+    mode: Mode,
+    schema: &SchemaRef,
+    batches: Vec<RecordBatch>,
+) -> Result<Staged> {
+    let job = JobId { project: "contract".to_owned(), job: name.to_owned() };
+    let mut release = Release::of(connection, job, None).await;
+    let output = OutputSpec { name: name.to_owned(), key: Vec::new(), range: Vec::new(), ..output(mode) };
+    let rows = futures::stream::iter(batches.into_iter().map(Ok));
+    let rows = RecordBatchStreamAdapter::new(Arc::clone(schema), rows);
+    let staged = release.load.stage(&output, Box::pin(rows)).await?;
+    let mut record = release.record(&staged, mode);
+    record.outputs = [(name.to_owned(), record.outputs.swap_remove("lines").unwrap())].into();
+    match release.load.commit(&record).await {
+        CommitOutcome::Committed => Ok(staged),
+        CommitOutcome::Rejected(error) | CommitOutcome::Unknown(error) => Err(error),
+    }
+}
+
 /// One try, with what its record needs.
 struct Release {
     load: Box<dyn Load>,
     attempt: Attempt,
     base: Option<LoadRecord>,
+    job: JobId,
     _spill: tempfile::TempDir,
 }
 
 impl Release {
     async fn begin(connection: &dyn Connection, seq: u64) -> Self {
+        Self::of(connection, job(), Some(seq)).await
+    }
+
+    /// On top of release `seq`; unless given, of the last.
+    async fn of(connection: &dyn Connection, job: JobId, seq: Option<u64>) -> Self {
         let target = connection.target().unwrap();
-        let base = target.last_record(&job()).await.unwrap();
+        let base = target.last_record(&job).await.unwrap();
+        let seq = seq.unwrap_or_else(|| base.as_ref().map_or(0, |base| base.seq));
         let spill = tempfile::tempdir().unwrap();
         let limits = Limits { memory_bytes: 64 << 20, spill: spill.path().to_owned() };
         let attempt = Attempt {
@@ -480,8 +509,8 @@ impl Release {
             incarnation: base.as_ref().map_or_else(Uuid::new_v4, |base| base.incarnation),
             scratch: Scratch::new(limits).unwrap(),
         };
-        let load = target.begin(&job(), &attempt, base.as_ref()).await.unwrap();
-        Self { load, attempt, base, _spill: spill }
+        let load = target.begin(&job, &attempt, base.as_ref()).await.unwrap();
+        Self { load, attempt, base, job, _spill: spill }
     }
 
     fn record(&self, staged: &Staged, mode: Mode) -> LoadRecord {
@@ -499,8 +528,8 @@ impl Release {
         };
         LoadRecord {
             v: RECORD_VERSION,
-            project: job().project,
-            job: job().job,
+            project: self.job.project.clone(),
+            job: self.job.job.clone(),
             incarnation: self.attempt.incarnation,
             seq: self.attempt.seq,
             prev_record_sha256: self.base.as_ref().map(LoadRecord::sha256),

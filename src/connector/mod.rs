@@ -28,13 +28,14 @@ pub mod columns;
 pub(crate) mod contract;
 pub mod evolve;
 pub mod files;
+pub mod postgres;
 pub mod scan;
 pub mod spec;
 pub mod sqlite;
 pub mod tap;
 
 /// Every connector there is.
-pub static CONNECTORS: &[&Connector] = &[&files::CONNECTOR, &sqlite::CONNECTOR];
+pub static CONNECTORS: &[&Connector] = &[&files::CONNECTOR, &postgres::CONNECTOR, &sqlite::CONNECTOR];
 
 /// A kind of system.
 #[derive(Debug)]
@@ -47,6 +48,8 @@ pub struct Connector {
     pub options: fn() -> schemars::Schema,
     /// The schemes of the URLs that say where such a system is: `sqlite` for `sqlite:///data/erp.db`.
     pub schemes: &'static [&'static str],
+    /// Variables of the environment that give an option where the project does not: the variable and the option.
+    pub variables: &'static [(&'static str, &'static str)],
     /// The options that such a URL stands for, without those behind its `?`.
     pub from_url: fn(&Url) -> Result<serde_json::Map<String, serde_json::Value>>,
     /// Checks the options and opens nothing.

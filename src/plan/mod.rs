@@ -440,7 +440,12 @@ impl Planner<'_> {
                     "source `{name}`: the cursor `{column}` has no time zone"
                 ))
                 .hint("Declare the zone of its timestamps: `timezone: Europe/Berlin`, or `timezone: UTC`."),
-                DataType::Int64 | DataType::Date32 | DataType::Timestamp(..) | DataType::Utf8 => continue,
+                DataType::Int16
+                | DataType::Int32
+                | DataType::Int64
+                | DataType::Date32
+                | DataType::Timestamp(..)
+                | DataType::Utf8 => continue,
                 other => {
                     Problem::new(format!("source `{name}`: the cursor `{column}` is {}", describe(other)))
                         .hint("A cursor is an int, a date, a timestamp with a zone, or text in binary order.")
@@ -451,9 +456,9 @@ impl Planner<'_> {
         let Some((overlap, first)) = cursor.overlap.zip(cursor.columns.first()) else { return };
         let Ok(first) = schema.field_with_name(first) else { return };
         let problem = match (overlap, first.data_type()) {
-            (Overlap::Count(_), DataType::Int64)
-            | (Overlap::Micros(_), DataType::Date32 | DataType::Timestamp(..)) => return,
-            (_, DataType::Int64) => Problem::new(format!(
+            (Overlap::Micros(_), DataType::Date32 | DataType::Timestamp(..)) => return,
+            (Overlap::Count(_), of) if of.is_integer() => return,
+            (_, of) if of.is_integer() => Problem::new(format!(
                 "source `{name}`: the cursor is an int, and no time can be taken from it"
             ))
             .hint("Give the overlap as a number: `overlap: 1000`."),

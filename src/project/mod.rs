@@ -216,6 +216,14 @@ impl Project {
             resolve(&mut values, &self.root)
                 .map_err(|error| at(error.while_doing(format!("connection `{name}` cannot be used"))))?;
         }
+        for (variable_name, option) in file.connector.variables {
+            if let (Some(object), None) = (values.as_object_mut(), file.options.get(option))
+                && let Some(value) = variable(&self.root, variable_name)
+            {
+                let value = value.parse::<u64>().map_or_else(|_| value.clone().into(), serde_json::Value::from);
+                object.insert((*option).to_owned(), value);
+            }
+        }
         (file.connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values }).map_err(at)
     }
 

@@ -35,6 +35,7 @@ pub static CONNECTOR: Connector = Connector {
     summary: "a folder: CSV, JSON and Parquet in; Parquet by manifest out",
     options: || schemars::schema_for!(FilesOptions),
     schemes: &["file"],
+    variables: &[],
     from_url: |url| Ok([("root".to_owned(), path_of(url)?.into())].into_iter().collect()),
     open: |options| {
         let parsed: FilesOptions = options.parse()?;

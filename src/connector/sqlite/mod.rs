@@ -29,6 +29,7 @@ pub static CONNECTOR: Connector = Connector {
     summary: "a SQLite database: tables, views and queries in; tables out",
     options: || schemars::schema_for!(SqliteOptions),
     schemes: &["sqlite"],
+    variables: &[],
     from_url: |url| Ok([("path".to_owned(), path_of(url)?.into())].into_iter().collect()),
     open: |options| {
         let parsed: SqliteOptions = options.parse()?;

@@ -25,7 +25,7 @@ use super::{SqliteConnection, types::declared_type};
 use crate::{
     connector::{
         Bounds, CatalogTable, Exactness, Marks, RunTime, Snapshot, Source,
-        columns::{ColumnBuilder, Misfit, TextRules, arrow_type, effective},
+        columns::{ColumnBuilder, Misfit, TextRules, arrow_type, effective, last_closed_day},
         scan::{POSITION_COLUMN, Scan, held},
         spec::{OnNull, Read, StreamSpec},
         tap::Tap,
@@ -273,7 +273,7 @@ fn bounds(this: &SqliteConnection, streams: &[StreamSpec], since: &Marks, time: 
                 (Some(Position::of(CursorValue::Instant(latest))), Exactness::Margin)
             }
             Some(ColumnType::Date(_)) => {
-                (Some(Position::of(CursorValue::Date(latest.date_naive()))), Exactness::Margin)
+                (Some(Position::of(CursorValue::Date(last_closed_day(latest, stream)?))), Exactness::Margin)
             }
             Some(ColumnType::Int) => (
                 greatest(this, &database, stream, first)?.map(|value| Position::of(value).successor()),

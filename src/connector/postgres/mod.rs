@@ -1,0 +1,359 @@
+//! PostgreSQL 13 and later: tables, views and queries in; tables out.
+//!
+//! Promised: one exported snapshot for all streams of a run, every type decoded exactly or refused, windows whose end no open
+//! transaction can slip under, and rows and record in one transaction. Not done: replication slots, large objects,
+//! GSSAPI, servers without binary COPY.
+
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use schemars::JsonSchema;
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use tokio_postgres::{Client, Config, NoTls, config::SslMode, error::SqlState};
+use url::Url;
+
+use super::{CatalogTable, Connection, Connector, Identity, Source, Target};
+use crate::{
+    error::{Error, ErrorKind, Result, without_values},
+    runtime::{self, TaskGuard},
+};
+
+mod bounds;
+mod decode;
+mod encode;
+mod source;
+mod target;
+#[cfg(test)]
+mod tests;
+mod tls;
+mod types;
+
+/// The line that [`super::CONNECTORS`] holds.
+pub static CONNECTOR: Connector = Connector {
+    name: "postgres",
+    summary: "a PostgreSQL database: tables, views and queries in; tables out",
+    options: || schemars::schema_for!(PostgresOptions),
+    schemes: &["postgres", "postgresql"],
+    variables: &[
+        ("PGHOST", "host"),
+        ("PGPORT", "port"),
+        ("PGDATABASE", "database"),
+        ("PGUSER", "user"),
+        ("PGPASSWORD", "password"),
+        ("PGSSLMODE", "sslmode"),
+        ("PGSSLROOTCERT", "sslrootcert"),
+    ],
+    from_url,
+    open: |options| {
+        let parsed: PostgresOptions = options.parse()?;
+        let connection = PostgresConnection { name: options.name, base: options.base, options: parsed };
+        connection.config()?;
+        Ok(Arc::new(Arc::new(connection)))
+    },
+};
+
+/// A PostgreSQL database. What is not set is taken from libpq's variables (`PGHOST`, `PGPORT`, `PGDATABASE`, `PGUSER`,
+/// `PGPASSWORD`, `PGSSLMODE`, `PGSSLROOTCERT`).
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct PostgresOptions {
+    /// The server's name or address, or the folder of its socket. Unless set, `localhost`.
+    host: Option<String>,
+    /// Its port. Unless set, 5432.
+    port: Option<u16>,
+    /// The database. Unless set, the user's name.
+    database: Option<String>,
+    /// The user.
+    user: Option<String>,
+    /// The password, as a reference: `${env:ERP_PASSWORD}`.
+    #[schemars(with = "Option<String>", extend("x-secret" = true))]
+    password: Option<SecretString>,
+    /// How the server is trusted. Unless set, `verify-full`; on a socket, `disable`.
+    sslmode: Option<TlsMode>,
+    /// A PEM file of certificate authorities to trust instead of the system's, relative to the project's folder.
+    sslrootcert: Option<String>,
+    /// The schema of tables that are named without one. Unless set, the user's own search path decides.
+    schema: Option<String>,
+    /// How long to wait for a lock that others hold, in milliseconds. Unless set, 30000.
+    lock_timeout_ms: Option<u32>,
+    /// How long to wait for the server to answer a connection, in milliseconds. Unless set, 10000.
+    connect_timeout_ms: Option<u32>,
+    /// How far behind the server's clock the end of a window stays, in milliseconds. Unless set, 5000.
+    bound_margin_ms: Option<u32>,
+}
+
+/// How the server is trusted, in libpq's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum TlsMode {
+    /// Encrypted; the certificate is signed by a trusted authority and names this host.
+    VerifyFull,
+    /// Encrypted; whoever answers is believed.
+    Require,
+    /// Not encrypted.
+    Disable,
+}
+
+/// The options that `postgres://user:password@host:port/database` stands for.
+fn from_url(url: &Url) -> Result<serde_json::Map<String, serde_json::Value>> {
+    let mut options = serde_json::Map::new();
+    let decoded = |text: &str| {
+        percent_encoding::percent_decode_str(text)
+            .decode_utf8()
+            .map(std::borrow::Cow::into_owned)
+            .map_err(|_| Error::configuration("a part of this URL is not UTF-8"))
+    };
+    let mut set = |name: &str, value: serde_json::Value| options.insert(name.to_owned(), value);
+    if let Some(host) = url.host_str().filter(|host| !host.is_empty()) {
+        set("host", decoded(host)?.trim_matches(['[', ']']).into());
+    }
+    if let Some(port) = url.port() {
+        set("port", port.into());
+    }
+    if !url.username().is_empty() {
+        set("user", decoded(url.username())?.into());
+    }
+    if let Some(password) = url.password() {
+        set("password", decoded(password)?.into());
+    }
+    let database = decoded(url.path().trim_start_matches('/'))?;
+    if !database.is_empty() {
+        set("database", database.into());
+    }
+    Ok(options)
+}
+
+/// One database.
+struct PostgresConnection {
+    name: String,
+    base: PathBuf,
+    options: PostgresOptions,
+}
+
+impl fmt::Debug for PostgresConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresConnection").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// A session with the server. Dropping it closes the connection, and what the server still does for it ends.
+struct Session {
+    client: Client,
+    _driver: TaskGuard,
+}
+
+impl std::ops::Deref for Session {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+/// What every transaction sets: values as our decoder knows them, and no time-out but our own.
+const SETTINGS: &str = "SET LOCAL datestyle = 'ISO'; SET LOCAL intervalstyle = 'iso_8601'; SET LOCAL timezone = 'UTC';
+    SET LOCAL extra_float_digits = 3; SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0;
+    SET LOCAL jit = off; SET LOCAL bytea_output = 'hex'; SET LOCAL standard_conforming_strings = on;";
+
+impl PostgresConnection {
+    fn host(&self) -> &str {
+        self.options.host.as_deref().unwrap_or("localhost")
+    }
+
+    fn is_socket(&self) -> bool {
+        self.host().starts_with('/')
+    }
+
+    fn tls(&self) -> TlsMode {
+        let default = if self.is_socket() { TlsMode::Disable } else { TlsMode::VerifyFull };
+        self.options.sslmode.unwrap_or(default)
+    }
+
+    /// Where it is, without secrets.
+    fn place(&self) -> String {
+        let database = self.options.database.as_deref().or(self.options.user.as_deref()).unwrap_or_default();
+        format!("{}:{}/{database}", self.host(), self.options.port.unwrap_or(5432))
+    }
+
+    fn config(&self) -> Result<Config> {
+        let options = &self.options;
+        let user = options.user.as_deref().ok_or_else(|| {
+            Error::configuration(format!("connection `{}` needs a `user`", self.name))
+                .hint("Set `user` in connections.yaml, or PGUSER in the environment.")
+        })?;
+        let mut config = Config::new();
+        config
+            .host(self.host())
+            .port(options.port.unwrap_or(5432))
+            .user(user)
+            .dbname(options.database.as_deref().unwrap_or(user))
+            .application_name("floodmark")
+            .connect_timeout(Duration::from_millis(options.connect_timeout_ms.unwrap_or(10_000).into()))
+            .keepalives_idle(Duration::from_secs(30))
+            .tcp_user_timeout(Duration::from_secs(60))
+            .ssl_mode(match self.tls() {
+                TlsMode::Disable => SslMode::Disable,
+                TlsMode::VerifyFull | TlsMode::Require => SslMode::Require,
+            });
+        if let Some(password) = &options.password {
+            config.password(password.expose_secret());
+        }
+        Ok(config)
+    }
+
+    /// A new session.
+    async fn connect(&self) -> Result<Session> {
+        let config = self.config()?;
+        let session = match self.tls() {
+            TlsMode::Disable => {
+                let (client, driver) =
+                    config.connect(NoTls).await.map_err(|error| self.unreachable(&error))?;
+                Session { client, _driver: runtime::spawn(async move { drop(driver.await) }) }
+            }
+            mode => {
+                let roots = self.options.sslrootcert.as_ref().map(|path| self.base.join(path));
+                let tls = tls::connector(mode == TlsMode::VerifyFull, roots.as_deref())
+                    .map_err(|error| error.while_doing(format!("connection `{}`: cannot prepare TLS", self.name)))?;
+                let (client, driver) =
+                    config.connect(tls).await.map_err(|error| self.unreachable(&error))?;
+                Session { client, _driver: runtime::spawn(async move { drop(driver.await) }) }
+            }
+        };
+        // A server that learns of it within a second does not go on working for nobody.
+        let watch = "SELECT set_config('client_connection_check_interval', '1s', false) WHERE current_setting('server_version_num')::int >= 140000";
+        session.batch_execute(watch).await.map_err(|error| self.error("set up", &error))?;
+        Ok(session)
+    }
+
+    /// A session inside a transaction, set up to read or to write.
+    async fn transaction(&self, how: &str) -> Result<Session> {
+        let session = self.connect().await?;
+        let settings = self.settings()?;
+        session
+            .batch_execute(&format!("BEGIN {how}; {settings}"))
+            .await
+            .map_err(|error| self.error("begin a transaction in", &error))?;
+        Ok(session)
+    }
+
+    /// What every transaction sets.
+    fn settings(&self) -> Result<String> {
+        let wait = self.options.lock_timeout_ms.unwrap_or(30_000);
+        let path = match &self.options.schema {
+            Some(schema) => format!("SET LOCAL search_path = {};", crate::names::quoted(schema)?),
+            None => String::new(),
+        };
+        Ok(format!("{SETTINGS} SET LOCAL lock_timeout = {wait}; {path}"))
+    }
+
+    /// Why no session came about.
+    fn unreachable(&self, error: &tokio_postgres::Error) -> Error {
+        if error.as_db_error().is_some() {
+            return self.error("connect to", error);
+        }
+        let this = |kind, what: &str| {
+            Error::new(kind, format!("connection `{}`: {what} `{}`", self.name, self.place()))
+        };
+        let cause = causes(error);
+        if cause.contains("password missing") || cause.contains("invalid configuration") {
+            return this(ErrorKind::Configuration, "the server wants a password, at")
+                .hint("Set `password: ${env:NAME}` in connections.yaml, or PGPASSWORD in the environment.");
+        }
+        if cause.contains("certificate") {
+            return this(ErrorKind::Configuration, "the server's certificate is not trusted, at").note(cause).hint(
+                "Name the authority that signed it (`sslrootcert: ca.pem`) and the host as the certificate does. `sslmode: require` believes whoever answers.",
+            );
+        }
+        if cause.contains("server does not support TLS") {
+            return this(ErrorKind::Configuration, "the server does not speak TLS, at")
+                .hint("Turn it on there; or set `sslmode: disable` where nobody can listen on the way.");
+        }
+        if cause.contains("lookup address") || cause.contains("Name or service not known") {
+            return this(ErrorKind::Configuration, "there is no host of that name:")
+                .note(cause)
+                .hint("Mend `host` in connections.yaml.");
+        }
+        this(ErrorKind::Temporary, "no answer from").note(cause).hint(
+            "Is the server up, and are `host` and `port` right? `floodmark connections test` tries again.",
+        )
+    }
+
+    /// An error of the server as one for people. What it says of values is left out.
+    fn error(&self, doing: &str, error: &tokio_postgres::Error) -> Error {
+        let this = |kind| {
+            Error::new(kind, format!("connection `{}`: cannot {doing} `{}`", self.name, self.place()))
+        };
+        let Some(server) = error.as_db_error() else {
+            return this(ErrorKind::Temporary)
+                .note(causes(error))
+                .hint("The connection was lost. Run again: nothing of this run was published.");
+        };
+        let code = server.code();
+        // Messages of these classes name objects and users, never what is in a row.
+        let names = ["3D", "28", "42", "55", "57", "53", "25", "0A", "26", "34", "3F"];
+        let said = if names.iter().any(|class| code.code().starts_with(class)) {
+            server.message().to_owned()
+        } else {
+            without_values(server.message())
+        };
+        let this = |kind| this(kind).note(format!("PostgreSQL says: {said} ({})", code.code()));
+        match code.code().get(..2).unwrap_or_default() {
+            "28" => this(ErrorKind::Configuration)
+                .hint("Mend `user` and `password` in connections.yaml; the server's pg_hba.conf says who may come from where."),
+            "3D" => this(ErrorKind::Configuration).hint("Mend `database` in connections.yaml."),
+            "42" if *code == SqlState::INSUFFICIENT_PRIVILEGE => this(ErrorKind::Failed)
+                .hint(format!("Let an administrator GRANT it to `{}`.", self.options.user.as_deref().unwrap_or_default())),
+            "42" | "3F" => this(ErrorKind::Configuration),
+            "55" => this(ErrorKind::Temporary)
+                .hint("Somebody else holds a lock on it. Run again later, or raise `lock_timeout_ms`."),
+            "40" => this(ErrorKind::Temporary).hint("Run again: nothing of this run was published."),
+            "53" if *code == SqlState::DISK_FULL => {
+                this(ErrorKind::Failed).hint("Make room on the server's disk and run again: nothing was published.")
+            }
+            "53" | "57" | "08" => this(ErrorKind::Temporary).hint("Run again when the server is itself again."),
+            "22" | "23" => this(ErrorKind::Data),
+            _ => this(ErrorKind::Failed),
+        }
+    }
+}
+
+/// What libraries say, down to the root.
+fn causes(error: &tokio_postgres::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        let said = inner.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+#[async_trait]
+impl Connection for Arc<PostgresConnection> {
+    async fn ping(&self) -> Result<Identity> {
+        let session = self.connect().await?;
+        let row = session
+            .query_one("SELECT current_setting('server_version')", &[])
+            .await
+            .map_err(|error| self.error("ask", &error))?;
+        let version: String = row.get(0);
+        let version = version.split(' ').next().unwrap_or_default();
+        Ok(Identity { product: format!("PostgreSQL {version}"), place: self.place() })
+    }
+
+    async fn discover(&self) -> Result<Vec<CatalogTable>> {
+        source::discover(self).await
+    }
+
+    fn source(&self) -> Option<&dyn Source> {
+        Some(self)
+    }
+
+    fn target(&self) -> Option<&dyn Target> {
+        Some(self)
+    }
+}

@@ -1,0 +1,718 @@
+//! Reading PostgreSQL.
+//!
+//! All streams of a run read one snapshot, which a leading session exports and holds; each scan has a session of its own
+//! and is one binary COPY of a SELECT. The server applies the projection and as much of the window as surely means the same there; the
+//! rest of the window is applied here, to typed values.
+
+use std::sync::Arc;
+
+use arrow::{
+    array::{ArrayRef, RecordBatch, RecordBatchOptions, StringBuilder},
+    datatypes::{Field, Schema, SchemaRef},
+};
+use async_trait::async_trait;
+use chrono::{DateTime, NaiveDate};
+use chrono_tz::Tz;
+use datafusion::physical_plan::SendableRecordBatchStream;
+use futures::StreamExt;
+use tokio_postgres::types::Type;
+
+use super::{
+    PostgresConnection, Session,
+    bounds::{self, condition, text},
+    decode::{Bytes, Column, field, shown},
+    types::{Reading, Wire, declared, wire},
+};
+use crate::{
+    connector::{
+        Bounds, CatalogTable, Marks, RunTime, Snapshot, Source,
+        columns::{ColumnBuilder, Misfit, TextRules, effective, zone},
+        scan::{POSITION_COLUMN, Scan, held},
+        spec::{OnNull, Read, StreamSpec},
+        tap::Tap,
+    },
+    error::{Error, Place, Result, SourceText, nearest},
+    names::quoted,
+    runtime::{self, AsyncSender, BATCH_BYTES, BATCH_ROWS},
+    types::ColumnType,
+    watermark::{CursorValue, Position, Window},
+};
+
+/// The session that exported the snapshot. While it lives, the snapshot does.
+struct Lead {
+    /// Never used again but to be there.
+    _session: Session,
+    /// What `SET TRANSACTION SNAPSHOT` takes.
+    id: String,
+    /// When the server was started: another one may know the same id.
+    server: String,
+}
+
+/// Tells one server from another.
+const SERVER: &str = "pg_postmaster_start_time()::text";
+
+#[async_trait]
+impl Source for Arc<PostgresConnection> {
+    async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef> {
+        let session = self.transaction("READ ONLY").await?;
+        let shape = Shape::of(self, &session, stream).await?;
+        Ok(Arc::new(Schema::new(shape.columns.iter().map(ColumnShape::field).collect::<Vec<_>>())))
+    }
+
+    async fn bounds(&self, streams: &[StreamSpec], since: &Marks, time: RunTime) -> Result<Bounds> {
+        bounds::bounds(self, streams, since, time).await
+    }
+
+    async fn snapshot(&self, _: &[StreamSpec], _: &Bounds) -> Result<Snapshot> {
+        let session = self.transaction("ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+        let row = session
+            .query_one(&format!("SELECT pg_export_snapshot(), {SERVER}"), &[])
+            .await
+            .map_err(|error| self.error("export a snapshot of", &error))?;
+        let (id, server): (String, String) = (row.get(0), row.get(1));
+        Ok(Snapshot { token: id.clone(), hold: Arc::new(Lead { _session: session, id, server }) })
+    }
+
+    fn scan(&self, snapshot: &Snapshot, scan: &Scan, tap: Arc<Tap>) -> Result<SendableRecordBatchStream> {
+        let lead: Arc<Lead> = held(snapshot)?;
+        let (this, scan) = (Self::clone(self), scan.clone());
+        Ok(runtime::stream(Arc::clone(&scan.schema), |out| async move {
+            let read = Box::pin(read(&this, &lead, &scan, &tap, &out));
+            read.await
+        }))
+    }
+}
+
+/// What a stream has: its columns, and where they come from.
+pub(super) struct Shape {
+    pub(super) columns: Vec<ColumnShape>,
+    from: String,
+    /// Whether each row has a place in a table's file.
+    is_table: bool,
+}
+
+/// One column of a stream.
+pub(super) struct ColumnShape {
+    name: String,
+    /// How it is read.
+    read: ReadAs,
+    /// What it is in the server, where Arrow does not say it.
+    type_name: Option<String>,
+    /// Whether it may be null as far as the server knows.
+    pub(super) may_be_null: bool,
+}
+
+enum ReadAs {
+    /// In the server's binary form, after a cast if there is one.
+    Wire(Wire, Option<&'static str>),
+    /// As the server's text, into a type of ours.
+    Text(ColumnType),
+}
+
+impl Shape {
+    /// Asks the server what a stream has.
+    pub(super) async fn of(
+        this: &PostgresConnection,
+        session: &Session,
+        stream: &StreamSpec,
+    ) -> Result<Self> {
+        let from = from(stream)?;
+        let sql = format!("SELECT * FROM {from}");
+        let statement = match session.prepare(&sql).await {
+            Ok(statement) => statement,
+            Err(error) => return Err(refused(this, stream, &error).await),
+        };
+        let failed = |error: tokio_postgres::Error| this.error("look into the catalog of", &error);
+        let is_money = |of: &Type| *of == Type::MONEY || *of == Type::MONEY_ARRAY;
+        let mut money_scale = 2;
+        if statement.columns().iter().any(|column| is_money(column.type_())) {
+            let row = session.query_one("SELECT scale(1::money::numeric)", &[]).await.map_err(failed)?;
+            money_scale = i8::try_from(row.get::<_, i32>(0)).unwrap_or(2);
+        }
+        let mut never_null = Vec::new();
+        let mut is_table = false;
+        if let (Read::Table(_), Some(table)) =
+            (&stream.read, statement.columns().iter().find_map(tokio_postgres::Column::table_oid))
+        {
+            let sql = "SELECT c.relkind IN ('r', 'm') AND c.relpersistence <> 't' AND c.oid = to_regclass($2),
+                   CASE WHEN c.relkind IN ('r', 'p') THEN array(SELECT attnum FROM pg_attribute WHERE attrelid = c.oid AND attnotnull) ELSE '{}' END
+                FROM pg_class AS c WHERE c.oid = $1";
+            if let Some(row) = session.query_opt(sql, &[&table, &from]).await.map_err(failed)? {
+                is_table = row.get::<_, Option<bool>>(0).unwrap_or_default();
+                never_null = row.get::<_, Vec<i16>>(1);
+            }
+        }
+        let zone = stream.timezone.as_deref().map(zone).transpose()?;
+        let columns = statement
+            .columns()
+            .iter()
+            .map(|column| {
+                let may_be_null = column.column_id().is_none_or(|id| !never_null.contains(&id));
+                ColumnShape::of(stream, column, money_scale, zone, may_be_null)
+            })
+            .collect();
+        Ok(Self { columns, from, is_table })
+    }
+
+    /// What stands behind FROM.
+    pub(super) fn from(&self) -> &str {
+        &self.from
+    }
+
+    /// The column of that name.
+    pub(super) fn column(&self, name: &str) -> Option<&ColumnShape> {
+        self.columns.iter().find(|column| column.name == name)
+    }
+}
+
+impl ColumnShape {
+    fn of(
+        stream: &StreamSpec,
+        column: &tokio_postgres::Column,
+        money_scale: i8,
+        zone: Option<Tz>,
+        may_be_null: bool,
+    ) -> Self {
+        let (native, type_name) = match wire(column.type_(), column.type_modifier(), money_scale) {
+            Some((wire, type_name)) => (Some(wire), type_name),
+            None => (None, Some(column.type_().name().to_owned())),
+        };
+        let (read, type_name) = match (stream.declared(column.name()), native) {
+            (Some(declared_type), native) => match declared(&declared_type, native.as_ref()) {
+                // Of a declared type the job knows best what it is.
+                Reading::Native(wire) => (ReadAs::Wire(wire, None), None),
+                Reading::Cast(cast, wire) => (ReadAs::Wire(wire, Some(cast)), None),
+                Reading::Text => (ReadAs::Text(declared_type), None),
+            },
+            (None, Some(wire)) => (ReadAs::Wire(wire, None), type_name),
+            (None, None) => (ReadAs::Wire(Wire::Text, Some("text")), type_name),
+        };
+        let read = match (read, zone) {
+            (ReadAs::Wire(Wire::Timestamp, cast), Some(zone)) => {
+                ReadAs::Wire(Wire::TimestampIn(zone), cast)
+            }
+            (ReadAs::Text(column), Some(_)) => ReadAs::Text(effective(column, stream)),
+            (read, _) => read,
+        };
+        Self { name: column.name().to_owned(), read, type_name, may_be_null }
+    }
+
+    fn field(&self) -> Field {
+        match &self.read {
+            ReadAs::Wire(wire, _) => field(&self.name, wire, self.type_name.as_ref()),
+            ReadAs::Text(column) => Field::new(&self.name, column.arrow(), true),
+        }
+    }
+
+    /// The column as it is selected.
+    pub(super) fn sql(&self) -> Result<String> {
+        let name = quoted(&self.name)?;
+        Ok(match &self.read {
+            ReadAs::Wire(_, None) => name,
+            ReadAs::Wire(_, Some(cast)) => format!("{name}::{cast}"),
+            ReadAs::Text(_) => format!("{name}::text"),
+        })
+    }
+
+    /// Its type as a cursor; `None` if it has no order that both sides agree on.
+    pub(super) fn cursor_type(&self) -> Option<ColumnType> {
+        match &self.read {
+            ReadAs::Wire(Wire::Int2 | Wire::Int4 | Wire::Int8, _) => Some(ColumnType::Int),
+            ReadAs::Wire(Wire::Date, _) => Some(ColumnType::Date(None)),
+            ReadAs::Wire(Wire::TimestampTz | Wire::TimestampIn(_), _) => Some(ColumnType::TimestampTz(None)),
+            ReadAs::Wire(wire, _) if wire.arrow() == arrow::datatypes::DataType::Utf8 => {
+                Some(ColumnType::String)
+            }
+            ReadAs::Text(ColumnType::String) => Some(ColumnType::String),
+            _ => None,
+        }
+    }
+
+    /// Whether it is what a clock without a zone showed.
+    pub(super) fn is_local(&self) -> bool {
+        matches!(self.read, ReadAs::Wire(Wire::TimestampIn(_), _))
+    }
+
+    fn builder(&self, rules: &TextRules) -> Result<Column> {
+        Ok(match &self.read {
+            ReadAs::Wire(wire, _) => Column::new(wire.clone(), BATCH_ROWS),
+            ReadAs::Text(column) => Column::parsed(ColumnBuilder::new(column, rules, BATCH_ROWS)?),
+        })
+    }
+
+    /// A value as text, for rows that are set aside.
+    fn show(&self, value: &[u8]) -> String {
+        let text = match &self.read {
+            ReadAs::Wire(wire, _) => shown(wire, value).ok(),
+            ReadAs::Text(_) => std::str::from_utf8(value).ok().map(str::to_owned),
+        };
+        text.unwrap_or_else(|| hex::encode(value))
+    }
+
+    /// A value as a place in the order of the cursor.
+    fn cursor_value(&self, value: &[u8]) -> Result<CursorValue, Misfit> {
+        let torn = || Misfit("cannot be read as a cursor".to_owned());
+        let ReadAs::Wire(wire, _) = &self.read else {
+            return std::str::from_utf8(value).map(|text| CursorValue::Text(text.to_owned())).map_err(|_| torn());
+        };
+        let mut one = Column::new(wire.clone(), 1);
+        one.append(Some(value))?;
+        let array = one.finish().map_err(|_| torn())?;
+        use arrow::{array::AsArray, datatypes as t};
+        Ok(match wire {
+            Wire::Int2 => CursorValue::Int(array.as_primitive::<t::Int16Type>().value(0).into()),
+            Wire::Int4 => CursorValue::Int(array.as_primitive::<t::Int32Type>().value(0).into()),
+            Wire::Int8 => CursorValue::Int(array.as_primitive::<t::Int64Type>().value(0)),
+            Wire::Date => {
+                let days = array.as_primitive::<t::Date32Type>().value(0);
+                let day = NaiveDate::default().checked_add_signed(chrono::TimeDelta::days(days.into()));
+                CursorValue::Date(day.ok_or_else(|| Misfit("is too far away".to_owned()))?)
+            }
+            Wire::TimestampTz | Wire::TimestampIn(_) => {
+                let micros = array.as_primitive::<t::TimestampMicrosecondType>().value(0);
+                let at = DateTime::from_timestamp_micros(micros);
+                CursorValue::Instant(at.ok_or_else(|| Misfit("is too far away".to_owned()))?)
+            }
+            _ => CursorValue::Text(array.as_string::<i32>().value(0).to_owned()),
+        })
+    }
+}
+
+/// What stands in front of a query of the project, in the statement that is prepared.
+const BEFORE_QUERY: &str = "SELECT * FROM (\n";
+
+/// What stands behind FROM for a stream.
+fn from(stream: &StreamSpec) -> Result<String> {
+    match &stream.read {
+        Read::Table(table) => Ok(table.split('.').map(quoted).collect::<Result<Vec<_>>>()?.join(".")),
+        Read::Query { sql, .. } => Ok(format!("(\n{}\n) AS query", sql.trim_end().trim_end_matches(';'))),
+        Read::File(_) | Read::Files { .. } => Err(Error::configuration(format!(
+            "source `{}` reads files, and its connection is a PostgreSQL database",
+            stream.name
+        ))
+        .hint("Use `table:` or `query:`.")),
+    }
+}
+
+/// The server does not take a stream: what it says, at the place in the file; or which table was meant.
+async fn refused(this: &PostgresConnection, stream: &StreamSpec, error: &tokio_postgres::Error) -> Error {
+    let doing = format!("read source `{}` from", stream.name);
+    let told = this.error(&doing, error);
+    match (&stream.read, error.as_db_error()) {
+        (Read::Query { file, sql }, Some(server)) => {
+            let file = Arc::new(SourceText { path: file.clone(), text: sql.clone() });
+            // The server counts characters, from 1, in the text that it was given.
+            let before = BEFORE_QUERY.chars().count();
+            let at = match server.position() {
+                Some(tokio_postgres::error::ErrorPosition::Original(at)) => usize::try_from(*at).ok(),
+                _ => None,
+            };
+            let start = at
+                .and_then(|at| at.checked_sub(before + 1))
+                .and_then(|at| sql.char_indices().nth(at))
+                .map(|(start, _)| start);
+            let place = match start {
+                Some(start) => {
+                    let word = |c: char| c.is_alphanumeric() || c == '_';
+                    let rest = sql.get(start..).unwrap_or_default();
+                    let length = rest.find(|c| !word(c)).unwrap_or(rest.len()).max(1);
+                    Place { file, span: start..start + length }
+                }
+                None => Place::whole(&file),
+            };
+            Error::configuration(format!(
+                "source `{}`: PostgreSQL does not take this query: {}",
+                stream.name,
+                server.message()
+            ))
+            .at(place)
+            .hint(server.hint().map_or_else(
+                || "It is PostgreSQL's own dialect, and runs in the source.".to_owned(),
+                str::to_owned,
+            ))
+        }
+        (Read::Table(table), Some(server)) if matches!(server.code().code(), "42P01" | "3F000") => {
+            let error = Error::configuration(format!(
+                "source `{}`: there is no table `{table}` in `{}`",
+                stream.name,
+                this.place()
+            ));
+            let tables = discover(this).await.unwrap_or_default();
+            let names = tables.iter().map(|table| table.name.as_str());
+            match nearest(table, names.clone()) {
+                Some(near) => error.hint(format!("Did you mean `{near}`?")),
+                None => {
+                    let some: Vec<&str> = names.take(12).collect();
+                    error.hint(format!("It has: {}.", some.join(", ")))
+                }
+            }
+        }
+        _ => told,
+    }
+}
+
+/// The tables and views of the database, with their columns.
+pub(super) async fn discover(this: &PostgresConnection) -> Result<Vec<CatalogTable>> {
+    let session = this.transaction("READ ONLY").await?;
+    let sql = "
+        SELECT CASE WHEN n.nspname = current_schema() THEN c.relname ELSE n.nspname || '.' || c.relname END,
+               a.attname, format_type(a.atttypid, a.atttypmod)
+        FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        LEFT JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition AND n.nspname !~ '^pg_'
+          AND n.nspname <> 'information_schema' AND c.relname !~ '^floodmark_(state|log|quarantine)$'
+          AND has_schema_privilege(n.oid, 'USAGE')
+        ORDER BY n.nspname, c.relname, a.attnum";
+    let rows = session.query(sql, &[]).await.map_err(|error| this.error("list the tables of", &error))?;
+    let mut tables: Vec<CatalogTable> = Vec::new();
+    for row in rows {
+        let name: String = row.get(0);
+        if tables.last().is_none_or(|last| last.name != name) {
+            tables.push(CatalogTable { name, columns: Vec::new() });
+        }
+        if let (Some(table), Some(column)) = (tables.last_mut(), row.get::<_, Option<String>>(1)) {
+            table.columns.push((column, row.get(2)));
+        }
+    }
+    Ok(tables)
+}
+
+/// One scan: the columns that are built, those that only place a row, and what is counted.
+struct Reader<'a> {
+    scan: &'a Scan,
+    shape: &'a Shape,
+    tap: &'a Tap,
+    /// The columns that are given, as they are selected.
+    given: Vec<&'a ColumnShape>,
+    columns: Vec<Column>,
+    /// The cursor's columns and where they are selected; empty if the server applied the window.
+    cursor: Vec<(usize, &'a ColumnShape)>,
+    /// Where the row's place in the table is selected.
+    place: Option<usize>,
+    positions: Option<StringBuilder>,
+    count: usize,
+    bytes: usize,
+    /// Whether the columns before one that did not fit hold a value more.
+    uneven: bool,
+    number: u64,
+    /// The fields of one row, as ranges of its bytes.
+    fields: Vec<Option<std::ops::Range<usize>>>,
+}
+
+/// The first bytes of a binary COPY.
+const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
+
+async fn read(
+    this: &PostgresConnection,
+    lead: &Lead,
+    scan: &Scan,
+    tap: &Tap,
+    out: &AsyncSender,
+) -> Result<()> {
+    let stream = &scan.stream;
+    let failed =
+        |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
+    let session = this.connect().await?;
+    session
+        .batch_execute(&format!(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; {}",
+            text(&lead.id),
+            this.settings()?
+        ))
+        .await
+        .map_err(|error| failed(&error))?;
+    let row = session.query_one(&format!("SELECT {SERVER}"), &[]).await.map_err(|error| failed(&error))?;
+    if row.get::<_, String>(0) != lead.server {
+        return Err(Error::temporary(format!(
+            "connection `{}` leads to several servers, and this one has not the run's snapshot",
+            this.name
+        ))
+        .hint("Name one server as `host`, not a balancer. Run again: nothing of this run was published."));
+    }
+    let shape = Shape::of(this, &session, stream).await?;
+    let (window, exact) = condition(&shape, stream, &scan.window)?;
+    let mut reader = Reader::new(scan, &shape, tap, exact)?;
+    let mut selected = reader.given.iter().map(|column| column.sql()).collect::<Result<Vec<_>>>()?;
+    for (_, column) in &reader.cursor {
+        selected.push(column.sql()?);
+    }
+    if reader.place.is_some() {
+        selected.push("ctid".to_owned());
+    }
+    let filter = if window.is_empty() { String::new() } else { format!(" WHERE {window}") };
+    let sql = format!(
+        "COPY (SELECT {} FROM {}{filter}) TO STDOUT (FORMAT binary)",
+        selected.join(", "),
+        shape.from()
+    );
+    let copy = session.copy_out(sql.as_str()).await.map_err(|error| failed(&error))?;
+    let mut copy = std::pin::pin!(copy);
+    // What is left of a frame that ended in the middle of a row: servers send whole rows, what stands between may not.
+    let mut left: Vec<u8> = Vec::new();
+    let (mut begun, mut ended) = (false, false);
+    while let Some(frame) = copy.next().await {
+        let frame = frame.map_err(|error| failed(&error))?;
+        tap.bytes(frame.len() as u64);
+        let whole = if left.is_empty() {
+            &frame[..]
+        } else {
+            left.extend_from_slice(&frame);
+            &left[..]
+        };
+        let mut bytes = Bytes(whole);
+        if !begun {
+            let mut head = bytes;
+            if let (Some(signature), Some(_), Some(more)) = (head.take(SIGNATURE.len()), head.i32(), head.i32()) {
+                if signature != SIGNATURE {
+                    return Err(Error::failed(format!("connection `{}` does not answer as PostgreSQL does", this.name)));
+                }
+                if head.take(usize::try_from(more).unwrap_or_default()).is_some() {
+                    (bytes, begun) = (head, true);
+                }
+            }
+        }
+        while begun && !ended {
+            let mut row = bytes;
+            match reader.split(&mut row)? {
+                Step::More => break,
+                Step::End => (bytes, ended) = (row, true),
+                Step::Row => {
+                    reader.row(this, bytes.0)?;
+                    bytes = row;
+                    if reader.is_full()
+                        && let Some(batch) = reader.flush()?
+                        && !out.send(batch).await
+                    {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        let rest = bytes.0.to_vec();
+        left = rest;
+    }
+    if !ended {
+        return Err(Error::temporary(format!("connection `{}`: the answer ended too early", this.name))
+            .hint("Run again: nothing of this run was published."));
+    }
+    if let Some(batch) = reader.flush()?
+        && !out.send(batch).await
+    {
+        return Ok(());
+    }
+    tap.finish();
+    Ok(())
+}
+
+enum Step {
+    /// The fields of a row are known.
+    Row,
+    /// The rest of the row is in the next frame.
+    More,
+    /// There are no more rows.
+    End,
+}
+
+impl<'a> Reader<'a> {
+    fn new(scan: &'a Scan, shape: &'a Shape, tap: &'a Tap, exact: bool) -> Result<Self> {
+        let stream = &scan.stream;
+        let with_position = scan.schema.field_with_name(POSITION_COLUMN).is_ok();
+        let mut given = Vec::new();
+        for wanted in scan.schema.fields().iter().filter(|field| field.name() != POSITION_COLUMN) {
+            let changed = |what: &str| {
+                Error::data(format!(
+                    "source `{}`: the column `{}` was {what} while the run went on",
+                    stream.name,
+                    wanted.name()
+                ))
+                .hint("Run again: it is planned with the table as it is now.")
+            };
+            let column = shape.column(wanted.name()).ok_or_else(|| changed("dropped"))?;
+            if column.field().data_type() != wanted.data_type() {
+                return Err(changed("retyped"));
+            }
+            given.push(column);
+        }
+        let rules = TextRules::of(stream)?;
+        let columns = given.iter().map(|column| column.builder(&rules)).collect::<Result<Vec<_>>>()?;
+        let mut cursor = Vec::new();
+        if let (Some(spec), Window::Cursor { .. }) = (&stream.cursor, &scan.window) {
+            let may_be_null = |name: &String| shape.column(name).is_none_or(|column| column.may_be_null);
+            if !exact || spec.columns.iter().any(may_be_null) {
+                for name in &spec.columns {
+                    let column = shape.column(name).ok_or_else(|| {
+                        Error::configuration(format!(
+                            "source `{}`: there is no cursor column `{name}`",
+                            stream.name
+                        ))
+                    })?;
+                    cursor.push((given.len() + cursor.len(), column));
+                }
+            }
+        }
+        let wants_place = with_position || stream.bad_rows == crate::connector::spec::BadRows::Quarantine;
+        let place = (shape.is_table && wants_place).then_some(given.len() + cursor.len());
+        Ok(Self {
+            scan,
+            shape,
+            tap,
+            given,
+            columns,
+            cursor,
+            place,
+            positions: with_position.then(StringBuilder::new),
+            count: 0,
+            bytes: 0,
+            uneven: false,
+            number: 0,
+            fields: Vec::new(),
+        })
+    }
+
+    /// Finds the fields of the next row, and moves behind it.
+    fn split(&mut self, bytes: &mut Bytes<'_>) -> Result<Step> {
+        let all = bytes.0.len();
+        let expected = self.given.len() + self.cursor.len() + usize::from(self.place.is_some());
+        let Some(count) = bytes.i16() else { return Ok(Step::More) };
+        if count == -1 {
+            return Ok(Step::End);
+        }
+        if usize::try_from(count) != Ok(expected) {
+            return Err(Error::failed(format!(
+                "source `{}`: the server sent a row of {count} fields, and {expected} were asked for",
+                self.scan.stream.name
+            )));
+        }
+        self.fields.clear();
+        for _ in 0..count {
+            let Some(value) = bytes.value() else { return Ok(Step::More) };
+            let end = all - bytes.0.len();
+            self.fields.push(value.map(|value| end - value.len()..end));
+        }
+        Ok(Step::Row)
+    }
+
+    fn field<'b>(&self, row: &'b [u8], index: usize) -> Option<&'b [u8]> {
+        self.fields.get(index).cloned().flatten().and_then(|range| row.get(range))
+    }
+
+    /// Where the row stands.
+    fn position(&self, this: &PostgresConnection, row: &[u8]) -> String {
+        let name = match &self.scan.stream.read {
+            Read::Table(table) => format!("{} {table}", this.name),
+            _ => format!("{} {}", this.name, self.scan.stream.name),
+        };
+        let place = self.place.and_then(|index| self.field(row, index)).and_then(|tid| tid.split_at_checked(4));
+        match place {
+            Some(([a, b, c, d], [e, f])) => {
+                format!("{name} ctid ({},{})", u32::from_be_bytes([*a, *b, *c, *d]), u16::from_be_bytes([*e, *f]))
+            }
+            _ => format!("{name} row {}", self.number),
+        }
+    }
+
+    /// Takes one row, or leaves it out.
+    fn row(&mut self, this: &PostgresConnection, row: &[u8]) -> Result<()> {
+        self.number += 1;
+        let stream = &self.scan.stream;
+        if !self.cursor.is_empty() {
+            match self.cursor_position(row) {
+                Ok(Some(at)) if !self.scan.window.holds(&at) => return Ok(()),
+                Ok(Some(_)) => {}
+                Ok(None) => match stream.cursor.as_ref().map(|cursor| cursor.on_null).unwrap_or_default() {
+                    OnNull::Include => {}
+                    OnNull::Exclude => {
+                        self.tap.filtered(1);
+                        return Ok(());
+                    }
+                    OnNull::Error => {
+                        return Err(Error::data(format!(
+                            "source `{}`: {}: the cursor is null",
+                            stream.name,
+                            self.position(this, row)
+                        ))
+                        .hint("Say what to do with such rows: `on_null: include` or `on_null: exclude`."));
+                    }
+                },
+                Err((column, why)) => {
+                    // A cursor that cannot be read cannot be placed in a window: never skipped in silence.
+                    let position = self.position(this, row);
+                    return self.tap.reject(stream, position, format!("`{column}` {why}"), || self.json(row));
+                }
+            }
+        }
+        let mut bad = None;
+        let mut bytes = 0;
+        for (index, column) in self.columns.iter_mut().enumerate() {
+            let value = self.fields.get(index).cloned().flatten().and_then(|range| row.get(range));
+            bytes += value.map_or(0, <[u8]>::len);
+            if let Err(why) = column.append(value) {
+                bad = Some((index, why));
+                break;
+            }
+        }
+        if let Some((index, why)) = bad {
+            // The columns before it have one value too many, which the flush leaves out.
+            self.uneven = true;
+            let name = self.given.get(index).map(|column| column.name.as_str()).unwrap_or_default();
+            let position = self.position(this, row);
+            return self.tap.reject(stream, position, format!("`{name}` {why}"), || self.json(row));
+        }
+        if self.positions.is_some() {
+            let position = self.position(this, row);
+            if let Some(positions) = &mut self.positions {
+                positions.append_value(position);
+            }
+        }
+        self.count += 1;
+        self.bytes += bytes;
+        Ok(())
+    }
+
+    fn cursor_position(&self, row: &[u8]) -> Result<Option<Position>, (String, Misfit)> {
+        let mut values = Vec::with_capacity(self.cursor.len());
+        for (index, column) in &self.cursor {
+            let Some(value) = self.field(row, *index) else { return Ok(None) };
+            values.push(column.cursor_value(value).map_err(|why| (column.name.clone(), why))?);
+        }
+        Ok(Some(Position(values)))
+    }
+
+    /// The row as JSON, for the quarantine.
+    fn json(&self, row: &[u8]) -> String {
+        let object: serde_json::Map<String, serde_json::Value> = self
+            .given
+            .iter()
+            .enumerate()
+            .map(|(index, column)| {
+                let value = self.field(row, index).map(|value| column.show(value));
+                (column.name.clone(), value.into())
+            })
+            .collect();
+        serde_json::Value::Object(object).to_string()
+    }
+
+    fn is_full(&self) -> bool {
+        self.count == BATCH_ROWS || self.bytes >= BATCH_BYTES || self.uneven
+    }
+
+    /// The rows so far.
+    fn flush(&mut self) -> Result<Option<RecordBatch>> {
+        let count = std::mem::take(&mut self.count);
+        (self.bytes, self.uneven) = (0, false);
+        let finished = self.columns.iter_mut().map(|column| Ok(column.finish()?.slice(0, count)));
+        let mut arrays: Vec<ArrayRef> = finished.collect::<Result<Vec<_>>>().map_err(|error: Error| {
+            error.while_doing(format!("source `{}` cannot be read", self.scan.stream.name))
+        })?;
+        if let Some(positions) = &mut self.positions {
+            arrays.insert(self.scan.schema.index_of(POSITION_COLUMN)?, Arc::new(positions.finish()));
+        }
+        if count == 0 {
+            return Ok(None);
+        }
+        let options = RecordBatchOptions::new().with_row_count(Some(count));
+        let batch = RecordBatch::try_new_with_options(Arc::clone(&self.scan.schema), arrays, &options)?;
+        self.tap.rows(&batch)?;
+        Ok(Some(batch))
+    }
+}

@@ -1,0 +1,683 @@
+//! Publishing into PostgreSQL: one transaction for rows, tables and record.
+//!
+//! Rows are staged by binary COPY into temporary tables, which no other session sees. The commit takes the job's lock, compares
+//! the sequence number, locks the outputs against other writers, applies the stages set by set, checks that what changed is what was
+//! announced, writes the record, and commits. Whatever fails before that leaves the database as it was. When the answer to
+//! the COMMIT is lost, a new session waits for the job's lock, which the old one holds as long as it lives, and then reads what is
+//! true.
+
+use std::{sync::Arc, time::Duration};
+
+use arrow::{
+    array::{ArrayRef, Int64Array, RecordBatch, StringArray},
+    datatypes::{DataType, Field, Schema, SchemaRef},
+};
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use datafusion::physical_plan::SendableRecordBatchStream;
+use futures::{SinkExt, StreamExt};
+use sha2::{Digest, Sha256};
+use tokio_postgres::CopyInSink;
+
+use super::{
+    PostgresConnection, Session,
+    bounds::text,
+    decode::field,
+    encode::{HEADER, TRAILER, rows as encoded, stage_type},
+    types::{Wire, declaration, wire},
+};
+use crate::{
+    connector::{
+        Attempt, CommitOutcome, Current, Load, Staged, Target,
+        evolve::evolve,
+        quarantined_schema,
+        spec::{Guarantee, Mode, OutputSpec},
+    },
+    error::{Error, ErrorKind, Result},
+    load::refuse_keys,
+    names::{JobId, quoted, quoted_list},
+    record::{LoadRecord, columns_of},
+    runtime,
+};
+
+/// Where the newest records, all records and the set-aside rows are.
+const TABLES: &str = "
+    CREATE TABLE IF NOT EXISTS floodmark_state (
+        project text NOT NULL, job text NOT NULL, incarnation uuid NOT NULL, seq bigint NOT NULL,
+        record_json text NOT NULL, committed_at timestamptz NOT NULL, PRIMARY KEY (project, job));
+    CREATE TABLE IF NOT EXISTS floodmark_log (
+        project text NOT NULL, job text NOT NULL, incarnation uuid NOT NULL, seq bigint NOT NULL,
+        record_json text NOT NULL, PRIMARY KEY (project, job, incarnation, seq));
+    CREATE TABLE IF NOT EXISTS floodmark_quarantine (
+        project text NOT NULL, job text NOT NULL, seq bigint NOT NULL, run_id uuid NOT NULL, \"on\" text NOT NULL,
+        \"check\" text NOT NULL, reason text NOT NULL, position text NOT NULL, \"row\" text NOT NULL);";
+
+/// Bytes of a COPY that are sent at once.
+const CHUNK: usize = 256 << 10;
+
+#[async_trait]
+impl Target for Arc<PostgresConnection> {
+    fn guarantee(&self, _: &OutputSpec) -> Guarantee {
+        Guarantee::ExactlyOnce
+    }
+
+    async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>> {
+        let session = self.transaction("READ ONLY").await?;
+        last_record(self, &session, job).await
+    }
+
+    async fn current(&self, _: &JobId, output: &str) -> Result<Option<Current>> {
+        let session = self.transaction("READ ONLY").await?;
+        let Some(table) = Table::of(self, &session, output).await? else { return Ok(None) };
+        let rows = count(self, &session, &format!("SELECT count(*) FROM {}", table_name(output)?)).await?;
+        Ok(Some(Current { schema: table.schema(None), rows }))
+    }
+
+    async fn quarantined(&self, job: &JobId) -> Result<SendableRecordBatchStream> {
+        let (this, job) = (Self::clone(self), job.clone());
+        Ok(runtime::stream(quarantined_schema(), |out| async move {
+            let failed = |error: tokio_postgres::Error| this.error("read the quarantine in", &error);
+            let session = this.transaction("READ ONLY").await?;
+            if last_record(&this, &session, &job).await?.is_none() {
+                return Ok(());
+            }
+            let sql = "SELECT seq, \"on\", \"check\", reason, position, \"row\" FROM floodmark_quarantine
+                WHERE project = $1 AND job = $2 ORDER BY seq, ctid";
+            let rows = session.query_raw(sql, [&job.project, &job.job]).await.map_err(failed)?;
+            let mut rows = std::pin::pin!(rows.chunks(runtime::BATCH_ROWS));
+            while let Some(rows) = rows.next().await {
+                let rows = rows.into_iter().collect::<Result<Vec<_>, _>>().map_err(failed)?;
+                let seqs: ArrayRef = Arc::new(rows.iter().map(|row| row.get::<_, i64>(0)).collect::<Int64Array>());
+                let texts = (1..=5).map(|index| {
+                    let texts: StringArray = rows.iter().map(|row| Some(row.get::<_, String>(index))).collect();
+                    Arc::new(texts) as ArrayRef
+                });
+                let batch = RecordBatch::try_new(quarantined_schema(), [seqs].into_iter().chain(texts).collect())?;
+                if !out.send(batch).await {
+                    break;
+                }
+            }
+            Ok(())
+        }))
+    }
+
+    async fn begin(&self, job: &JobId, attempt: &Attempt, _: Option<&LoadRecord>) -> Result<Box<dyn Load>> {
+        let session = self.connect().await?;
+        let settings = self.settings()?.replace("SET LOCAL", "SET");
+        session.batch_execute(&settings).await.map_err(|error| self.error("set up", &error))?;
+        Ok(Box::new(PostgresLoad {
+            connection: Self::clone(self),
+            job: job.clone(),
+            attempt: attempt.clone(),
+            session,
+            stages: Vec::new(),
+            quarantined: false,
+        }))
+    }
+}
+
+/// The newest record of a job, after whoever is committing one now has ended.
+async fn last_record(
+    this: &PostgresConnection,
+    session: &Session,
+    job: &JobId,
+) -> Result<Option<LoadRecord>> {
+    let failed = |error: tokio_postgres::Error| this.error("read the state in", &error);
+    let key = lock_key(job);
+    let there = "SELECT to_regclass('floodmark_state') IS NOT NULL FROM pg_advisory_xact_lock_shared($1)";
+    if !session.query_one(there, &[&key]).await.map_err(failed)?.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let sql = "SELECT record_json FROM floodmark_state WHERE project = $1 AND job = $2";
+    let row = session.query_opt(sql, &[&job.project, &job.job]).await.map_err(failed)?;
+    row.map(|row| LoadRecord::from_json(row.get(0))).transpose()
+}
+
+/// The number under which a job's commits wait for each other.
+fn lock_key(job: &JobId) -> i64 {
+    let digest = Sha256::digest(format!("floodmark/{job}").as_bytes());
+    digest.iter().take(8).fold(0_i64, |key, byte| key << 8 | i64::from(*byte))
+}
+
+/// An output's name as SQL takes it: `finance.journal` is the table `journal` of the schema `finance`.
+fn table_name(output: &str) -> Result<String> {
+    match output.split_once('.') {
+        Some((schema, table)) => Ok(format!("{}.{}", quoted(schema)?, quoted(table)?)),
+        None => quoted(output),
+    }
+}
+
+async fn count(this: &PostgresConnection, session: &Session, sql: &str) -> Result<u64> {
+    let row = session.query_one(sql, &[]).await.map_err(|error| this.error("count in", &error))?;
+    Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or_default())
+}
+
+/// A table of the target as it is.
+#[derive(Debug, Clone)]
+struct Table {
+    columns: Vec<TableColumn>,
+}
+
+#[derive(Debug, Clone)]
+struct TableColumn {
+    name: String,
+    /// As the catalog spells it.
+    type_name: String,
+    /// What we read of it.
+    field: Field,
+    /// Whether it holds numbers without a declared shape.
+    unshaped: bool,
+}
+
+impl Table {
+    async fn of(this: &PostgresConnection, session: &Session, output: &str) -> Result<Option<Self>> {
+        let failed = |error: tokio_postgres::Error| this.error("look into the catalog of", &error);
+        let name = table_name(output)?;
+        let sql = "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attgenerated <> '' FROM pg_attribute AS a
+            WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
+        let rows = session.query(sql, &[&name]).await.map_err(failed)?;
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        // Columns that the server computes are nobody's to write.
+        let rows: Vec<_> = rows.into_iter().filter(|row| !row.get::<_, bool>(2)).collect();
+        let list = quoted_list(rows.iter().map(|row| row.get::<_, &str>(0)))?;
+        let statement = session.prepare(&format!("SELECT {list} FROM {name}")).await.map_err(failed)?;
+        let columns = rows
+            .iter()
+            .zip(statement.columns())
+            .map(|(row, column)| {
+                let name: String = row.get(0);
+                let (read, type_name) =
+                    wire(column.type_(), column.type_modifier(), 2).unwrap_or((Wire::Text, None));
+                TableColumn {
+                    field: field(&name, &read, type_name.as_ref()),
+                    unshaped: read == Wire::NumericText,
+                    type_name: row.get(1),
+                    name,
+                }
+            })
+            .collect();
+        Ok(Some(Self { columns }))
+    }
+
+    fn column(&self, name: &str) -> Option<&TableColumn> {
+        self.columns.iter().find(|column| column.name == name)
+    }
+
+    /// The columns, as `model` sees them: a whole number of another width and a number without a shape take what the
+    /// model has, and the server refuses a value that does not fit.
+    fn schema(&self, model: Option<&Schema>) -> SchemaRef {
+        let fields = self.columns.iter().map(|column| {
+            let new = model.and_then(|model| model.field_with_name(&column.name).ok());
+            let same = |new: &&Field| {
+                let (old, new) = (column.field.data_type(), new.data_type());
+                old.is_integer() && new.is_integer()
+                    || column.unshaped && (new.is_integer() || new.is_decimal())
+            };
+            match new.filter(same) {
+                Some(new) => Field::new(&column.name, new.data_type().clone(), true),
+                None => column.field.clone(),
+            }
+        });
+        Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+    }
+}
+
+/// One staged output.
+#[derive(Debug, Clone)]
+struct Stage {
+    output: OutputSpec,
+    /// The temporary table.
+    table: String,
+    /// The columns of the model.
+    model: SchemaRef,
+    /// The output as it was.
+    current: Option<Table>,
+    /// The columns that the output will have.
+    schema: SchemaRef,
+    /// What was announced.
+    staged: Staged,
+}
+
+impl Stage {
+    /// What a column is in the output, as the catalog spells it; `None` if it is still to be made.
+    fn kept_as(&self, column: &str) -> Option<&str> {
+        let current = self.current.as_ref()?.column(column)?;
+        let widened = self
+            .schema
+            .field_with_name(column)
+            .is_ok_and(|new| !new.data_type().equals_datatype(self.seen(current).data_type()));
+        (!widened).then_some(current.type_name.as_str())
+    }
+
+    fn seen(&self, column: &TableColumn) -> Field {
+        let table = Table { columns: vec![column.clone()] };
+        table.schema(Some(&self.model)).field(0).clone()
+    }
+
+    /// A column of the stage in the output's own type.
+    fn value(&self, column: &str) -> Result<String> {
+        let name = quoted(column)?;
+        let Ok(field) = self.model.field_with_name(column) else { return Ok("NULL".to_owned()) };
+        let staged_as = stage_type(field.data_type());
+        let wanted = match self.kept_as(column) {
+            Some(kept) => kept.to_owned(),
+            None => declaration(self.schema.field_with_name(column).unwrap_or(field))?,
+        };
+        // Numbers convert by assignment, which refuses what does not fit.
+        let number = field.data_type().is_integer() || field.data_type().is_decimal();
+        Ok(if staged_as == wanted || number || spelled(&wanted) == staged_as {
+            format!("s.{name}")
+        } else {
+            format!("s.{name}::{wanted}")
+        })
+    }
+
+    /// A condition that holds where a column differs between the output's row `t` and the stage's row `s`.
+    fn differs(&self, column: &str) -> Result<String> {
+        let name = quoted(column)?;
+        let value = self.value(column)?;
+        if self.current.as_ref().is_none_or(|current| current.column(column).is_none()) {
+            // A column that is still to be added is null in every row that is there.
+            return Ok(format!("{value} IS NOT NULL"));
+        }
+        let compares = match self.model.field_with_name(column).map(Field::data_type) {
+            Ok(DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View) => false,
+            Ok(of) => !of.is_nested(),
+            Err(_) => false,
+        };
+        Ok(if compares {
+            format!("t.{name} IS DISTINCT FROM {value}")
+        } else {
+            format!("t.{name}::text COLLATE \"C\" IS DISTINCT FROM ({value})::text COLLATE \"C\"")
+        })
+    }
+
+    fn matches(&self) -> Result<String> {
+        let parts = self.output.key.iter().map(|column| Ok(format!("t.{} = {}", quoted(column)?, self.value(column)?)));
+        Ok(parts.collect::<Result<Vec<_>>>()?.join(" AND "))
+    }
+
+    /// The columns that a match may change.
+    fn updatable(&self) -> impl Iterator<Item = &String> {
+        let output = &self.output;
+        self.model.fields().iter().map(|field| field.name()).filter(|column| {
+            !output.key.contains(column) && (output.update.is_empty() || output.update.contains(column))
+        })
+    }
+
+    /// A condition that holds where a match changes something; `None` if nothing may change.
+    fn changes(&self) -> Result<Option<String>> {
+        let parts = self.updatable().map(|column| self.differs(column)).collect::<Result<Vec<_>>>()?;
+        Ok((!parts.is_empty()).then(|| parts.join(" OR ")))
+    }
+
+    /// A condition on the output's row `t`: its range is one of this run's.
+    fn in_ranges(&self) -> Result<String> {
+        let parts = self.output.range.iter().map(|column| {
+            Ok(format!("t.{} IS NOT DISTINCT FROM {}", quoted(column)?, self.value(column)?))
+        });
+        let same = parts.collect::<Result<Vec<_>>>()?.join(" AND ");
+        let mut condition = format!("EXISTS (SELECT 1 FROM {} AS s WHERE {same})", self.table);
+        if let Some(column) = self.output.range.first().filter(|_| !self.output.named_ranges.is_empty()) {
+            let values: Vec<String> = self.output.named_ranges.iter().map(|value| text(value)).collect();
+            condition = format!("({condition} OR t.{}::text IN ({}))", quoted(column)?, values.join(", "));
+        }
+        Ok(condition)
+    }
+}
+
+/// A type of ours as the catalog spells it.
+fn spelled(declared: &str) -> &str {
+    match declared {
+        "time" => "time without time zone",
+        "timestamp" => "timestamp without time zone",
+        "timestamptz" => "timestamp with time zone",
+        other => other,
+    }
+}
+
+struct PostgresLoad {
+    connection: Arc<PostgresConnection>,
+    job: JobId,
+    attempt: Attempt,
+    session: Session,
+    stages: Vec<Stage>,
+    quarantined: bool,
+}
+
+impl PostgresLoad {
+    /// Writes rows into a temporary table.
+    async fn fill(&self, output: &str, table: &str, mut rows: SendableRecordBatchStream) -> Result<u64> {
+        let failed = |error: tokio_postgres::Error| self.connection.error("stage in", &error);
+        let schema = rows.schema();
+        let columns = schema
+            .fields()
+            .iter()
+            .map(|field| Ok(format!("{} {}", quoted(field.name())?, stage_type(field.data_type()))))
+            .collect::<Result<Vec<_>>>()?;
+        let create = format!("CREATE TEMP TABLE {table} ({})", columns.join(", "));
+        self.session.batch_execute(&create).await.map_err(failed)?;
+        let copy = format!("COPY {table} FROM STDIN (FORMAT binary)");
+        let sink: CopyInSink<Bytes> = self.session.copy_in(copy.as_str()).await.map_err(failed)?;
+        let mut sink = std::pin::pin!(sink);
+        let mut frame = BytesMut::with_capacity(CHUNK * 2);
+        frame.extend_from_slice(HEADER);
+        let mut count = 0;
+        while let Some(batch) = rows.next().await {
+            let batch = batch?;
+            // Row by row of the batch, so that a wide one is not held twice.
+            let step = (CHUNK * batch.num_rows() / batch.get_array_memory_size().max(1)).max(1);
+            for start in (0..batch.num_rows()).step_by(step) {
+                let part = batch.slice(start, step.min(batch.num_rows() - start));
+                encoded(output, &part, count + 1, &mut frame)?;
+                count += part.num_rows() as u64;
+                if frame.len() >= CHUNK {
+                    sink.send(frame.split().freeze()).await.map_err(failed)?;
+                }
+            }
+        }
+        frame.extend_from_slice(TRAILER);
+        sink.send(frame.freeze()).await.map_err(failed)?;
+        let copied = sink.finish().await.map_err(failed)?;
+        if copied != count {
+            return Err(Error::failed(format!("output `{output}`: {count} rows were sent, and the server has {copied}")));
+        }
+        self.session.batch_execute(&format!("ANALYZE {table}")).await.map_err(failed)?;
+        Ok(count)
+    }
+}
+
+#[async_trait]
+impl Load for PostgresLoad {
+    async fn stage(&mut self, output: &OutputSpec, rows: SendableRecordBatchStream) -> Result<Staged> {
+        let model = rows.schema();
+        let current = Table::of(&self.connection, &self.session, &output.name).await?;
+        let schema = match &current {
+            Some(current) => evolve(output, &current.schema(Some(&model)), &model)?,
+            None => {
+                for field in model.fields() {
+                    declaration(field)?;
+                }
+                Arc::clone(&model)
+            }
+        };
+        let table = format!("fm_stage_{}", self.stages.len());
+        let count = self.fill(&output.name, &table, rows).await?;
+        let staged = Staged { rows: count, ..Staged::default() };
+        let mut stage = Stage { output: output.clone(), table, model, current, schema, staged };
+        stage.staged = announce(&self.connection, &self.session, &stage).await?;
+        let staged = stage.staged.clone();
+        self.stages.push(stage);
+        Ok(staged)
+    }
+
+    async fn quarantine(&mut self, rows: SendableRecordBatchStream) -> Result<u64> {
+        self.quarantined = true;
+        self.fill("quarantine", "fm_quarantine", rows).await
+    }
+
+    async fn commit(self: Box<Self>, record: &LoadRecord) -> CommitOutcome {
+        let (this, session) = (&self.connection, &self.session);
+        if let Err(error) = self.publish(record).await {
+            // The transaction never heard COMMIT: it ends with the session.
+            return CommitOutcome::Rejected(error);
+        }
+        match session.batch_execute("COMMIT").await {
+            Ok(()) => CommitOutcome::Committed,
+            Err(error) if error.as_db_error().is_some() => CommitOutcome::Rejected(this.error("commit to", &error)),
+            Err(error) => self.settle(this.error("commit to", &error)).await,
+        }
+    }
+
+    async fn discard(self: Box<Self>) -> Result<()> {
+        // Temporary tables go with the session.
+        Ok(())
+    }
+}
+
+impl PostgresLoad {
+    /// The answer to the COMMIT was lost: what is true is in the target, once the job's lock is free.
+    async fn settle(&self, lost: Error) -> CommitOutcome {
+        for attempt in 0..5_u32 {
+            runtime::sleep(Duration::from_millis(200 * u64::from(attempt))).await;
+            match self.connection.last_record(&self.job).await {
+                Ok(Some(record)) if record.attempt_id == self.attempt.id => return CommitOutcome::Committed,
+                Ok(_) => return CommitOutcome::Rejected(lost.with_kind(ErrorKind::Temporary)),
+                Err(_) => {}
+            }
+        }
+        CommitOutcome::Unknown(lost)
+    }
+
+    /// Everything of the commit but its last word.
+    async fn publish(&self, record: &LoadRecord) -> Result<()> {
+        let (this, session, job) = (&self.connection, &self.session, &self.job);
+        let failed = |error: tokio_postgres::Error| this.error("publish into", &error);
+        let mut record = record.clone();
+        session
+            .batch_execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}", this.settings()?))
+            .await
+            .map_err(failed)?;
+        let lock = "SELECT pg_advisory_xact_lock($1)";
+        session.query_one(lock, &[&lock_key(job)]).await.map_err(failed)?;
+        let there = "SELECT to_regclass('floodmark_quarantine') IS NOT NULL";
+        if !session.query_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
+            // Two jobs' first commits must not make the same tables at once.
+            let tables = JobId { project: String::new(), job: "tables".to_owned() };
+            session.query_one(lock, &[&lock_key(&tables)]).await.map_err(failed)?;
+            session.batch_execute(TABLES).await.map_err(failed)?;
+        }
+        let last = last_record(this, session, job).await?;
+        let next = last.as_ref().map_or(1, |last| last.seq + 1);
+        if next != self.attempt.seq || last.as_ref().is_some_and(|last| last.incarnation != record.incarnation) {
+            return Err(Error::temporary(format!("another run of `{job}` committed first"))
+                .hint("Nothing of this run was published. Run again: it starts where the other ended."));
+        }
+        for stage in &self.stages {
+            apply(this, session, stage).await?;
+            if let Some(output) = record.outputs.get_mut(&stage.output.name) {
+                output.columns = columns_of(&stage.schema);
+            }
+        }
+        for (output, before) in last.into_iter().flat_map(|last| last.outputs) {
+            record.outputs.entry(output).or_insert(before);
+        }
+        let seq = i64::try_from(self.attempt.seq).unwrap_or(i64::MAX);
+        if self.quarantined {
+            let sql = format!(
+                "INSERT INTO floodmark_quarantine SELECT $1, $2, $3, {}::uuid, \"on\", \"check\", reason, position, \"row\" FROM fm_quarantine",
+                text(&record.run_id.to_string())
+            );
+            session.execute(&sql, &[&job.project, &job.job, &seq]).await.map_err(failed)?;
+        }
+        let json = record.to_json();
+        let incarnation = text(&record.incarnation.to_string());
+        let log = format!("INSERT INTO floodmark_log VALUES ($1, $2, {incarnation}::uuid, $3, $4)");
+        session.execute(&log, &[&job.project, &job.job, &seq, &json]).await.map_err(failed)?;
+        let state = format!(
+            "INSERT INTO floodmark_state VALUES ($1, $2, {incarnation}::uuid, $3, $4, {}::timestamptz)
+             ON CONFLICT (project, job) DO UPDATE SET incarnation = excluded.incarnation, seq = excluded.seq,
+                 record_json = excluded.record_json, committed_at = excluded.committed_at
+             WHERE floodmark_state.seq = excluded.seq - 1",
+            text(&record.committed_at)
+        );
+        let changed = session.execute(&state, &[&job.project, &job.job, &seq, &json]).await.map_err(failed)?;
+        if changed != 1 {
+            return Err(Error::temporary(format!("another run of `{job}` committed first")));
+        }
+        Ok(())
+    }
+}
+
+/// What a commit would change, as the database is now.
+async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<Staged> {
+    let (table, staged_rows) = (&stage.table, stage.staged.rows);
+    let output = &stage.output;
+    let counted = async |sql: String| count(this, session, &sql).await;
+    if output.mode == Mode::Merge {
+        let key = quoted_list(output.key.iter().map(String::as_str))?;
+        let nulls =
+            output.key.iter().map(|column| Ok(format!("{} IS NULL", quoted(column)?))).collect::<Result<Vec<_>>>()?;
+        let null_keys = counted(format!("SELECT count(*) FROM {table} WHERE {}", nulls.join(" OR "))).await?;
+        let twice =
+            counted(format!("SELECT count(*) FROM (SELECT 1 FROM {table} GROUP BY {key} HAVING count(*) > 1) AS k"))
+                .await?;
+        refuse_keys(output, null_keys, twice)?;
+    }
+    fits(this, session, stage).await?;
+    if stage.current.is_none() {
+        return Ok(Staged { rows: staged_rows, inserted: staged_rows, rows_after: staged_rows, ..Staged::default() });
+    }
+    let name = table_name(&output.name)?;
+    let before = counted(format!("SELECT count(*) FROM {name}")).await?;
+    let mut staged = Staged { rows: staged_rows, rows_before: before, ..Staged::default() };
+    match output.mode {
+        Mode::Append if !output.rebuild => staged.inserted = staged_rows,
+        Mode::ReplaceRange if !output.rebuild => {
+            staged.deleted = counted(format!("SELECT count(*) FROM {name} AS t WHERE {}", stage.in_ranges()?)).await?;
+            staged.inserted = staged_rows;
+        }
+        Mode::Merge if !output.rebuild => {
+            let on = stage.matches()?;
+            let changed = stage.changes()?.unwrap_or_else(|| "false".to_owned());
+            let sql = format!(
+                "SELECT count(*), count(*) FILTER (WHERE {changed}) FROM {table} AS s JOIN {name} AS t ON {on}"
+            );
+            let row = session.query_one(&sql, &[]).await.map_err(|error| this.error("compare with", &error))?;
+            let number = |index: usize| u64::try_from(row.get::<_, i64>(index)).unwrap_or_default();
+            let matched = number(0);
+            staged.updated = number(1);
+            staged.unchanged = matched - staged.updated;
+            staged.inserted = staged_rows.checked_sub(matched).ok_or_else(|| {
+                Error::failed(format!("output `{}` holds the same key more than once", output.name))
+                    .hint("Load it anew with `--full-refresh`.")
+            })?;
+        }
+        _ => (staged.deleted, staged.inserted) = (before, staged_rows),
+    }
+    staged.rows_after = before - staged.deleted + staged.inserted;
+    Ok(staged)
+}
+
+/// Refuses values that the output's own type would cut or round: a cast does that without a word.
+async fn fits(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<()> {
+    for field in stage.model.fields() {
+        let Some(kept) = stage.kept_as(field.name()) else { continue };
+        let cuts = ["character", "bit", "numeric(", "timestamp(", "time(", "interval(", "interval ", "real"];
+        let staged_as = stage_type(field.data_type());
+        if kept == staged_as || !cuts.iter().any(|cut| kept.starts_with(cut)) {
+            continue;
+        }
+        let name = quoted(field.name())?;
+        // Blanks behind a `character` are not part of its value.
+        let (before, after) = if kept.starts_with("character(") {
+            (format!("rtrim({name}, ' ')"), format!("rtrim({name}::{kept}::{staged_as}, ' ')"))
+        } else {
+            (name.clone(), format!("{name}::{kept}::{staged_as}"))
+        };
+        let sql = format!("SELECT count(*) FROM {} WHERE {before} IS DISTINCT FROM {after}", stage.table);
+        let cut = count(this, session, &sql).await?;
+        if cut > 0 {
+            let values = if cut == 1 { "value does" } else { "values do" };
+            return Err(Error::data(format!(
+                "output `{}`: {cut} {values} not fit `{}`, which is {kept}",
+                stage.output.name,
+                field.name()
+            ))
+            .hint("Widen the column there, or cut the values in the model."));
+        }
+    }
+    Ok(())
+}
+
+/// Applies one stage, and checks that it changes what was announced.
+async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<()> {
+    let output = &stage.output;
+    let failed =
+        |error: tokio_postgres::Error| this.error(&format!("write output `{}` to", output.name), &error);
+    let execute = async |sql: String| session.batch_execute(&sql).await.map_err(failed);
+    let name = table_name(&output.name)?;
+    match Table::of(this, session, &output.name).await? {
+        None => {
+            if let Some((schema, _)) = output.name.split_once('.') {
+                let there = session
+                    .query_one("SELECT to_regnamespace(quote_ident($1)) IS NOT NULL", &[&schema])
+                    .await
+                    .map_err(failed)?;
+                if !there.get::<_, bool>(0) {
+                    execute(format!("CREATE SCHEMA IF NOT EXISTS {}", quoted(schema)?)).await?;
+                }
+            }
+            let mut parts = stage
+                .schema
+                .fields()
+                .iter()
+                .map(|field| Ok(format!("{} {}", quoted(field.name())?, declaration(field)?)))
+                .collect::<Result<Vec<_>>>()?;
+            if !output.key.is_empty() {
+                parts.push(format!("PRIMARY KEY ({})", quoted_list(output.key.iter().map(String::as_str))?));
+            }
+            execute(format!("CREATE TABLE {name} ({})", parts.join(", "))).await?;
+        }
+        Some(current) => {
+            // Readers go on; other writers wait, so that what was counted is what is changed.
+            execute(format!("LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")).await?;
+            for field in stage.schema.fields() {
+                let column = quoted(field.name())?;
+                if current.column(field.name()).is_none() {
+                    execute(format!("ALTER TABLE {name} ADD COLUMN {column} {}", declaration(field)?)).await?;
+                } else if stage.kept_as(field.name()).is_none() {
+                    execute(format!("ALTER TABLE {name} ALTER COLUMN {column} TYPE {}", declaration(field)?)).await?;
+                }
+            }
+        }
+    }
+    let columns = quoted_list(stage.model.fields().iter().map(|field| field.name().as_str()))?;
+    let values =
+        stage.model.fields().iter().map(|field| stage.value(field.name())).collect::<Result<Vec<_>>>()?.join(", ");
+    let table = &stage.table;
+    let run = async |sql: String| session.execute(&sql, &[]).await.map_err(failed);
+    let (mut deleted, mut updated) = (0, 0);
+    let inserted = match output.mode {
+        Mode::Merge if !output.rebuild => {
+            let on = stage.matches()?;
+            if stage.staged.updated > 0
+                && let Some(changes) = stage.changes()?
+            {
+                let set = stage
+                    .updatable()
+                    .map(|column| Ok(format!("{} = {}", quoted(column)?, stage.value(column)?)))
+                    .collect::<Result<Vec<_>>>()?
+                    .join(", ");
+                updated = run(format!("UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({changes})")).await?;
+            }
+            run(format!(
+                "INSERT INTO {name} ({columns}) SELECT {values} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on})"
+            ))
+            .await?
+        }
+        mode => {
+            if mode == Mode::ReplaceRange && !output.rebuild {
+                deleted = run(format!("DELETE FROM {name} AS t WHERE {}", stage.in_ranges()?)).await?;
+            } else if mode != Mode::Append || output.rebuild {
+                deleted = run(format!("DELETE FROM {name}")).await?;
+            }
+            run(format!("INSERT INTO {name} ({columns}) SELECT {values} FROM {table} AS s")).await?
+        }
+    };
+    let announced = (stage.staged.inserted, stage.staged.updated, stage.staged.deleted);
+    if (inserted, updated, deleted) != announced {
+        return Err(Error::temporary(format!(
+            "output `{}` was changed by somebody else while this run went on",
+            output.name
+        ))
+        .note(format!(
+            "announced {announced:?}, found {:?} (inserted, updated, deleted)",
+            (inserted, updated, deleted)
+        ))
+        .hint("Nothing was published. Run again."));
+    }
+    Ok(())
+}

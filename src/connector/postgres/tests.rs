@@ -1,0 +1,419 @@
+//! What the connector promises, on a real server.
+
+use std::sync::Arc;
+
+use arrow::{array::RecordBatch, datatypes::SchemaRef, util::display::{ArrayFormatter, FormatOptions}};
+use futures::TryStreamExt;
+use indexmap::IndexMap;
+
+use crate::{
+    connector::{
+        Connection, Connector, Marks, Options, RunTime,
+        contract::{self, Row, World, made_at, orders},
+        scan::Scan,
+        spec::{BadRows, CursorSpec, Mode, OnNull, Read, StreamSpec},
+        tap::Tap,
+    },
+    error::{Error, ErrorKind, Result},
+    types::describe,
+    watermark::Window,
+};
+
+#[path = "../../../tests/services/mod.rs"]
+#[expect(unreachable_pub, reason = "shared with the tests of the binary")]
+mod services;
+
+use services::{Schema, postgres};
+
+fn open(schema: &str) -> Arc<dyn Connection> {
+    open_with(schema, &serde_json::json!({ "sslmode": "disable" }))
+}
+
+/// A connection with some options changed.
+fn open_with(schema: &str, changes: &serde_json::Value) -> Arc<dyn Connection> {
+    let server = postgres();
+    let mut values = serde_json::json!({
+        "host": "localhost", "port": server.port, "user": "admin", "password": server.password, "database": "postgres",
+        "sslrootcert": server.authority, "schema": schema, "lock_timeout_ms": 3000,
+    });
+    for (option, value) in changes.as_object().unwrap() {
+        values[option] = value.clone();
+    }
+    let options = Options { name: "erp".to_owned(), base: std::path::PathBuf::new(), values };
+    (Connector::named("postgres").unwrap().open)(options).unwrap()
+}
+
+/// A table that is read by a cursor.
+struct Ledger {
+    schema: Schema,
+    name: &'static str,
+    read: Read,
+    cursor: &'static [&'static str],
+    zone: Option<&'static str>,
+}
+
+impl Ledger {
+    fn new(name: &'static str, read: Read, cursor: &'static [&'static str], zone: Option<&'static str>) -> Self {
+        let schema = Schema::new();
+        schema.execute("CREATE TABLE orders (id bigint, amount numeric(18,4), note text, made_at timestamptz, made_local timestamp)");
+        Self { schema, name, read, cursor, zone }
+    }
+}
+
+impl World for Ledger {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn connection(&self) -> Arc<dyn Connection> {
+        open(&self.schema.name)
+    }
+
+    fn stream(&self) -> StreamSpec {
+        let mut stream = orders(self.read.clone());
+        stream.timezone = self.zone.map(str::to_owned);
+        let columns = self.cursor.iter().map(|&column| column.to_owned()).collect();
+        stream.cursor = Some(CursorSpec { columns, overlap: None, on_null: OnNull::Error });
+        stream
+    }
+
+    fn add(&self, rows: &[Row]) {
+        self.schema.with(|client| {
+            let mut all = client.transaction().unwrap();
+            let insert = all
+                .prepare("INSERT INTO orders SELECT $1, $2::text::numeric, $3, $4, $4::timestamptz AT TIME ZONE 'Europe/Berlin'")
+                .unwrap();
+            for row in rows {
+                all.execute(&insert, &[&row.id, &row.amount, &row.note, &made_at(row.id)]).unwrap();
+            }
+            all.commit().unwrap();
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_keeps_its_promises() {
+    let table = || Read::Table("orders".to_owned());
+    for (name, cursor, zone) in [
+        ("a table by id", &["id"][..], None),
+        ("a table by time", &["made_at"], None),
+        ("a table by time and id", &["made_at", "id"], None),
+        ("a table by a clock without a zone", &["made_local"], Some("Europe/Berlin")),
+    ] {
+        contract::source(|| Box::new(Ledger::new(name, table(), cursor, zone))).await;
+    }
+    let query = || Read::Query {
+        file: "sql/orders.sql".to_owned(),
+        sql: "SELECT id, amount, note FROM orders -- all of them".to_owned(),
+    };
+    contract::source(|| Box::new(Ledger::new("a query", query(), &["id"], None))).await;
+}
+
+#[test]
+fn a_target_keeps_its_promises() {
+    contract::target("PostgreSQL", || {
+        let schema = Schema::new();
+        let name = schema.name.clone();
+        (schema, move || open(&name))
+    });
+}
+
+/// The types of the README's table: a column's type, what it is here, and values that are hard to carry.
+#[rustfmt::skip]
+const TYPES: &[(&str, &str, &[&str])] = &[
+    ("boolean",            "bool",           &["true", "false"]),
+    ("smallint",           "Int16",          &["-32768", "32767"]),
+    ("integer",            "Int32",          &["-2147483648", "2147483647"]),
+    ("bigint",             "int",            &["-9223372036854775808", "9223372036854775807"]),
+    ("oid",                "UInt32",         &["0", "4294967295"]),
+    ("xid8",               "UInt64",         &["18446744073709551615"]),
+    ("real",               "Float32",        &["'NaN'", "'Infinity'", "'-Infinity'", "1e-45", "3.4028235e38", "'-0'"]),
+    ("double precision",   "float",          &["'NaN'", "'Infinity'", "'-0'", "5e-324", "1.7976931348623157e308", "0.1"]),
+    ("numeric(15,2)",      "decimal(15,2)",  &["0", "-0.01", "9999999999999.99", "1000000"]),
+    ("numeric(38,0)",      "decimal(38,0)",  &["99999999999999999999999999999999999999", "-1"]),
+    ("numeric(38,38)",     "decimal(38,38)", &["0.00000000000000000000000000000000000001"]),
+    ("numeric(76,30)",     "Decimal256(76, 30)", &["1234567890123456789012345678901234567890123456.123456789012345678901234567890"]),
+    ("numeric(2,-3)",      "decimal(5,0)",   &["99000", "-1000"]),
+    ("numeric(3,5)",       "decimal(5,5)",   &["0.00999"]),
+    ("numeric",            "string",         &["'NaN'", "'Infinity'", "'-Infinity'", "1e-40", "1e100", "12345678901234567890.00100", "0.000"]),
+    ("money",              "decimal(19,2)",  &["'-92233720368547758.08'", "'0.01'"]),
+    ("text",               "string",         &["''", "repeat('ä€😀', 100000)", "E'\\n\\\\ \"x\"'"]),
+    ("varchar(5)",         "string",         &["'ab'", "'ab   '"]),
+    ("character(5)",       "string",         &["'ab'"]),
+    ("name",               "string",         &["'pg'"]),
+    ("xml",                "string",         &["'<a>1</a>'"]),
+    ("\"char\"",          "string",         &["'x'"]),
+    ("bytea",              "binary",         &["''", "'\\x00ff'"]),
+    ("date",               "date",           &["'0001-01-01'", "'9999-12-31'", "'0044-03-15 BC'", "'4713-01-01 BC'"]),
+    ("time",               "time",           &["'00:00'", "'23:59:59.999999'"]),
+    ("timetz",             "Struct(\"time\": Time64(µs), \"offset_s\": Int32)", &["'12:00:00.5+05:30'", "'00:00-12:00'"]),
+    ("timestamp",          "timestamp",      &["'0001-01-01'", "'9999-12-31 23:59:59.999999'", "'0044-03-15 BC'"]),
+    ("timestamp(3)",       "timestamp",      &["'2026-10-25 02:30:00.123'"]),
+    ("timestamptz",        "timestamptz",    &["'2026-10-25 02:30:00.123456+02'", "'0001-01-01'"]),
+    ("interval",           "Interval(MonthDayNano)", &["'1 year -2 days 03:04:05.000006'", "'-178 years'"]),
+    ("uuid",               "string",         &["'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'"]),
+    ("json",               "string",         &["'{\"b\":1,  \"a\":1.10}'"]),
+    ("jsonb",              "string",         &["'{\"b\":1,  \"a\":1.10}'", "'null'"]),
+    ("mood",               "string",         &["'sad'", "'so \"la la\"'"]),
+    ("amount",             "decimal(12,2)",  &["12.30"]),
+    ("int[]",              "List(Int32)",    &["'{}'", "'{1,NULL,3}'", "'{NULL}'"]),
+    ("numeric(9,2)[]",     "List(Decimal128(9, 2))", &["'{1.50,-2}'"]),
+    ("text[]",             "List(Utf8)",     &["ARRAY['a \"b\"', NULL, 'NULL', '', E'\\\\']"]),
+    ("timestamptz[]",      "List(Timestamp(µs, \"+00:00\"))", &["ARRAY['2026-01-01 00:00+01'::timestamptz, '0044-03-15 BC']"]),
+    ("point2",             "Struct(\"x\": Int32, \"label\": Utf8)", &["ROW(1, 'a, \"b\"')", "ROW(NULL, NULL)"]),
+    ("point2[]",           "List(Struct(\"x\": Int32, \"label\": Utf8))", &["ARRAY[ROW(1,'a')::point2, NULL]"]),
+    ("int4range",          "Struct(\"lower\": Int32, \"upper\": Int32, \"lower_inc\": Boolean, \"upper_inc\": Boolean, \"empty\": Boolean)",
+        &["'[1,5)'", "'empty'", "'(,)'", "'[3,)'"]),
+    ("tstzrange",          "Struct(\"lower\": Timestamp(µs, \"+00:00\"), \"upper\": Timestamp(µs, \"+00:00\"), \"lower_inc\": Boolean, \"upper_inc\": Boolean, \"empty\": Boolean)",
+        &["'[2026-01-01 00:00+00,2026-02-01 00:00+00)'"]),
+    ("int4multirange",     "List(Struct(\"lower\": Int32, \"upper\": Int32, \"lower_inc\": Boolean, \"upper_inc\": Boolean, \"empty\": Boolean))",
+        &["'{[1,5),[7,9)}'", "'{}'"]),
+    ("inet",               "string",         &["'10.0.0.1'", "'10.0.0.0/8'", "'::ffff:1.2.3.4'", "'2001:db8::1/64'"]),
+    ("cidr",               "string",         &["'10.0.0.0/8'", "'1.2.3.4/32'"]),
+    ("macaddr",            "string",         &["'08:00:2b:01:02:03'"]),
+    ("macaddr8",           "string",         &["'08:00:2b:01:02:03:04:05'"]),
+    ("bit(3)",             "string",         &["B'101'"]),
+    ("varbit",             "string",         &["B''", "B'101010101'"]),
+    ("tsvector",           "string",         &["'a:1 b:2'"]),
+    ("point",              "string",         &["'(1.5,-2)'"]),
+    ("int4[][]",           "List(Int32)",    &["'{1,2}'"]),
+];
+
+/// A schema with the types that a database's users make.
+fn with_types() -> Schema {
+    let schema = Schema::new();
+    schema.execute(
+        "CREATE TYPE mood AS ENUM ('sad', 'so \"la la\"'); CREATE DOMAIN amount AS numeric(12,2) CHECK (VALUE > 0);
+         CREATE TYPE point2 AS (x int, label text);",
+    );
+    schema
+}
+
+fn table(name: &str) -> StreamSpec {
+    StreamSpec { name: name.to_owned(), columns: IndexMap::new(), ..orders(Read::Table(name.to_owned())) }
+}
+
+/// Everything that a stream holds.
+async fn read(connection: &dyn Connection, stream: &StreamSpec, tap: &Arc<Tap>) -> Result<(SchemaRef, Vec<RecordBatch>)> {
+    let source = connection.source().unwrap();
+    let schema = source.describe(stream).await?;
+    let streams = [stream.clone()];
+    let now = chrono::DateTime::from_timestamp(1_800_000_000, 0).unwrap();
+    let bounds = source.bounds(&streams, &Marks::new(), RunTime { now, as_of: now }).await?;
+    let snapshot = source.snapshot(&streams, &bounds).await?;
+    let window = bounds.windows[&stream.name].clone();
+    let scan = Scan { stream: stream.clone(), schema: Arc::clone(&schema), window };
+    let rows = source.scan(&snapshot, &scan, Arc::clone(tap))?;
+    Ok((schema, rows.try_collect().await?))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_type_goes_out_and_comes_back_as_it_was() {
+    let schema = with_types();
+    let connection = open(&schema.name);
+    for (index, (written, expected, values)) in TYPES.iter().enumerate() {
+        let name = format!("t{index}");
+        let values: Vec<String> =
+            values.iter().enumerate().map(|(n, value)| format!("({n}, {value}::{written})")).collect();
+        schema.execute(&format!(
+            "CREATE TABLE {name} (n int, v {written}); INSERT INTO {name} VALUES {}, (-1, NULL)",
+            values.join(", ")
+        ));
+        let (found, batches) = read(&*connection, &table(&name), &Arc::default()).await.unwrap();
+        let told = describe(found.field(1).data_type()).replace("nullable ", "");
+        let told = told.split(", metadata").next().unwrap_or_default();
+        assert_eq!(plain(told), plain(expected), "{written}");
+
+        // Through Parquet, as a job that publishes files would have it, unless the format cannot hold the type.
+        let batches = match through_parquet(&found, &batches) {
+            Ok(batches) => batches,
+            Err(_) if *written == "interval" => batches,
+            Err(error) => panic!("{written}: {error}"),
+        };
+        let copy = format!("c{index}");
+        contract::publish(&*connection, &copy, Mode::Append, &found, batches).await.unwrap();
+        let differing = format!(
+            "SELECT count(*) FROM (SELECT n, v::text FROM {name} EXCEPT ALL SELECT n, v::text FROM {copy}) AS d"
+        );
+        let (differing, type_of): (i64, String) = schema.with(|client| {
+            let kind = format!(
+                "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = '{copy}'::regclass AND attname = 'v'"
+            );
+            (client.query_one(&differing, &[]).unwrap().get(0), client.query_one(&kind, &[]).unwrap().get(0))
+        });
+        assert_eq!(differing, 0, "{written}: the copy, a {type_of}, holds other values");
+    }
+}
+
+/// A type without what only Arrow's own spelling has.
+fn plain(of: &str) -> String {
+    of.replace(['"', ' '], "").replace("non-null", "").replace("field:", "")
+}
+
+fn through_parquet(schema: &SchemaRef, batches: &[RecordBatch]) -> Result<Vec<RecordBatch>> {
+    let broken = |error: parquet::errors::ParquetError| Error::failed(error.to_string());
+    let mut file = Vec::new();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(&mut file, Arc::clone(schema), None).map_err(broken)?;
+    for batch in batches {
+        writer.write(batch).map_err(broken)?;
+    }
+    writer.close().map_err(broken)?;
+    let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(bytes::Bytes::from(file));
+    let reader = reader.and_then(|builder| builder.build()).map_err(broken)?;
+    Ok(reader.collect::<Result<Vec<_>, _>>()?)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_carried_is_refused_with_column_and_row() {
+    let schema = with_types();
+    let connection = open(&schema.name);
+    for (index, (written, value, why)) in [
+        ("numeric(15,2)", "'NaN'", "is NaN"),
+        ("date", "'infinity'", "is infinity"),
+        ("timestamp", "'-infinity'", "is infinity"),
+        ("timestamptz", "'infinity'", "is infinity"),
+        ("timestamp", "'294276-12-31 23:59:59.999999'", "is later than 64 bits"),
+        ("time", "'24:00'", "is 24:00:00"),
+        ("interval", "'400 years 3000000 hours'", "292 years"),
+        ("int[]", "'{{1,2},{3,4}}'", "several dimensions"),
+        ("int[]", "'[0:1]={1,2}'", "does not begin at 1"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("t{index}");
+        schema.execute(&format!("CREATE TABLE {name} (v {written}); INSERT INTO {name} VALUES (NULL), ({value})"));
+        let error = read(&*connection, &table(&name), &Arc::default()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Data, "{written}: {error}");
+        let told = error.to_string();
+        assert!(told.contains(why) && told.contains("`v`") && told.contains("row 2"), "{written}: {told}");
+
+        // Set aside, the row keeps its place in the table and its value.
+        let aside = StreamSpec { bad_rows: BadRows::Quarantine, ..table(&name) };
+        let tap = Arc::new(Tap::default());
+        let (_, batches) = read(&*connection, &aside, &tap).await.unwrap();
+        assert_eq!((batches.iter().map(RecordBatch::num_rows).sum::<usize>(), tap.rejected_rows()), (1, 1));
+        assert!(tap.rejects()[0].position.ends_with("ctid (0,2)"), "{}", tap.rejects()[0].position);
+
+        // As text it is what the server says.
+        let mut text = table(&name);
+        text.columns.insert("v".to_owned(), "string".to_owned());
+        let (_, batches) = read(&*connection, &text, &Arc::default()).await.unwrap();
+        let shown = ArrayFormatter::try_new(batches[0].column(0), &FormatOptions::default()).unwrap().value(1).to_string();
+        let expected: String = schema.with(|client| {
+            client.batch_execute("SET intervalstyle = 'iso_8601'").unwrap();
+            client.query_one(&format!("SELECT v::text FROM {name} WHERE v IS NOT NULL"), &[]).unwrap().get(0)
+        });
+        assert_eq!(shown, expected, "{written}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_value_that_a_column_of_the_target_would_cut_is_refused() {
+    let schema = Schema::new();
+    let connection = open(&schema.name);
+    for (index, (kept, value)) in [
+        ("varchar(3)", "'abcd'::text"),
+        ("character(3)", "'abcd'::text"),
+        ("timestamp(0)", "'2026-01-01 00:00:00.5'::timestamp"),
+        ("integer", "3000000000::bigint"),
+        ("numeric(3,0)", "1000::bigint"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (from, to) = (format!("f{index}"), format!("t{index}"));
+        schema.execute(&format!("CREATE TABLE {from} AS SELECT {value} AS v; CREATE TABLE {to} (v {kept})"));
+        let (found, batches) = read(&*connection, &table(&from), &Arc::default()).await.unwrap();
+        let refused = contract::publish(&*connection, &to, Mode::Append, &found, batches).await;
+        let error = refused.expect_err(kept);
+        assert_eq!(error.kind(), ErrorKind::Data, "{kept}: {error}");
+        let left: i64 = schema.with(|client| client.query_one(&format!("SELECT count(*) FROM {to}"), &[]).unwrap().get(0));
+        assert_eq!(left, 0, "{kept}");
+    }
+}
+
+/// W3: a transaction took its time, or its number, before the bound, and commits after the run: the next run reads its row.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_is_committed_late_is_not_lost() {
+    for (cursor, patience) in [("made_at", 3000), ("id", 100)] {
+        let schema = Schema::new();
+        schema.execute("CREATE TABLE orders (id bigserial, made_at timestamptz DEFAULT now())");
+        let connection = open_with(
+            &schema.name,
+            &serde_json::json!({ "sslmode": "disable", "bound_margin_ms": 0, "lock_timeout_ms": patience }),
+        );
+        let mut stream = table("orders");
+        let columns = vec![cursor.to_owned()];
+        stream.cursor = Some(CursorSpec { columns, overlap: None, on_null: OnNull::Error });
+        let streams = [stream.clone()];
+        let time = || {
+            let now = chrono::DateTime::from_timestamp(4_000_000_000, 0).unwrap();
+            RunTime { now, as_of: now }
+        };
+        // One writer began first and commits last; the other came later and is done.
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let (ready, began) = std::sync::mpsc::channel();
+        let name = schema.name.clone();
+        let late = std::thread::spawn(move || {
+            postgres().admin("postgres", move |client| {
+                client.batch_execute(&format!("SET search_path = {name}; BEGIN; INSERT INTO orders DEFAULT VALUES")).unwrap();
+                ready.send(()).unwrap();
+                wait.recv().unwrap();
+                client.batch_execute("COMMIT").unwrap();
+            });
+        });
+        began.recv().unwrap();
+        schema.execute("INSERT INTO orders DEFAULT VALUES");
+        let source = connection.source().unwrap();
+        let first = source.bounds(&streams, &Marks::new(), time()).await;
+        if cursor == "id" {
+            // A number below the greatest may still come: the run waits for its writer, and says so when that takes too long.
+            assert_eq!(first.unwrap_err().kind(), ErrorKind::Temporary);
+            go.send(()).unwrap();
+            late.join().unwrap();
+        } else {
+            let Window::Cursor { hi, .. } = &first.unwrap().windows["orders"] else { panic!() };
+            go.send(()).unwrap();
+            late.join().unwrap();
+            let oldest: chrono::DateTime<chrono::Utc> =
+                schema.with(|client| client.query_one("SELECT min(made_at) FROM orders", &[]).unwrap().get(0));
+            assert!(
+                *hi <= crate::watermark::Position::of(crate::watermark::CursorValue::Instant(oldest)),
+                "the bound {hi} is behind a row that was not yet visible, of {oldest}"
+            );
+        }
+        let bounds = source.bounds(&streams, &Marks::new(), time()).await.unwrap();
+        let snapshot = source.snapshot(&streams, &bounds).await.unwrap();
+        let scan = Scan {
+            schema: source.describe(&stream).await.unwrap(),
+            window: bounds.windows["orders"].clone(),
+            stream: stream.clone(),
+        };
+        let rows: Vec<RecordBatch> =
+            source.scan(&snapshot, &scan, Arc::default()).unwrap().try_collect().await.unwrap();
+        assert_eq!(rows.iter().map(RecordBatch::num_rows).sum::<usize>(), 2, "{cursor}");
+    }
+}
+
+/// P36: who cannot be verified is not talked to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_is_verified_unless_the_project_says_otherwise() {
+    let nowhere = serde_json::Value::Null;
+    for (what, changes, expected) in [
+        ("signed and named", serde_json::json!({}), Ok(())),
+        ("another name", serde_json::json!({ "host": "127.0.0.1" }), Err("certificate is not trusted")),
+        ("signed by nobody we know", serde_json::json!({ "sslrootcert": nowhere }), Err("certificate is not trusted")),
+        ("believed", serde_json::json!({ "host": "127.0.0.1", "sslmode": "require", "sslrootcert": nowhere }), Ok(())),
+        ("no encryption", serde_json::json!({ "sslmode": "disable" }), Ok(())),
+    ] {
+        let found = open_with("public", &changes).ping().await;
+        match expected {
+            Ok(()) => assert!(found.is_ok(), "{what}: {found:?}"),
+            Err(why) => {
+                let error = found.expect_err(what);
+                assert!(error.to_string().contains(why), "{what}: {error}");
+            }
+        }
+    }
+}
