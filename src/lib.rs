@@ -23,6 +23,7 @@ pub mod project;
 pub mod record;
 pub mod run;
 pub mod runtime;
+pub mod secret;
 pub mod session;
 pub mod spool;
 pub mod state;

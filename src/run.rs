@@ -48,7 +48,7 @@ use crate::{
         totals::{RowHash, Totals},
     },
     runtime::Clock,
-    session,
+    secret, session,
     spool::{Scratch, Spool, SpoolWriter},
     state::Store,
     watermark::Window,
@@ -313,7 +313,8 @@ impl Conductor {
                     ErrorKind::Interrupted => Outcome::Interrupted,
                     _ => Outcome::Failed,
                 };
-                record.errors = error.problems().iter().map(|problem| problem.message.clone()).collect();
+                let messages = error.problems().iter().map(|problem| secret::scrubbed(&problem.message));
+                record.errors = messages.collect();
                 Some(error)
             }
         };

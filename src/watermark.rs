@@ -27,6 +27,11 @@ pub enum CursorValue {
 }
 
 impl CursorValue {
+    /// A point in time, without what is finer than microseconds.
+    pub fn instant(at: DateTime<Utc>) -> Self {
+        Self::Instant(chrono::SubsecRound::trunc_subsecs(at, 6))
+    }
+
     /// The word for its kind.
     pub fn kind(&self) -> &'static str {
         match self {

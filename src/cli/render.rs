@@ -1,7 +1,5 @@
 //! The only place that prints. Results go to stdout, everything else to stderr.
 
-#![expect(clippy::print_stderr, reason = "this is the place that prints")]
-
 use std::{
     collections::BTreeMap,
     io::IsTerminal,
@@ -39,6 +37,26 @@ macro_rules! say {
     }};
 }
 
+/// Prints a line to stderr, without secrets.
+macro_rules! tell {
+    ($($text:tt)*) => { eprintln!("{}", crate::secret::scrubbed(&format!($($text)*))) };
+}
+
+/// Stderr without secrets, for what is logged.
+struct Scrubbed;
+
+impl std::io::Write for Scrubbed {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let text = crate::secret::scrubbed(&String::from_utf8_lossy(bytes));
+        std::io::stderr().write_all(text.as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
 /// Prints for a person or for a machine.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Renderer {
@@ -63,7 +81,7 @@ impl Renderer {
         if level != LevelFilter::OFF {
             // Libraries are left out: they may tell addresses and values.
             let ours = Targets::new().with_target("floodmark", level);
-            let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+            let lines = tracing_subscriber::fmt::layer().with_writer(|| Scrubbed).with_target(false);
             let lines = if log_json {
                 lines.json().flatten_event(true).with_span_list(false).boxed()
             } else {
@@ -77,9 +95,9 @@ impl Renderer {
     /// The first signal has come.
     pub(super) fn stopping(self) {
         if self.log_json {
-            eprintln!("{}", json!({ "message": "stopping" }));
+            tell!("{}", json!({ "message": "stopping" }));
         } else {
-            eprintln!(
+            tell!(
                 "stopping; nothing is published unless it was already being committed (again to stop at once)"
             );
         }
@@ -89,11 +107,11 @@ impl Renderer {
     pub(super) fn error(&self, error: &Error) {
         if self.log_json {
             let problems: Vec<_> = error.problems().iter().map(problem_json).collect();
-            eprintln!("{}", json!({ "errors": problems }));
+            tell!("{}", json!({ "errors": problems }));
             return;
         }
         for problem in error.problems() {
-            eprintln!("{}", self.problem(problem, &Level::ERROR));
+            tell!("{}", self.problem(problem, &Level::ERROR));
         }
     }
 
@@ -120,7 +138,7 @@ impl Renderer {
     }
 
     fn warning(&self, problem: &Problem) {
-        eprintln!("{}", self.problem(problem, &Level::WARNING));
+        tell!("{}", self.problem(problem, &Level::WARNING));
     }
 
     pub(super) fn json(&self, value: &serde_json::Value) {
@@ -515,13 +533,11 @@ fn problem_json(problem: &Problem) -> serde_json::Value {
 /// A panic is a bug of ours: said as one, with a file that says where, for whoever mends it.
 pub(super) fn panic_hook(info: &PanicHookInfo<'_>) {
     let place = info.location().map(ToString::to_string).unwrap_or_default();
-    eprintln!("error: this is a bug in floodmark, at {place}");
-    eprintln!(
-        "  = note: releases are published whole or not at all: `floodmark state show` tells which were"
-    );
+    tell!("error: this is a bug in floodmark, at {place}");
+    tell!("  = note: releases are published whole or not at all: `floodmark state show` tells which were");
     match report(&place, info.payload_as_str().unwrap_or_default()) {
-        Ok(path) => eprintln!("  = hint: Report it with the file {}, which holds no data.", path.display()),
-        Err(error) => eprintln!("  = hint: Report it. No file about it could be written: {error}"),
+        Ok(path) => tell!("  = hint: Report it with the file {}, which holds no data.", path.display()),
+        Err(error) => tell!("  = hint: Report it. No file about it could be written: {error}"),
     }
 }
 
@@ -531,7 +547,7 @@ fn report(place: &str, message: &str) -> std::io::Result<PathBuf> {
     let mut file = tempfile::Builder::new().prefix("floodmark-bug-").suffix(".txt").tempfile()?;
     writeln!(file, "floodmark {} at {place}", env!("CARGO_PKG_VERSION"))?;
     // A message may quote a value.
-    writeln!(file, "{}\n", without_values(message))?;
+    writeln!(file, "{}\n", crate::secret::scrubbed(&without_values(message)))?;
     write!(file, "{}", std::backtrace::Backtrace::force_capture())?;
     let (_, path) = file.keep()?;
     Ok(path)

@@ -19,6 +19,7 @@ use crate::{
     job::JobFile,
     names::{is_name, is_output_name},
     runtime::Limits,
+    secret,
 };
 use yaml::{Document, Entry};
 
@@ -220,8 +221,19 @@ impl Project {
             if let (Some(object), None) = (values.as_object_mut(), file.options.get(option))
                 && let Some(value) = variable(&self.root, variable_name)
             {
-                let value = value.parse::<u64>().map_or_else(|_| value.clone().into(), serde_json::Value::from);
+                let value =
+                    value.parse::<u64>().map_or_else(|_| value.clone().into(), serde_json::Value::from);
                 object.insert((*option).to_owned(), value);
+            }
+        }
+        let schema = (file.connector.options)().to_value();
+        for (option, about) in
+            schema.pointer("/properties").and_then(serde_json::Value::as_object).into_iter().flatten()
+        {
+            if about.get(validate::SECRET) == Some(&true.into())
+                && let Some(value) = values.get(option).and_then(serde_json::Value::as_str)
+            {
+                secret::remember(value);
             }
         }
         (file.connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values }).map_err(at)
@@ -423,8 +435,9 @@ fn reference_value(reference: &str, root: &Path) -> Result<String> {
                 Some((name, default)) => (name, Some(default)),
                 None => (name, None),
             };
-            variable(root, name).or_else(|| default.map(str::to_owned)).ok_or_else(|| {
-                Error::configuration(format!("the variable `{name}` is not set"))
+            let set = variable(root, name).filter(|value| !value.is_empty());
+            set.or_else(|| default.map(str::to_owned)).ok_or_else(|| {
+                Error::configuration(format!("the variable `{name}` is not set, or is empty"))
                     .hint(format!("Set {name} in the environment or in the project's `.env`; for what is no secret, give a default: `${{env:{name}:-value}}`."))
             })
         }

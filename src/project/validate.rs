@@ -13,8 +13,11 @@ use std::sync::Arc;
 
 use serde_json::Value as Json;
 
-use super::yaml::{Document, Node, Value};
-use crate::error::{Place, Problem, nearest};
+use super::yaml::{Document, Entry, Node, Value};
+use crate::{
+    error::{Place, Problem, nearest},
+    secret,
+};
 
 /// All that is wrong with `document` as a `what` ("a job file").
 pub fn validate(document: &Document, schema: &schemars::Schema, what: &str) -> Vec<Problem> {
@@ -37,6 +40,9 @@ pub fn validate_node(
     };
     walk.problems.into_iter().map(remedy).collect()
 }
+
+/// The key by which a schema says that an option is a secret.
+pub const SECRET: &str = "x-secret";
 
 struct Walk<'a> {
     document: &'a Document,
@@ -154,12 +160,31 @@ impl<'a> Walk<'a> {
         self.problem(&node.span, problem);
     }
 
+    /// A secret is a reference; one that is written down is told to nobody, not even by showing its line.
+    fn secret(&mut self, entry: &Entry) {
+        let Some(written) = entry.node.text().filter(|text| !text.contains("${")) else { return };
+        secret::remember(written);
+        let before = self.document.file.text.get(..entry.key_span.start).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        self.problems.push(
+            Problem::new(format!(
+                "`{}` in {}, line {line}, is a secret, and stands there as it is",
+                entry.key, self.document.file.path
+            ))
+            .note("who reads the repository reads it; change it where it is valid")
+            .hint(format!("Write a reference: `{}: ${{env:NAME}}`, or `${{file:path}}`.", entry.key)),
+        );
+    }
+
     fn map(&mut self, node: &Node, schema: &'a Json, what: &str) {
         let none = serde_json::Map::new();
         let properties = schema.get("properties").and_then(Json::as_object);
         let known = properties.unwrap_or(&none);
         for entry in node.entries() {
             if let Some(property) = properties.and_then(|properties| properties.get(&entry.key)) {
+                if property.get(SECRET) == Some(&Json::Bool(true)) {
+                    self.secret(entry);
+                }
                 self.node(&entry.node, property, &format!("`{}`", entry.key));
                 continue;
             }

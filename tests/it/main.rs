@@ -4,6 +4,7 @@
 
 mod example;
 mod mistakes;
+mod postgres;
 mod support;
 mod targets;
 mod tidy;

@@ -15,14 +15,23 @@ fn answer(name: &str, arguments: &[&str], files: &[(&str, &str)]) {
 }
 
 fn answer_in(folder: &Folder, name: &str, arguments: &[&str]) {
-    answered(&mut folder.command(arguments), folder, name);
+    answered(&mut folder.command(arguments), folder, name, &[]);
 }
 
-fn answered(command: &mut Command, folder: &Folder, name: &str) -> String {
+/// What `command` tells, compared with its snapshot after replacing what differs from run to run.
+pub(crate) fn answered(
+    command: &mut Command,
+    folder: &Folder,
+    name: &str,
+    hidden: &[(&str, &str)],
+) -> String {
     let before = folder.published();
     let output = command.output().unwrap();
-    let stderr =
+    let mut stderr =
         String::from_utf8(output.stderr).unwrap().replace(folder.path().to_str().unwrap(), "[folder]");
+    for (varies, shown) in hidden {
+        stderr = stderr.replace(varies, shown);
+    }
     assert!(stderr.lines().count() <= SCREEN_LINES, "{name} does not fit a screen:\n{stderr}");
     assert!(!stderr.contains("panicked") && !stderr.contains("bug in floodmark"), "{name}: {stderr}");
     assert!(stderr.contains("hint"), "{name} has no remedy:\n{stderr}");
@@ -262,7 +271,7 @@ fn mistakes_on_the_command_line() {
         ("url_with_wrong_option", "FLOODMARK_CONN_LAKE", "sqlite:out/x.db?busy_timeout_ms=secret"),
     ] {
         let folder = Folder::with(&[]);
-        let told = answered(folder.command(&["run"]).env(variable, url), &folder, name);
+        let told = answered(folder.command(&["run"]).env(variable, url), &folder, name, &[]);
         assert!(!told.contains("secret"), "{told}");
     }
 }

@@ -35,8 +35,10 @@ pub fn postgres() -> &'static Postgres {
 impl Postgres {
     /// Does something in a session of the administrator, also for a test that is asynchronous itself.
     pub fn admin<T: Send>(&self, database: &str, work: impl FnOnce(&mut Client) -> T + Send) -> T {
-        let options =
-            format!("host=127.0.0.1 port={} user=admin password={} dbname={database}", self.port, self.password);
+        let options = format!(
+            "host=127.0.0.1 port={} user=admin password={} dbname={database}",
+            self.port, self.password
+        );
         std::thread::scope(|scope| {
             scope.spawn(|| work(&mut Client::connect(&options, NoTls).unwrap())).join().unwrap()
         })

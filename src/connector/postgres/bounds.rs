@@ -55,7 +55,8 @@ const OPEN: &str = "SELECT DISTINCT l.virtualtransaction FROM pg_locks AS l LEFT
     AND (l.pid IS NULL OR a.usesysid IS NOT NULL)";
 
 /// Those that have written to a table of this database; a writer locks the table before it takes a number for its row.
-const WRITING: &str = "SELECT DISTINCT virtualtransaction FROM pg_locks WHERE locktype = 'relation' AND granted
+const WRITING: &str =
+    "SELECT DISTINCT virtualtransaction FROM pg_locks WHERE locktype = 'relation' AND granted
     AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND relation >= 16384
     AND pid IS DISTINCT FROM pg_backend_pid()";
@@ -102,8 +103,7 @@ async fn look(this: &PostgresConnection) -> Result<(Session, Activity)> {
         .query_one(ACTIVITY, &[])
         .await
         .map_err(|error| this.error("look at the transactions of", &error))?;
-    let activity =
-        Activity { now: row.get(0), oldest: row.get(1), hidden: row.get(2), standby: row.get(3) };
+    let activity = Activity { now: row.get(0), oldest: row.get(1), hidden: row.get(2), standby: row.get(3) };
     Ok((session, activity))
 }
 
@@ -121,9 +121,9 @@ async fn end(
     let column = shape.column(first).ok_or_else(|| {
         Error::configuration(format!("source `{}`: there is no cursor column `{first}`", stream.name))
     })?;
-    let kind = column.cursor_type().ok_or_else(|| {
-        Error::bug(format!("source `{}`: the cursor `{first}` has no order", stream.name))
-    })?;
+    let kind = column
+        .cursor_type()
+        .ok_or_else(|| Error::bug(format!("source `{}`: the cursor `{first}` has no order", stream.name)))?;
     if activity.standby && cursor.overlap.is_none() {
         return Err(Error::configuration(format!(
             "source `{}`: connection `{}` is a standby, which does not know what is still being written on its primary",
@@ -142,7 +142,7 @@ async fn end(
         let latest = (oldest - margin).min(time.as_of);
         let value = match kind {
             ColumnType::Date(_) => CursorValue::Date(last_closed_day(latest, stream)?),
-            _ => CursorValue::Instant(latest),
+            _ => CursorValue::instant(latest),
         };
         return Ok((Some(Position::of(value)), Exactness::Margin));
     }
@@ -162,12 +162,7 @@ async fn end(
 }
 
 /// Waits until everybody whom `who` names now has ended.
-async fn settled(
-    this: &PostgresConnection,
-    session: &Session,
-    stream: &StreamSpec,
-    who: &str,
-) -> Result<()> {
+async fn settled(this: &PostgresConnection, session: &Session, stream: &StreamSpec, who: &str) -> Result<()> {
     let failed = |error: tokio_postgres::Error| this.error("look at the transactions of", &error);
     let list = async || -> Result<Vec<String>> {
         let rows = session.query(who, &[]).await.map_err(failed)?;

@@ -7,7 +7,7 @@ use std::{net::Ipv6Addr, sync::Arc};
 
 use arrow::{
     array::{
-        Array, ArrayRef, BinaryArray, BooleanArray, BooleanBufferBuilder, Date32Array, Decimal128Array,
+        ArrayRef, BinaryArray, BooleanArray, BooleanBufferBuilder, Date32Array, Decimal128Array,
         Decimal256Array, Float32Array, Float64Array, Int16Array, Int32Array, Int64Array,
         IntervalMonthDayNanoArray, ListArray, NullBufferBuilder, StringArray, StructArray,
         Time64MicrosecondArray, TimestampMicrosecondArray, UInt32Array, UInt64Array,
@@ -95,9 +95,15 @@ enum Data {
     F64(Vec<f64>),
     I128(Vec<i128>),
     I256(Vec<i256>),
-    Bytes { offsets: Vec<i32>, values: Vec<u8> },
+    Bytes {
+        offsets: Vec<i32>,
+        values: Vec<u8>,
+    },
     Interval(Vec<IntervalMonthDayNano>),
-    List { offsets: Vec<i32>, items: Box<Column> },
+    List {
+        offsets: Vec<i32>,
+        items: Box<Column>,
+    },
     Struct(Vec<Column>),
     /// Text from the server that our own rules read.
     Parsed(Box<ColumnBuilder>),
@@ -165,16 +171,6 @@ impl Column {
 
     fn len(&self) -> usize {
         self.valid.len()
-    }
-
-    /// Bytes that the values take, about.
-    pub(super) fn bytes(&self) -> usize {
-        match &self.data {
-            Data::Bytes { values, .. } => values.len(),
-            Data::List { items, .. } => items.bytes() + items.len() * 8,
-            Data::Struct(parts) => parts.iter().map(Self::bytes).sum(),
-            _ => 0,
-        }
     }
 
     /// Appends a value, or null.
@@ -535,70 +531,55 @@ impl<'a> Numeric<'a> {
         }
     }
 
-    /// The power of ten of the last group's unit, with `scale` decimals as the unit.
-    fn exponent(&self, scale: i8) -> i32 {
-        let groups = i32::try_from(self.digits().len()).unwrap_or(i32::MAX);
-        (self.weight - groups + 1) * 4 + i32::from(scale)
+    /// The value without its sign in units of the last of `scale` decimals, by steps of `value * factor + digits`; `None` if a step
+    /// has no room.
+    fn scaled<T>(
+        &self,
+        scale: i8,
+        zero: T,
+        step: impl Fn(T, u16, u16) -> Option<T>,
+    ) -> Result<Option<T>, Misfit> {
+        self.finite()?;
+        let mut value = Some(zero);
+        // The power of ten of the unit of each group.
+        let mut power = self.weight * 4 + i32::from(scale);
+        for group in self.digits() {
+            let behind = 10_u16.pow(power.clamp(-4, 0).unsigned_abs());
+            if group % behind != 0 {
+                return Err(Misfit(format!("has more than {scale} decimal places")));
+            }
+            value = value.and_then(|value| step(value, 10_000 / behind, group / behind));
+            power -= 4;
+        }
+        // Groups of zeros that the wire leaves out.
+        let left_out = if self.groups.is_empty() { 0 } else { power + 4 };
+        for _ in 0..left_out {
+            value = value.and_then(|value| step(value, 10, 0));
+        }
+        Ok(value)
     }
 
     fn decimal(&self, precision: u8, scale: i8) -> Result<i128, Misfit> {
-        self.finite()?;
-        let exponent = self.exponent(scale);
-        let exact = (|| {
-            let mut value = 0_i128;
-            for digit in self.digits() {
-                value = value.checked_mul(10_000)?.checked_add(digit.into())?;
-            }
-            let power = 10_i128.checked_pow(exponent.unsigned_abs())?;
-            if exponent >= 0 {
-                value.checked_mul(power)
-            } else if value % power == 0 {
-                Some(value / power)
-            } else {
-                None
-            }
-        })();
-        let limit = 10_i128.checked_pow(precision.into());
-        match (exact, limit) {
+        let value = self.scaled(scale, 0_i128, |value, factor, digits| {
+            value.checked_mul(factor.into())?.checked_add(digits.into())
+        })?;
+        match (value, 10_i128.checked_pow(precision.into())) {
             (Some(value), Some(limit)) if value < limit => Ok(if self.sign == 0 { value } else { -value }),
-            // Too many digits on the way, too many decimals, or too many digits at all: the wide path tells which.
-            _ => {
-                let wide = self.decimal256(precision, scale)?;
-                wide.to_i128().ok_or_else(|| Misfit(format!("has more than {precision} digits")))
-            }
+            _ => Err(Misfit(format!("has more than {precision} digits"))),
         }
     }
 
     fn decimal256(&self, precision: u8, scale: i8) -> Result<i256, Misfit> {
-        self.finite()?;
-        let many = || Misfit(format!("has more than {precision} digits"));
-        let exponent = self.exponent(scale);
-        // Groups behind the scale: the last one's zeros are dropped, anything else there is lost.
-        let mut value = i256::ZERO;
-        let ten = i256::from_i128(10);
-        for digit in self.digits() {
-            value = value
-                .checked_mul(i256::from_i128(10_000))
-                .and_then(|value| value.checked_add(i256::from_i128(digit.into())))
-                .ok_or_else(|| if exponent < -3 { decimals(scale) } else { many() })?;
-        }
-        for _ in 0..exponent.unsigned_abs() {
-            if value == i256::ZERO {
-                break;
+        let wide = |value: u16| i256::from_i128(value.into());
+        let value = self.scaled(scale, i256::ZERO, |value, factor, digits| {
+            value.checked_mul(wide(factor))?.checked_add(wide(digits))
+        })?;
+        match (value, wide(10).checked_pow(precision.into())) {
+            (Some(value), Some(limit)) if value < limit => {
+                Ok(if self.sign == 0 { value } else { value.wrapping_neg() })
             }
-            if exponent > 0 {
-                value = value.checked_mul(ten).ok_or_else(many)?;
-            } else if value.checked_rem(ten) == Some(i256::ZERO) {
-                value = value.checked_div(ten).ok_or_else(many)?;
-            } else {
-                return Err(decimals(scale));
-            }
+            _ => Err(Misfit(format!("has more than {precision} digits"))),
         }
-        let limit = ten.checked_pow(precision.into()).ok_or_else(many)?;
-        if value >= limit {
-            return Err(many());
-        }
-        Ok(if self.sign == 0 { value } else { value.wrapping_neg() })
     }
 
     /// The exact text, as the server would write it.
@@ -639,10 +620,6 @@ impl<'a> Numeric<'a> {
         }
         Ok(text)
     }
-}
-
-fn decimals(scale: i8) -> Misfit {
-    Misfit(format!("has more than {scale} decimal places"))
 }
 
 /// A value as text: for types that we keep as text, and for rows that are set aside.

@@ -5,7 +5,8 @@
 
 use arrow::{
     array::{
-        Array, ArrayRef, AsArray, BinaryArray, BooleanArray, Decimal128Array, Decimal256Array, RecordBatch, StringArray,
+        Array, ArrayRef, AsArray, BinaryArray, BooleanArray, Decimal128Array, Decimal256Array, RecordBatch,
+        StringArray,
     },
     compute::cast,
     datatypes::{
@@ -92,7 +93,9 @@ impl Values {
             DataType::Utf8 => Self::Text(array.as_string().clone()),
             DataType::LargeUtf8 | DataType::Utf8View => Self::Text(to(DataType::Utf8)?.as_string().clone()),
             DataType::Binary => Self::Binary(array.as_binary().clone()),
-            DataType::LargeBinary | DataType::BinaryView => Self::Binary(to(DataType::Binary)?.as_binary().clone()),
+            DataType::LargeBinary | DataType::BinaryView => {
+                Self::Binary(to(DataType::Binary)?.as_binary().clone())
+            }
             DataType::Date32 => Self::Date(same()),
             DataType::Time64(TimeUnit::Microsecond) => Self::Time(same()),
             DataType::Timestamp(TimeUnit::Microsecond, _) => Self::Timestamp(same()),
@@ -177,7 +180,9 @@ impl Values {
                 let micros = array.as_primitive::<TimestampMicrosecondType>().value(row);
                 out.put_i32(8);
                 match micros.checked_sub(EPOCH_MICROS) {
-                    Some(micros @ -211_813_488_000_000_000..=9_223_371_331_199_999_999) => out.put_i64(micros),
+                    Some(micros @ -211_813_488_000_000_000..=9_223_371_331_199_999_999) => {
+                        out.put_i64(micros);
+                    }
                     _ => return Err(FAR),
                 }
             }
@@ -217,7 +222,8 @@ fn number(negative: bool, digits: &str, scale: usize, out: &mut BytesMut) {
     let whole = digits.len().saturating_sub(scale);
     let in_front = (4 - whole % 4) % 4 + scale.saturating_sub(digits.len());
     let behind = (4 - scale % 4) % 4;
-    let padded = std::iter::repeat_n(b'0', in_front).chain(digits.bytes()).chain(std::iter::repeat_n(b'0', behind));
+    let padded =
+        std::iter::repeat_n(b'0', in_front).chain(digits.bytes()).chain(std::iter::repeat_n(b'0', behind));
     let mut groups: Vec<u16> = Vec::with_capacity(20);
     for (index, digit) in padded.enumerate() {
         let digit = u16::from(digit - b'0');
@@ -245,13 +251,10 @@ fn number(negative: bool, digits: &str, scale: usize, out: &mut BytesMut) {
 /// Writes the rows of `batch`; `row` is the number of its first one, from 1.
 pub(super) fn rows(output: &str, batch: &RecordBatch, row: u64, out: &mut BytesMut) -> Result<()> {
     let schema = batch.schema();
-    let columns = batch
-        .columns()
-        .iter()
-        .map(Values::of)
-        .collect::<Result<Vec<_>>>()?;
-    let count = i16::try_from(columns.len())
-        .map_err(|_| Error::configuration(format!("output `{output}` has more columns than PostgreSQL holds")))?;
+    let columns = batch.columns().iter().map(Values::of).collect::<Result<Vec<_>>>()?;
+    let count = i16::try_from(columns.len()).map_err(|_| {
+        Error::configuration(format!("output `{output}` has more columns than PostgreSQL holds"))
+    })?;
     for index in 0..batch.num_rows() {
         out.put_i16(count);
         for (column, field) in columns.iter().zip(schema.fields()) {
@@ -295,7 +298,8 @@ fn literal(array: &dyn Array, row: usize) -> Result<String, &'static str> {
             }
         }
         DataType::Time64(TimeUnit::Microsecond) => {
-            let time = time64us_to_time(array.as_primitive::<Time64MicrosecondType>().value(row)).ok_or(FAR)?;
+            let time =
+                time64us_to_time(array.as_primitive::<Time64MicrosecondType>().value(row)).ok_or(FAR)?;
             time.format("%H:%M:%S%.6f").to_string()
         }
         DataType::Interval(IntervalUnit::MonthDayNano) => {
@@ -378,7 +382,11 @@ fn part(array: &ArrayRef, field: &Field, row: usize) -> Result<Option<String>, &
 fn era(day: chrono::NaiveDate, format: &str) -> String {
     use chrono::Datelike;
     if day.year() > 0 {
-        return if day.year() > 9999 { day.format(&format.replace("%Y", &day.year().to_string())).to_string() } else { day.format(format).to_string() };
+        return if day.year() > 9999 {
+            day.format(&format.replace("%Y", &day.year().to_string())).to_string()
+        } else {
+            day.format(format).to_string()
+        };
     }
     format!("{:04}-{:02}-{:02} BC", 1 - day.year(), day.month(), day.day())
 }

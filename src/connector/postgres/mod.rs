@@ -213,10 +213,10 @@ impl PostgresConnection {
             }
             mode => {
                 let roots = self.options.sslrootcert.as_ref().map(|path| self.base.join(path));
-                let tls = tls::connector(mode == TlsMode::VerifyFull, roots.as_deref())
-                    .map_err(|error| error.while_doing(format!("connection `{}`: cannot prepare TLS", self.name)))?;
-                let (client, driver) =
-                    config.connect(tls).await.map_err(|error| self.unreachable(&error))?;
+                let tls = tls::connector(mode == TlsMode::VerifyFull, roots.as_deref()).map_err(|error| {
+                    error.while_doing(format!("connection `{}`: cannot prepare TLS", self.name))
+                })?;
+                let (client, driver) = config.connect(tls).await.map_err(|error| self.unreachable(&error))?;
                 Session { client, _driver: runtime::spawn(async move { drop(driver.await) }) }
             }
         };
@@ -281,9 +281,8 @@ impl PostgresConnection {
 
     /// An error of the server as one for people. What it says of values is left out.
     fn error(&self, doing: &str, error: &tokio_postgres::Error) -> Error {
-        let this = |kind| {
-            Error::new(kind, format!("connection `{}`: cannot {doing} `{}`", self.name, self.place()))
-        };
+        let this =
+            |kind| Error::new(kind, format!("connection `{}`: cannot {doing} `{}`", self.name, self.place()));
         let Some(server) = error.as_db_error() else {
             return this(ErrorKind::Temporary)
                 .note(causes(error))

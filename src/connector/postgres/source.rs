@@ -188,9 +188,7 @@ impl ColumnShape {
             (None, None) => (ReadAs::Wire(Wire::Text, Some("text")), type_name),
         };
         let read = match (read, zone) {
-            (ReadAs::Wire(Wire::Timestamp, cast), Some(zone)) => {
-                ReadAs::Wire(Wire::TimestampIn(zone), cast)
-            }
+            (ReadAs::Wire(Wire::Timestamp, cast), Some(zone)) => ReadAs::Wire(Wire::TimestampIn(zone), cast),
             (ReadAs::Text(column), Some(_)) => ReadAs::Text(effective(column, stream)),
             (read, _) => read,
         };
@@ -253,7 +251,9 @@ impl ColumnShape {
     fn cursor_value(&self, value: &[u8]) -> Result<CursorValue, Misfit> {
         let torn = || Misfit("cannot be read as a cursor".to_owned());
         let ReadAs::Wire(wire, _) = &self.read else {
-            return std::str::from_utf8(value).map(|text| CursorValue::Text(text.to_owned())).map_err(|_| torn());
+            return std::str::from_utf8(value)
+                .map(|text| CursorValue::Text(text.to_owned()))
+                .map_err(|_| torn());
         };
         let mut one = Column::new(wire.clone(), 1);
         one.append(Some(value))?;
@@ -380,7 +380,6 @@ pub(super) async fn discover(this: &PostgresConnection) -> Result<Vec<CatalogTab
 /// One scan: the columns that are built, those that only place a row, and what is counted.
 struct Reader<'a> {
     scan: &'a Scan,
-    shape: &'a Shape,
     tap: &'a Tap,
     /// The columns that are given, as they are selected.
     given: Vec<&'a ColumnShape>,
@@ -462,9 +461,14 @@ async fn read(
         let mut bytes = Bytes(whole);
         if !begun {
             let mut head = bytes;
-            if let (Some(signature), Some(_), Some(more)) = (head.take(SIGNATURE.len()), head.i32(), head.i32()) {
+            if let (Some(signature), Some(_), Some(more)) =
+                (head.take(SIGNATURE.len()), head.i32(), head.i32())
+            {
                 if signature != SIGNATURE {
-                    return Err(Error::failed(format!("connection `{}` does not answer as PostgreSQL does", this.name)));
+                    return Err(Error::failed(format!(
+                        "connection `{}` does not answer as PostgreSQL does",
+                        this.name
+                    )));
                 }
                 if head.take(usize::try_from(more).unwrap_or_default()).is_some() {
                     (bytes, begun) = (head, true);
@@ -554,7 +558,6 @@ impl<'a> Reader<'a> {
         let place = (shape.is_table && wants_place).then_some(given.len() + cursor.len());
         Ok(Self {
             scan,
-            shape,
             tap,
             given,
             columns,
@@ -602,10 +605,15 @@ impl<'a> Reader<'a> {
             Read::Table(table) => format!("{} {table}", this.name),
             _ => format!("{} {}", this.name, self.scan.stream.name),
         };
-        let place = self.place.and_then(|index| self.field(row, index)).and_then(|tid| tid.split_at_checked(4));
+        let place =
+            self.place.and_then(|index| self.field(row, index)).and_then(|tid| tid.split_at_checked(4));
         match place {
             Some(([a, b, c, d], [e, f])) => {
-                format!("{name} ctid ({},{})", u32::from_be_bytes([*a, *b, *c, *d]), u16::from_be_bytes([*e, *f]))
+                format!(
+                    "{name} ctid ({},{})",
+                    u32::from_be_bytes([*a, *b, *c, *d]),
+                    u16::from_be_bytes([*e, *f])
+                )
             }
             _ => format!("{name} row {}", self.number),
         }

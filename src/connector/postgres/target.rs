@@ -87,12 +87,15 @@ impl Target for Arc<PostgresConnection> {
             let mut rows = std::pin::pin!(rows.chunks(runtime::BATCH_ROWS));
             while let Some(rows) = rows.next().await {
                 let rows = rows.into_iter().collect::<Result<Vec<_>, _>>().map_err(failed)?;
-                let seqs: ArrayRef = Arc::new(rows.iter().map(|row| row.get::<_, i64>(0)).collect::<Int64Array>());
+                let seqs: ArrayRef =
+                    Arc::new(rows.iter().map(|row| row.get::<_, i64>(0)).collect::<Int64Array>());
                 let texts = (1..=5).map(|index| {
-                    let texts: StringArray = rows.iter().map(|row| Some(row.get::<_, String>(index))).collect();
+                    let texts: StringArray =
+                        rows.iter().map(|row| Some(row.get::<_, String>(index))).collect();
                     Arc::new(texts) as ArrayRef
                 });
-                let batch = RecordBatch::try_new(quarantined_schema(), [seqs].into_iter().chain(texts).collect())?;
+                let batch =
+                    RecordBatch::try_new(quarantined_schema(), [seqs].into_iter().chain(texts).collect())?;
                 if !out.send(batch).await {
                     break;
                 }
@@ -295,7 +298,11 @@ impl Stage {
     }
 
     fn matches(&self) -> Result<String> {
-        let parts = self.output.key.iter().map(|column| Ok(format!("t.{} = {}", quoted(column)?, self.value(column)?)));
+        let parts = self
+            .output
+            .key
+            .iter()
+            .map(|column| Ok(format!("t.{} = {}", quoted(column)?, self.value(column)?)));
         Ok(parts.collect::<Result<Vec<_>>>()?.join(" AND "))
     }
 
@@ -315,9 +322,10 @@ impl Stage {
 
     /// A condition on the output's row `t`: its range is one of this run's.
     fn in_ranges(&self) -> Result<String> {
-        let parts = self.output.range.iter().map(|column| {
-            Ok(format!("t.{} IS NOT DISTINCT FROM {}", quoted(column)?, self.value(column)?))
-        });
+        let parts =
+            self.output.range.iter().map(|column| {
+                Ok(format!("t.{} IS NOT DISTINCT FROM {}", quoted(column)?, self.value(column)?))
+            });
         let same = parts.collect::<Result<Vec<_>>>()?.join(" AND ");
         let mut condition = format!("EXISTS (SELECT 1 FROM {} AS s WHERE {same})", self.table);
         if let Some(column) = self.output.range.first().filter(|_| !self.output.named_ranges.is_empty()) {
@@ -382,7 +390,9 @@ impl PostgresLoad {
         sink.send(frame.freeze()).await.map_err(failed)?;
         let copied = sink.finish().await.map_err(failed)?;
         if copied != count {
-            return Err(Error::failed(format!("output `{output}`: {count} rows were sent, and the server has {copied}")));
+            return Err(Error::failed(format!(
+                "output `{output}`: {count} rows were sent, and the server has {copied}"
+            )));
         }
         self.session.batch_execute(&format!("ANALYZE {table}")).await.map_err(failed)?;
         Ok(count)
@@ -426,7 +436,9 @@ impl Load for PostgresLoad {
         }
         match session.batch_execute("COMMIT").await {
             Ok(()) => CommitOutcome::Committed,
-            Err(error) if error.as_db_error().is_some() => CommitOutcome::Rejected(this.error("commit to", &error)),
+            Err(error) if error.as_db_error().is_some() => {
+                CommitOutcome::Rejected(this.error("commit to", &error))
+            }
             Err(error) => self.settle(this.error("commit to", &error)).await,
         }
     }
@@ -471,7 +483,9 @@ impl PostgresLoad {
         }
         let last = last_record(this, session, job).await?;
         let next = last.as_ref().map_or(1, |last| last.seq + 1);
-        if next != self.attempt.seq || last.as_ref().is_some_and(|last| last.incarnation != record.incarnation) {
+        if next != self.attempt.seq
+            || last.as_ref().is_some_and(|last| last.incarnation != record.incarnation)
+        {
             return Err(Error::temporary(format!("another run of `{job}` committed first"))
                 .hint("Nothing of this run was published. Run again: it starts where the other ended."));
         }
@@ -503,7 +517,8 @@ impl PostgresLoad {
              WHERE floodmark_state.seq = excluded.seq - 1",
             text(&record.committed_at)
         );
-        let changed = session.execute(&state, &[&job.project, &job.job, &seq, &json]).await.map_err(failed)?;
+        let changed =
+            session.execute(&state, &[&job.project, &job.job, &seq, &json]).await.map_err(failed)?;
         if changed != 1 {
             return Err(Error::temporary(format!("another run of `{job}` committed first")));
         }
@@ -518,17 +533,26 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
     let counted = async |sql: String| count(this, session, &sql).await;
     if output.mode == Mode::Merge {
         let key = quoted_list(output.key.iter().map(String::as_str))?;
-        let nulls =
-            output.key.iter().map(|column| Ok(format!("{} IS NULL", quoted(column)?))).collect::<Result<Vec<_>>>()?;
+        let nulls = output
+            .key
+            .iter()
+            .map(|column| Ok(format!("{} IS NULL", quoted(column)?)))
+            .collect::<Result<Vec<_>>>()?;
         let null_keys = counted(format!("SELECT count(*) FROM {table} WHERE {}", nulls.join(" OR "))).await?;
-        let twice =
-            counted(format!("SELECT count(*) FROM (SELECT 1 FROM {table} GROUP BY {key} HAVING count(*) > 1) AS k"))
-                .await?;
+        let twice = counted(format!(
+            "SELECT count(*) FROM (SELECT 1 FROM {table} GROUP BY {key} HAVING count(*) > 1) AS k"
+        ))
+        .await?;
         refuse_keys(output, null_keys, twice)?;
     }
     fits(this, session, stage).await?;
     if stage.current.is_none() {
-        return Ok(Staged { rows: staged_rows, inserted: staged_rows, rows_after: staged_rows, ..Staged::default() });
+        return Ok(Staged {
+            rows: staged_rows,
+            inserted: staged_rows,
+            rows_after: staged_rows,
+            ..Staged::default()
+        });
     }
     let name = table_name(&output.name)?;
     let before = counted(format!("SELECT count(*) FROM {name}")).await?;
@@ -536,7 +560,8 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
     match output.mode {
         Mode::Append if !output.rebuild => staged.inserted = staged_rows,
         Mode::ReplaceRange if !output.rebuild => {
-            staged.deleted = counted(format!("SELECT count(*) FROM {name} AS t WHERE {}", stage.in_ranges()?)).await?;
+            staged.deleted =
+                counted(format!("SELECT count(*) FROM {name} AS t WHERE {}", stage.in_ranges()?)).await?;
             staged.inserted = staged_rows;
         }
         Mode::Merge if !output.rebuild => {
@@ -545,7 +570,8 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
             let sql = format!(
                 "SELECT count(*), count(*) FILTER (WHERE {changed}) FROM {table} AS s JOIN {name} AS t ON {on}"
             );
-            let row = session.query_one(&sql, &[]).await.map_err(|error| this.error("compare with", &error))?;
+            let row =
+                session.query_one(&sql, &[]).await.map_err(|error| this.error("compare with", &error))?;
             let number = |index: usize| u64::try_from(row.get::<_, i64>(index)).unwrap_or_default();
             let matched = number(0);
             staged.updated = number(1);
@@ -627,16 +653,23 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
             for field in stage.schema.fields() {
                 let column = quoted(field.name())?;
                 if current.column(field.name()).is_none() {
-                    execute(format!("ALTER TABLE {name} ADD COLUMN {column} {}", declaration(field)?)).await?;
+                    execute(format!("ALTER TABLE {name} ADD COLUMN {column} {}", declaration(field)?))
+                        .await?;
                 } else if stage.kept_as(field.name()).is_none() {
-                    execute(format!("ALTER TABLE {name} ALTER COLUMN {column} TYPE {}", declaration(field)?)).await?;
+                    execute(format!("ALTER TABLE {name} ALTER COLUMN {column} TYPE {}", declaration(field)?))
+                        .await?;
                 }
             }
         }
     }
     let columns = quoted_list(stage.model.fields().iter().map(|field| field.name().as_str()))?;
-    let values =
-        stage.model.fields().iter().map(|field| stage.value(field.name())).collect::<Result<Vec<_>>>()?.join(", ");
+    let values = stage
+        .model
+        .fields()
+        .iter()
+        .map(|field| stage.value(field.name()))
+        .collect::<Result<Vec<_>>>()?
+        .join(", ");
     let table = &stage.table;
     let run = async |sql: String| session.execute(&sql, &[]).await.map_err(failed);
     let (mut deleted, mut updated) = (0, 0);
@@ -651,7 +684,9 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
                     .map(|column| Ok(format!("{} = {}", quoted(column)?, stage.value(column)?)))
                     .collect::<Result<Vec<_>>>()?
                     .join(", ");
-                updated = run(format!("UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({changes})")).await?;
+                updated =
+                    run(format!("UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({changes})"))
+                        .await?;
             }
             run(format!(
                 "INSERT INTO {name} ({columns}) SELECT {values} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on})"

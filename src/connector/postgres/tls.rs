@@ -38,7 +38,8 @@ fn authorities(roots: Option<&Path>) -> Result<RootCertStore> {
                     .note(why)
                     .hint("`sslrootcert` names a PEM file with the authorities to trust.")
             };
-            let certificates = CertificateDer::pem_file_iter(path).map_err(|error| unusable(error.to_string()))?;
+            let certificates =
+                CertificateDer::pem_file_iter(path).map_err(|error| unusable(error.to_string()))?;
             for certificate in certificates {
                 let certificate = certificate.map_err(|error| unusable(error.to_string()))?;
                 store.add(certificate).map_err(|error| unusable(error.to_string()))?;

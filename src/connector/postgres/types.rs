@@ -34,13 +34,21 @@ pub(super) enum Wire {
     Float4,
     Float8,
     /// A number of base 10000 into a decimal of this shape.
-    Decimal { precision: u8, scale: i8 },
+    Decimal {
+        precision: u8,
+        scale: i8,
+    },
     /// The same with 256 bits.
-    Decimal256 { precision: u8, scale: i8 },
+    Decimal256 {
+        precision: u8,
+        scale: i8,
+    },
     /// The same as its exact text: no shape was declared.
     NumericText,
     /// Minor units.
-    Money { scale: i8 },
+    Money {
+        scale: i8,
+    },
     /// Bytes that are text.
     Text,
     /// A version byte, then text.
@@ -112,7 +120,9 @@ impl Wire {
             Self::Time => DataType::Time64(TimeUnit::Microsecond),
             Self::TimeTz => DataType::Struct(timetz_fields()),
             Self::Timestamp => DataType::Timestamp(TimeUnit::Microsecond, None),
-            Self::TimestampTz | Self::TimestampIn(_) => DataType::Timestamp(TimeUnit::Microsecond, Some(UTC.into())),
+            Self::TimestampTz | Self::TimestampIn(_) => {
+                DataType::Timestamp(TimeUnit::Microsecond, Some(UTC.into()))
+            }
             Self::Interval => DataType::Interval(IntervalUnit::MonthDayNano),
             Self::List(element) => DataType::List(Arc::new(element.field())),
             Self::Struct(attributes) => DataType::Struct(attributes.iter().map(Attribute::field).collect()),
@@ -154,7 +164,9 @@ fn numeric(modifier: i32) -> Wire {
         (precision, scale)
     };
     match (u8::try_from(precision), i8::try_from(scale)) {
-        (Ok(precision), Ok(scale)) if precision <= DECIMAL128_MAX_PRECISION => Wire::Decimal { precision, scale },
+        (Ok(precision), Ok(scale)) if precision <= DECIMAL128_MAX_PRECISION => {
+            Wire::Decimal { precision, scale }
+        }
         (Ok(precision), Ok(scale)) if precision <= DECIMAL256_MAX_PRECISION => {
             Wire::Decimal256 { precision, scale }
         }

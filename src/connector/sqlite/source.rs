@@ -270,7 +270,7 @@ fn bounds(this: &SqliteConnection, streams: &[StreamSpec], since: &Marks, time: 
         let latest = (time.now - chrono::TimeDelta::milliseconds(MARGIN_MS)).min(time.as_of);
         let (hi, exactness) = match column {
             Some(ColumnType::TimestampTz(_)) => {
-                (Some(Position::of(CursorValue::Instant(latest))), Exactness::Margin)
+                (Some(Position::of(CursorValue::instant(latest))), Exactness::Margin)
             }
             Some(ColumnType::Date(_)) => {
                 (Some(Position::of(CursorValue::Date(last_closed_day(latest, stream)?))), Exactness::Margin)

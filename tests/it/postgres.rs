@@ -1,0 +1,283 @@
+//! Jobs on a real PostgreSQL: the binary as users meet it.
+
+use std::process::Command;
+
+use crate::{mistakes::answered, support::Folder};
+
+#[path = "../services/mod.rs"]
+#[expect(unreachable_pub, reason = "shared with the unit tests")]
+mod services;
+
+use services::{Schema, postgres};
+
+/// A project that merges what changed in `orders` of one schema into `dw.orders` of another, and into Parquet.
+struct Shop {
+    folder: Folder,
+    from: Schema,
+    to: Schema,
+}
+
+const CONNECTIONS: &str = "erp:
+  kind: postgres
+  host: localhost
+  port: PORT
+  database: postgres
+  user: admin
+  password: ${env:ERP_PASSWORD}
+  sslrootcert: CA
+  schema: FROM
+  bound_margin_ms: 0
+  lock_timeout_ms: 500
+dw:
+  kind: postgres
+  host: localhost
+  port: PORT
+  database: postgres
+  user: admin
+  password: ${env:ERP_PASSWORD}
+  sslrootcert: CA
+  schema: TO
+  lock_timeout_ms: 500
+lake: { kind: files, root: out }
+";
+
+const JOB: &str = "job: load
+sources:
+  orders: { connection: erp, table: orders, incremental: { cursor: changed_at }, totals: { sum: [amount] } }
+models:
+  clean:
+checks:
+  clean:
+    - not_null: [customer]
+    - { expression: \"amount >= 0\", on_fail: quarantine }
+target:
+  connection: dw
+  outputs:
+    orders: { from: clean, mode: merge, key: [id] }
+";
+
+impl Shop {
+    fn new() -> Self {
+        let (from, to) = (Schema::new(), Schema::new());
+        from.execute(
+            "CREATE TABLE orders (id bigint PRIMARY KEY, customer text, amount numeric(18,2), tags text[], changed_at timestamptz NOT NULL DEFAULT now());
+             INSERT INTO orders VALUES (1, 'ada', 1.50, '{a,b}'), (2, 'grace', 2.25, NULL), (3, 'edsger', -1, '{}')",
+        );
+        let folder = Folder::with(&[
+            ("jobs/load.yaml", JOB),
+            ("sql/mappings/load/clean.sql", "SELECT id, customer, amount, tags FROM orders\n"),
+        ]);
+        let shop = Self { folder, from, to };
+        shop.connect(CONNECTIONS);
+        shop
+    }
+
+    fn connect(&self, connections: &str) {
+        let server = postgres();
+        let text = connections
+            .replace("PORT", &server.port.to_string())
+            .replace("CA", &server.authority)
+            .replace("FROM", &self.from.name)
+            .replace("TO", &self.to.name);
+        self.folder.write("connections.yaml", text.as_bytes());
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.folder.command(arguments);
+        command.env("ERP_PASSWORD", &postgres().password);
+        command
+    }
+
+    /// Runs, and gives the exit code and the job's document.
+    fn run(&self, arguments: &[&str]) -> (i32, serde_json::Value) {
+        let output = self.command(&[&["run", "--output", "json"], arguments].concat()).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!text.contains(&postgres().password) && !told.contains(&postgres().password), "P18");
+        println!("{text}{told}");
+        (output.status.code().unwrap(), serde_json::from_str(text.lines().next().unwrap_or("null")).unwrap())
+    }
+
+    /// One value of the target.
+    fn holds(&self, sql: &str) -> String {
+        self.to.with(|client| client.query_one(&format!("SELECT ({sql})::text"), &[]).unwrap().get(0))
+    }
+
+    /// What a mistake is told as, without what differs from run to run.
+    fn mistake(&self, command: &mut Command, name: &str) -> String {
+        let server = postgres();
+        let port = server.port.to_string();
+        let hidden = [
+            (port.as_str(), "[port]"),
+            (self.from.name.as_str(), "[from]"),
+            (self.to.name.as_str(), "[to]"),
+            (server.authority.as_str(), "[ca.pem]"),
+        ];
+        let told = answered(command, &self.folder, name, &hidden);
+        assert!(!told.contains(&server.password), "P18: {told}");
+        told
+    }
+}
+
+#[test]
+fn only_what_changed_moves_and_nothing_twice() {
+    let shop = Shop::new();
+    let (code, first) = shop.run(&[]);
+    assert_eq!(code, 0);
+    assert_eq!(first["outputs"]["orders"]["inserted"], 2);
+    assert_eq!(first["quarantined"], 1);
+    assert_eq!(first["sources"]["orders"]["counts"]["extracted"], 3);
+    assert_eq!(shop.holds("SELECT sum(amount) FROM orders"), "3.75");
+    assert_eq!(shop.holds("SELECT string_agg(tags::text, ';' ORDER BY id) FROM orders"), "{a,b}");
+
+    let (code, again) = shop.run(&[]);
+    assert_eq!((code, again["outcome"].as_str()), (0, Some("nothing_new")));
+    assert_eq!(again["sources"]["orders"]["counts"]["extracted"], 0);
+
+    shop.from.execute(
+        "UPDATE orders SET amount = 2.50, changed_at = now() WHERE id = 2; UPDATE orders SET changed_at = now() WHERE id = 1;
+         INSERT INTO orders VALUES (4, 'barbara', 4)",
+    );
+    let (code, changed) = shop.run(&[]);
+    assert_eq!(code, 0);
+    let counts =
+        ["inserted", "updated", "unchanged"].map(|count| changed["outputs"]["orders"][count].clone());
+    assert_eq!(counts, [1, 1, 1]);
+    assert_eq!(shop.holds("SELECT sum(amount) FROM orders"), "8.00");
+    assert_eq!(shop.holds("SELECT max(seq) FROM floodmark_log"), changed["seq"].to_string());
+
+    // The local store is a cache: the target remembers.
+    std::fs::remove_dir_all(shop.folder.path().join(".floodmark")).unwrap();
+    let (code, again) = shop.run(&[]);
+    assert_eq!((code, again["outcome"].as_str()), (0, Some("nothing_new")));
+    let listed = shop.command(&["quarantine", "list", "--output", "json"]).output().unwrap();
+    assert!(String::from_utf8(listed.stdout).unwrap().contains("amount"));
+}
+
+#[test]
+fn a_refused_run_leaves_the_target_as_it_was() {
+    let shop = Shop::new();
+    assert_eq!(shop.run(&[]).0, 0);
+    let before = shop.holds("SELECT json_agg(o ORDER BY id) FROM orders AS o");
+    shop.from.execute("INSERT INTO orders VALUES (5, NULL, 5), (6, 'x', 6)");
+    assert_eq!(shop.run(&[]).0, 3);
+    assert_eq!(shop.holds("SELECT json_agg(o ORDER BY id) FROM orders AS o"), before);
+    shop.from.execute("UPDATE orders SET customer = 'mended' WHERE id = 5");
+    let (code, mended) = shop.run(&[]);
+    assert_eq!((code, &mended["outputs"]["orders"]["inserted"]), (0, &serde_json::json!(2)));
+}
+
+#[test]
+fn a_table_becomes_parquet_and_comes_back() {
+    let shop = Shop::new();
+    let copy = JOB.replace("connection: dw", "connection: lake");
+    shop.folder.write("jobs/load.yaml", copy.as_bytes());
+    assert_eq!(shop.run(&[]).0, 0);
+    shop.folder.write(
+        "jobs/load.yaml",
+        JOB.replace(
+            "connection: erp, table: orders, incremental: { cursor: changed_at }",
+            "connection: lake, table: orders",
+        )
+        .as_bytes(),
+    );
+    let (code, back) = shop.run(&[]);
+    assert_eq!((code, &back["outputs"]["orders"]["inserted"]), (0, &serde_json::json!(2)));
+    assert_eq!(shop.holds("SELECT sum(amount) FROM orders"), "3.75");
+}
+
+#[test]
+fn mistakes_with_a_server() {
+    let shop = Shop::new();
+    let run = || shop.command(&["run"]);
+    shop.mistake(run().env("ERP_PASSWORD", "wrong-password"), "postgres_wrong_password");
+    let changed = |from: &str, to: &str| {
+        assert!(CONNECTIONS.contains(from));
+        shop.connect(&CONNECTIONS.replace(from, to));
+    };
+    for (name, from, to) in [
+        ("postgres_unknown_host", "host: localhost", "host: nowhere.invalid"),
+        ("postgres_nobody_answers", "port: PORT", "port: 1"),
+        ("postgres_untrusted", "  sslrootcert: CA\n", ""),
+        ("postgres_another_name", "host: localhost", "host: 127.0.0.1"),
+        ("postgres_unknown_database", "database: postgres", "database: erp"),
+        ("postgres_no_certificates", "sslrootcert: CA", "sslrootcert: floodmark.yaml"),
+        ("postgres_unknown_sslmode", "host: localhost", "host: localhost\n  sslmode: verify-ful"),
+        ("postgres_without_user", "  user: admin\n", ""),
+        ("postgres_without_password", "  password: ${env:ERP_PASSWORD}\n", ""),
+        ("postgres_literal_password", "${env:ERP_PASSWORD}", "hunter2-hunter2"),
+    ] {
+        changed(from, to);
+        let told = shop.mistake(&mut run(), name);
+        assert!(!told.contains("hunter2"), "{told}");
+    }
+    shop.connect(CONNECTIONS);
+    for (name, from, to) in [
+        ("postgres_unknown_table", "table: orders", "table: order"),
+        ("postgres_unknown_cursor", "cursor: changed_at", "cursor: updated_at"),
+        ("postgres_files_of_a_database", "table: orders", "file: orders.csv"),
+        ("postgres_mistake_in_query", "table: orders", "query: sql/orders.sql"),
+    ] {
+        shop.folder.write("jobs/load.yaml", JOB.replace(from, to).as_bytes());
+        shop.folder.write(
+            "sql/orders.sql",
+            b"SELECT id, customer, amount, tags,\n       changd_at AS changed_at\nFROM orders\n",
+        );
+        shop.mistake(&mut run(), name);
+    }
+    shop.folder.write("jobs/load.yaml", JOB.as_bytes());
+
+    // What happens on the server.
+    shop.from.execute("UPDATE orders SET amount = 'NaN' WHERE id = 2");
+    shop.mistake(&mut run(), "postgres_not_a_number");
+    shop.from.execute("UPDATE orders SET amount = 2 WHERE id = 2");
+    assert_eq!(shop.run(&[]).0, 0);
+    shop.from.execute("INSERT INTO orders VALUES (9, 'late', 9)");
+    std::thread::scope(|scope| {
+        let (held, holds) = std::sync::mpsc::channel::<()>();
+        let (done, ends) = std::sync::mpsc::channel::<()>();
+        let to = &shop.to;
+        scope.spawn(move || {
+            to.with(move |client| {
+                let mut lock = client.transaction().unwrap();
+                lock.batch_execute("LOCK TABLE orders IN ROW EXCLUSIVE MODE").unwrap();
+                held.send(()).unwrap();
+                ends.recv().unwrap();
+                lock.rollback().unwrap();
+            });
+        });
+        holds.recv().unwrap();
+        shop.mistake(&mut run(), "postgres_locked");
+        done.send(()).unwrap();
+    });
+    shop.to.execute("ALTER TABLE orders ALTER COLUMN customer TYPE varchar(3) USING left(customer, 3)");
+    shop.mistake(&mut run(), "postgres_too_narrow");
+    shop.to.execute(
+        "ALTER TABLE orders ALTER COLUMN customer TYPE text; ALTER TABLE orders ADD COLUMN note text",
+    );
+    shop.mistake(&mut run(), "postgres_new_column_there");
+    shop.to.execute("ALTER TABLE orders DROP COLUMN note; ALTER TABLE orders ALTER COLUMN amount TYPE text");
+    shop.mistake(&mut run(), "postgres_retyped_column_there");
+    shop.to.execute("DROP TABLE floodmark_state, floodmark_log; ALTER TABLE orders ALTER COLUMN amount TYPE numeric(18,2) USING amount::numeric");
+    shop.mistake(&mut run(), "postgres_rows_without_record");
+}
+
+#[test]
+fn a_user_without_rights_is_told_which() {
+    let shop = Shop::new();
+    let role = format!("r_{}", shop.from.name);
+    let create = format!(
+        "CREATE ROLE {role} LOGIN PASSWORD 'for-a-test'; GRANT USAGE ON SCHEMA {} TO {role}",
+        shop.from.name
+    );
+    shop.from.execute(&create);
+    shop.connect(&CONNECTIONS.replacen("user: admin", &format!("user: {role}"), 1).replacen(
+        "ERP_PASSWORD",
+        "ROLE_PASSWORD",
+        1,
+    ));
+    let mut command = shop.command(&["run"]);
+    let told = shop.mistake(command.env("ROLE_PASSWORD", "for-a-test"), "postgres_no_permission");
+    assert!(!told.contains("for-a-test"));
+    shop.from.execute(&format!("REVOKE ALL ON SCHEMA {} FROM {role}; DROP ROLE {role}", shop.from.name));
+}
