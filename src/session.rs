@@ -47,7 +47,7 @@ pub fn for_models(scratch: &Scratch, as_of: DateTime<Utc>, sources: Arc<OpenSour
 
 /// What holds in every plan of a model; what a value breaks is told at its place in `file`.
 fn rules_for(file: Option<&Arc<SourceText>>) -> Vec<Arc<dyn AnalyzerRule + Send + Sync>> {
-    let first: Arc<dyn AnalyzerRule + Send + Sync> = Arc::new(rules::ZonesApart);
+    let first: Arc<dyn AnalyzerRule + Send + Sync> = Arc::new(rules::Comparable);
     let last: Arc<dyn AnalyzerRule + Send + Sync> = Arc::new(rules::Exact { file: file.map(Arc::clone) });
     [first].into_iter().chain(Analyzer::new().rules).chain([last]).collect()
 }

@@ -12,11 +12,12 @@ use arrow::{
     util::display::{ArrayFormatter, FormatOptions},
 };
 use datafusion::prelude::SessionContext;
-use indexmap::IndexMap;
+
+mod validate;
 
 use crate::{
     connector::scan::POSITION_COLUMN,
-    error::{Error, Problem, Result, nearest},
+    error::{Error, Result},
     job::{CheckSpec, OnFail, micros, parts_per_million},
     names::{quoted, quoted_list},
     plan::sql::Select,
@@ -30,7 +31,7 @@ pub struct Check {
     pub on: String,
     /// What it says.
     pub spec: CheckSpec,
-    /// Its query, if it is one.
+    /// Its query, if it is one; of an expression, the query that has it as its one column.
     pub query: Option<Select>,
 }
 
@@ -89,15 +90,11 @@ impl Check {
         reads
     }
 
-    /// The condition that a good row meets, if this is a check of rows. Columns are those of `m`.
+    /// The condition that a good row meets, if this is a check of rows.
     fn condition(&self, index: usize, schema: &Schema) -> Result<Option<String>> {
         let spec = &self.spec;
-        let of = |column: &str| quoted(column).map(|column| format!("m.{column}"));
-        let literal = |column: &str, value: &str| -> Result<String> {
-            let data_type =
-                schema.field_with_name(column).map_or(DataType::Utf8, |field| field.data_type().clone());
-            Ok(format!("arrow_cast('{}', '{data_type}')", value.replace('\'', "''")))
-        };
+        let on = quoted(&self.on)?;
+        let of = |column: &str| quoted(column).map(|column| format!("{on}.{column}"));
         Ok(Some(if let Some(columns) = &spec.not_null {
             let parts = columns
                 .to_vec()
@@ -107,16 +104,16 @@ impl Check {
             parts.join(" AND ")
         } else if let Some(accepted) = &spec.accepted {
             let values: Vec<String> =
-                accepted.values.iter().map(|value| format!("'{}'", value.replace('\'', "''"))).collect();
-            format!("coalesce(CAST({} AS VARCHAR) IN ({}), true)", of(&accepted.column)?, values.join(", "))
+                accepted.values.iter().map(|value| literal(schema, &accepted.column, value)).collect();
+            format!("coalesce({} IN ({}), true)", of(&accepted.column)?, values.join(", "))
         } else if let Some(range) = &spec.range {
             let column = of(&range.column)?;
             let mut parts = Vec::new();
             if let Some(min) = &range.min {
-                parts.push(format!("{column} >= {}", literal(&range.column, min)?));
+                parts.push(format!("{column} >= {}", literal(schema, &range.column, min)));
             }
             if let Some(max) = &range.max {
-                parts.push(format!("{column} <= {}", literal(&range.column, max)?));
+                parts.push(format!("{column} <= {}", literal(schema, &range.column, max)));
             }
             if parts.is_empty() {
                 "true".to_owned()
@@ -127,9 +124,9 @@ impl Check {
             let pattern = matches.pattern.replace('\'', "''");
             format!("coalesce(regexp_like(CAST({} AS VARCHAR), '{pattern}'), true)", of(&matches.column)?)
         } else if let Some(references) = &spec.references {
-            format!("({} IS NULL OR r{index}.hit IS NOT NULL)", of(&references.column)?)
-        } else if let Some(expression) = &spec.expression {
-            format!("coalesce(({expression}), true)")
+            format!("({} IS NULL OR r{index}.hit_{index} IS NOT NULL)", of(&references.column)?)
+        } else if let Some(expression) = self.query.as_ref().filter(|_| spec.expression.is_some()) {
+            format!("coalesce(({}), true)", validate::condition(expression).unwrap_or_default())
         } else {
             return Ok(None);
         }))
@@ -164,53 +161,6 @@ impl Check {
         } else {
             return Ok(None);
         }))
-    }
-
-    /// Types the check's SQL, so that its mistakes are found before anything is read.
-    ///
-    /// # Errors
-    ///
-    /// The mistake; in its own file, if it has one.
-    pub async fn validate(
-        &self,
-        context: &SessionContext,
-        relations: &IndexMap<String, SchemaRef>,
-    ) -> Result<(), Problem> {
-        let first = |error: Error| {
-            error
-                .into_problems()
-                .into_iter()
-                .next()
-                .unwrap_or_else(|| Problem::new("this check cannot be understood"))
-        };
-        let Some(schema) = relations.get(&self.on) else { return Ok(()) };
-        for column in self.columns() {
-            if schema.field_with_name(&column).is_err() {
-                let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-                let problem = Problem::new(format!("`{}` has no column `{column}`", self.on));
-                return Err(match nearest(&column, names.iter().copied()) {
-                    Some(near) => problem.hint(format!("Did you mean `{near}`?")),
-                    None => problem.hint(format!("It has: {}.", names.join(", "))),
-                });
-            }
-        }
-        if let Some(query) = &self.query {
-            return crate::plan::typed(context, query).await.map(drop);
-        }
-        let checks = [self];
-        let sql = match row_query(&self.on, &checks, schema).map_err(first)? {
-            Some(sql) => Some(sql),
-            None => self.counting(chrono::DateTime::default()).map_err(first)?,
-        };
-        let Some(sql) = sql else { return Ok(()) };
-        match context.state().create_logical_plan(&sql).await {
-            Ok(plan) => {
-                let state = context.state();
-                let analyzed = state.analyzer().execute_and_check(plan, state.config_options(), |_, _| {});
-                analyzed.map(drop).map_err(|error| first(error.into()))
-            }
-            Err(error) => Err(first(error.into())),
-        }
     }
 
     fn columns(&self) -> Vec<String> {
@@ -278,7 +228,8 @@ pub fn row_query(on: &str, checks: &[&Check], schema: &Schema) -> Result<Option<
                 .map(|references| references.column.as_str())
                 .unwrap_or_default();
             joins.push(format!(
-                " LEFT JOIN (SELECT DISTINCT {column} AS hit FROM {relation}) AS r{index} ON m.{own} = r{index}.hit",
+                " LEFT JOIN (SELECT DISTINCT {column} AS hit_{index} FROM {relation}) AS r{index} ON {on}.{own} = r{index}.hit_{index}",
+                on = quoted(on)?,
                 column = quoted(column)?,
                 relation = quoted(relation)?,
                 own = quoted(own)?
@@ -288,7 +239,24 @@ pub fn row_query(on: &str, checks: &[&Check], schema: &Schema) -> Result<Option<
     if columns.is_empty() {
         return Ok(None);
     }
-    Ok(Some(format!("SELECT m.*, {} FROM {} AS m{}", columns.join(", "), quoted(on)?, joins.join(""))))
+    Ok(Some(format!("SELECT {on}.*, {} FROM {on}{}", columns.join(", "), joins.join(""), on = quoted(on)?)))
+}
+
+/// A value as SQL that compares with `column` by its type: `1` equals `1.00` where the column is a number.
+fn literal(schema: &Schema, column: &str, value: &str) -> String {
+    let text = format!("'{}'", value.replace('\'', "''"));
+    let of = schema.field_with_name(column).map(Field::data_type);
+    let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    match of {
+        Ok(of) if of.is_numeric() => {
+            let (whole, fraction) = value.split_once('.').unwrap_or((value, "0"));
+            let plain = digits(whole.strip_prefix('-').unwrap_or(whole)) && digits(fraction);
+            // What is no number is told when it is computed.
+            if plain { value.to_owned() } else { format!("arrow_cast({text}, '{of}')") }
+        }
+        Ok(of) if !of.is_string() => format!("arrow_cast({text}, '{of}')"),
+        _ => text,
+    }
 }
 
 fn flag(index: usize) -> String {
@@ -440,7 +408,7 @@ pub async fn whole(
                 rows,
                 if few || many { details } else { Vec::new() },
             ));
-        } else if let Some(query) = &check.query {
+        } else if let (Some(query), Some(_)) = (&check.query, &check.spec.query) {
             let plan = crate::plan::typed(context, query).await.map_err(Error::from)?;
             let batches = context.execute_logical_plan(plan).await?.collect().await?;
             let found: usize = batches.iter().map(RecordBatch::num_rows).sum();

@@ -15,7 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    connector::{CONNECTORS, Connector},
+    connector::{CONNECTORS, Connector, spec::Mode},
     error::{Error, ErrorKind, Result},
     plan::Request,
     project::{self, Project},
@@ -236,7 +236,9 @@ pub fn main() -> ExitCode {
         }
         Err(error) => Err(Error::failed("cannot start").note(error.to_string())),
     };
-    match code {
+    match code.and_then(|code| {
+        render::unwritten().map_or(Ok(code), |error| if code == 0 { Err(error) } else { Ok(code) })
+    }) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             renderer.error(&error);
@@ -380,7 +382,11 @@ fn conductor(
                 None => error,
             });
         }
-        params.insert(name.to_owned(), value.to_owned());
+        if params.insert(name.to_owned(), value.to_owned()).is_some() {
+            return Err(
+                Error::configuration(format!("`--param {name}=…` is given twice")).hint("Keep one of them.")
+            );
+        }
     }
     for name in project.jobs.values().flat_map(|job| job.job.params.keys()) {
         let twin = format!("FLOODMARK_PARAM_{}", name.to_uppercase());
@@ -463,6 +469,17 @@ async fn run(
     skip_code: Option<u8>,
 ) -> Result<u8> {
     let selected = select(&conductor.project, jobs, tags)?;
+    let replaces = |output: &crate::job::OutputSpecFile| output.mode == Mode::ReplaceRange;
+    let in_ranges = selected
+        .iter()
+        .filter_map(|name| conductor.project.jobs.get(name))
+        .any(|job| job.job.target.outputs.values().any(replaces));
+    if !request.ranges.is_empty() && !in_ranges {
+        return Err(Error::configuration(
+            "`--range` goes with `mode: replace_range`, and no output of this run has it",
+        )
+        .hint("Remove it, or run the job whose output is replaced by ranges."));
+    }
     let waves = conductor.waves(&selected)?;
     let stop = conductor.stop.clone();
     let signalled = Arc::new(AtomicU8::new(130));

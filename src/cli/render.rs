@@ -5,7 +5,7 @@ use std::{
     io::IsTerminal,
     panic::PanicHookInfo,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -29,12 +29,37 @@ use crate::{
     runtime,
 };
 
-/// Prints a line to stdout. A reader that has gone away, such as `head`, is no error.
+/// Prints a line to stdout.
 macro_rules! say {
     ($($text:tt)*) => {{
         use std::io::Write as _;
-        drop(writeln!(std::io::stdout(), $($text)*));
+        if let Err(error) = writeln!(std::io::stdout(), $($text)*) {
+            remember_unwritten(&error);
+        }
     }};
+}
+
+/// Why a result could not be printed.
+static UNWRITTEN: OnceLock<String> = OnceLock::new();
+
+/// A reader that has gone away, such as `head`, is no error.
+fn remember_unwritten(error: &std::io::Error) {
+    if error.kind() != std::io::ErrorKind::BrokenPipe {
+        UNWRITTEN.get_or_init(|| error.to_string());
+    }
+}
+
+/// What to tell if results did not reach stdout.
+pub(super) fn unwritten() -> Option<Error> {
+    use std::io::Write as _;
+    if let Err(error) = std::io::stdout().flush() {
+        remember_unwritten(&error);
+    }
+    UNWRITTEN.get().map(|why| {
+        Error::failed("the result could not be written to stdout")
+            .note(why)
+            .hint("What ran has run: `floodmark runs` shows it. Give the output a place and ask again.")
+    })
 }
 
 /// Prints a line to stderr, without secrets.

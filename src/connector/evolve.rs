@@ -16,7 +16,7 @@ use crate::{
 /// | --- | --- | --- |
 /// | the model has it, the output does not | refused | `add`: added, null in older rows |
 /// | the output has it, the model does not | refused | `keep`: kept, null in newer rows |
-/// | the types differ | refused | `widen`: taken if every old value fits exactly |
+/// | the types differ | refused | `widen`: taken if every old value fits exactly, else refused |
 ///
 /// # Errors
 ///
@@ -31,7 +31,7 @@ pub fn evolve(output: &OutputSpec, current: &Schema, model: &Schema) -> Result<S
     for field in current.fields() {
         let name = field.name();
         match model.field_with_name(name) {
-            Ok(new) if new.data_type() == field.data_type() => {
+            Ok(new) if new.data_type().equals_datatype(field.data_type()) => {
                 fields.push(Arc::new(Field::new(
                     name,
                     field.data_type().clone(),
@@ -40,19 +40,14 @@ pub fn evolve(output: &OutputSpec, current: &Schema, model: &Schema) -> Result<S
             }
             Ok(new) => {
                 let (old, now) = (describe(field.data_type()), describe(new.data_type()));
-                if type_change == TypeChange::Error || !widens(field.data_type(), new.data_type()) {
-                    let why = format!("`{name}` is {old} there and {now} in the model");
-                    return Err(if type_change == TypeChange::Error {
-                        refuse(why, "type_change: widen")
-                    } else {
-                        Error::data(format!(
-                            "output `{}`: {why}, which not every old value fits",
-                            output.name
-                        ))
-                        .hint(format!(
-                            "Cast it to {old} in the model, or load the output anew with `--full-refresh`."
-                        ))
-                    });
+                let why = format!("`{name}` is {old} there and {now} in the model");
+                if !widens(field.data_type(), new.data_type()) {
+                    return Err(Error::data(format!("output `{}`: {why}", output.name)).hint(format!(
+                        "Cast it to {old} in the model; or, if its type was only guessed from a file, declare it at the source: `columns: {{ {name}: \"{old}\" }}`. With `--full-refresh` the output is loaded anew."
+                    )));
+                }
+                if type_change == TypeChange::Error {
+                    return Err(refuse(why, "type_change: widen"));
                 }
                 fields.push(Arc::new(Field::new(name, new.data_type().clone(), true)));
             }

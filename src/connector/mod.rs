@@ -70,14 +70,17 @@ impl Connector {
     pub fn of_url(written: &str) -> Result<(&'static Self, serde_json::Value)> {
         let schemes = || CONNECTORS.iter().flat_map(|connector| connector.schemes).copied();
         let known = || format!("Such as `{}://…`.", schemes().collect::<Vec<_>>().join("://…`, `"));
-        let url = Url::parse(written).map_err(|error| {
-            Error::configuration("its value is no URL").note(error.to_string()).hint(known())
-        })?;
-        let connector =
-            CONNECTORS.iter().copied().find(|connector| connector.schemes.contains(&url.scheme()));
+        let none = |why: String| Error::configuration("its value is no URL").note(why).hint(known());
+        let (scheme, rest) = written
+            .split_once(':')
+            .filter(|(scheme, _)| scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+            .ok_or_else(|| none("it does not start with a scheme".to_owned()))?;
+        // To the standard `file:data` is `file:///data`; in a scheme that it does not know a path stays as written.
+        let url = Url::parse(&format!("x-{scheme}:{rest}")).map_err(|error| none(error.to_string()))?;
+        let connector = CONNECTORS.iter().copied().find(|connector| connector.schemes.contains(&scheme));
         let connector = connector.ok_or_else(|| {
-            let error = Error::configuration(format!("there is no connector for `{}://…`", url.scheme()));
-            match nearest(url.scheme(), schemes()) {
+            let error = Error::configuration(format!("there is no connector for `{scheme}://…`"));
+            match nearest(scheme, schemes()) {
                 Some(near) => error.hint(format!("Did you mean `{near}://…`?")),
                 None => error.hint(known()),
             }
@@ -90,8 +93,7 @@ impl Connector {
                 properties.into_iter().flat_map(|known| known.keys()).map(String::as_str).collect();
             let types = properties.and_then(|known| known.get(&*name)).map(|option| option["type"].clone());
             let types = types.ok_or_else(|| {
-                let error =
-                    Error::configuration(format!("there is no option `{name}` for `{}://…`", url.scheme()));
+                let error = Error::configuration(format!("there is no option `{name}` for `{scheme}://…`"));
                 match nearest(&name, known.iter().copied()) {
                     Some(near) => error.hint(format!("Did you mean `{near}`?")),
                     None => error.hint(format!("There are: {}.", known.join(", "))),
@@ -102,7 +104,7 @@ impl Connector {
             let value = if integer {
                 value.parse::<u64>().map(serde_json::Value::from).map_err(|_| {
                     Error::configuration(format!("the option `{name}` is a whole number"))
-                        .hint(format!("Such as `{}:…?{name}=1000`.", url.scheme()))
+                        .hint(format!("Such as `{scheme}:…?{name}=1000`."))
                 })?
             } else {
                 value.into()
@@ -149,8 +151,9 @@ impl Options {
 /// The path of a URL whose system is a file: everything behind `scheme://`, or behind `scheme:` where it is relative.
 fn path_of(url: &Url) -> Result<String> {
     let misplaced = || {
-        Error::configuration(format!("a `{}` URL has no place for a host or a user", url.scheme()))
-            .hint(format!("Three slashes for an absolute path, none for one in the project: `{0}:///data/x`, `{0}:data/x`.", url.scheme()))
+        let scheme = url.scheme().trim_start_matches("x-");
+        Error::configuration(format!("a `{scheme}` URL has no place for a host or a user"))
+            .hint(format!("Three slashes for an absolute path, none for one in the project: `{scheme}:///data/x`, `{scheme}:data/x`."))
     };
     if url.has_host() || !url.username().is_empty() {
         return Err(misplaced());
@@ -247,6 +250,9 @@ pub struct RunTime {
     /// What `now()` is in SQL; no bound lies after it.
     pub as_of: DateTime<Utc>,
 }
+
+/// In the metadata of a described schema: nothing is there yet, and its columns are only those that were declared.
+pub const NOTHING_YET: &str = "floodmark:nothing_yet";
 
 /// Where rows come from.
 ///

@@ -12,7 +12,7 @@ use datafusion::{
     error::DataFusionError,
     logical_expr::{
         BinaryExpr, Expr, ExprSchemable, LogicalPlan, Operator,
-        expr::{Between, Cast},
+        expr::{Between, Cast, InList},
         expr_rewriter::NamePreserver,
         utils::merge_schema,
     },
@@ -20,15 +20,20 @@ use datafusion::{
 };
 
 use super::{arithmetic, cast};
-use crate::error::{Place, SourceText};
+use crate::{
+    connector::columns::decimal,
+    error::{Place, SourceText},
+    types::describe,
+};
 
-/// Before types are coerced: a timestamp without a zone is not compared with one that has a zone.
+/// Before types are coerced: what has no order between them is not compared. A timestamp without a zone and one that
+/// has a zone, a date and a number, a number and a text that is none.
 #[derive(Debug)]
-pub struct ZonesApart;
+pub struct Comparable;
 
-impl AnalyzerRule for ZonesApart {
+impl AnalyzerRule for Comparable {
     fn name(&self) -> &'static str {
-        "zones_apart"
+        "comparable"
     }
 
     fn analyze(&self, plan: LogicalPlan, _: &ConfigOptions) -> DataFusionResult<LogicalPlan> {
@@ -49,6 +54,11 @@ impl AnalyzerRule for ZonesApart {
                             refuse_mixed(expr, low, &schema)?;
                             refuse_mixed(expr, high, &schema)?;
                         }
+                        Expr::InList(InList { expr, list, .. }) => {
+                            for value in list {
+                                refuse_mixed(expr, value, &schema)?;
+                            }
+                        }
                         _ => {}
                     }
                     Ok(TreeNodeRecursion::Continue)
@@ -62,20 +72,42 @@ impl AnalyzerRule for ZonesApart {
 fn refuse_mixed(left: &Expr, right: &Expr, schema: &DFSchema) -> DataFusionResult<()> {
     // A type that cannot be told here is told better by the rule that comes next.
     let (Ok(a), Ok(b)) = (left.get_type(schema), right.get_type(schema)) else { return Ok(()) };
-    let mixed = matches!(
-        (&a, &b),
+    let instant = |of: &DataType| matches!(of, DataType::Date32 | DataType::Date64 | DataType::Timestamp(..));
+    let (text, hint) = match (&a, &b) {
         (DataType::Timestamp(_, None), DataType::Timestamp(_, Some(_)))
-            | (DataType::Timestamp(_, Some(_)), DataType::Timestamp(_, None))
-    );
-    if !mixed {
-        return Ok(());
-    }
-    let text = "a timestamp without a zone is compared with one that has a zone";
+        | (DataType::Timestamp(_, Some(_)), DataType::Timestamp(_, None)) => (
+            "a timestamp without a zone is compared with one that has a zone".to_owned(),
+            "Declare `timezone:` on the source of the one without, or cast it: `x at time zone 'Europe/Berlin'`",
+        ),
+        (time, number) | (number, time) if instant(time) && number.is_numeric() => (
+            format!("{} is compared with {}", describe(time), describe(number)),
+            "Write dates as `date '2026-10-31'`, and take numbers out of them with `extract(year from x)`.",
+        ),
+        _ => match (unreadable(left, &b), unreadable(right, &a)) {
+            (Some(text), _) => (format!("`{text}` is compared with {}, and is none", describe(&b)), WRITTEN),
+            (_, Some(text)) => (format!("`{text}` is compared with {}, and is none", describe(&a)), WRITTEN),
+            _ => return Ok(()),
+        },
+    };
     let span = span_of(left).or_else(|| span_of(right));
-    let hint =
-        "Declare `timezone:` on the source of the one without, or cast it: `x at time zone 'Europe/Berlin'`";
-    let diagnostic = Diagnostic::new_error(text, span).with_help(hint, None);
-    Err(DataFusionError::Plan(text.to_owned()).with_diagnostic(diagnostic))
+    let diagnostic = Diagnostic::new_error(text.clone(), span).with_help(hint, None);
+    Err(DataFusionError::Plan(text).with_diagnostic(diagnostic))
+}
+
+/// How values of a type stand in SQL.
+const WRITTEN: &str =
+    "Write a date as `'2026-10-31'`, a timestamp as `'2026-10-31T08:00:00'`, a number without quotes.";
+
+/// The text of a literal that is no value of the type that it is compared with.
+fn unreadable<'a>(literal: &'a Expr, other: &DataType) -> Option<&'a str> {
+    let Expr::Literal(value, _) = literal else { return None };
+    let text = value.try_as_str()??;
+    let compares_by_value = other.is_numeric() || other.is_temporal() || *other == DataType::Boolean;
+    let fits = match other {
+        DataType::Decimal128(precision, scale) => decimal(text, b'.', None, *precision, *scale).is_ok(),
+        _ => value.cast_to(other).is_ok(),
+    };
+    (compares_by_value && !fits).then_some(text)
 }
 
 /// Where the columns of an expression stand in the SQL, from the first to the last.

@@ -44,7 +44,13 @@ impl Param {
         match &column {
             ColumnType::String | ColumnType::Json => {}
             ColumnType::Int => {
-                text.parse::<i64>().map_err(|_| ParamError::Value("is not a whole number".to_owned()))?;
+                text.parse::<i64>().map_err(|error| {
+                    use std::num::IntErrorKind::{NegOverflow, PosOverflow};
+                    ParamError::Value(match error.kind() {
+                        PosOverflow | NegOverflow => "has more than 64 bits".to_owned(),
+                        _ => "is not a whole number".to_owned(),
+                    })
+                })?;
             }
             ColumnType::Decimal { precision, scale } => {
                 crate::connector::columns::decimal(&text, b'.', None, *precision, *scale).map_err(misfit)?;
@@ -60,6 +66,25 @@ impl Param {
             other => return Err(ParamError::Type(other.to_string())),
         }
         Ok(Self { column, text })
+    }
+
+    /// In place of a value that was refused, so that the rest can be looked at.
+    pub fn unknown() -> Self {
+        Self { column: ColumnType::String, text: String::new() }
+    }
+
+    /// How a value of a type is written.
+    pub fn example(r#type: &str) -> &'static str {
+        match r#type.parse() {
+            Ok(ColumnType::Int) => "such as `42`",
+            Ok(ColumnType::Decimal { .. }) => "such as `12.50`",
+            Ok(ColumnType::Bool) => "`true` or `false`",
+            Ok(ColumnType::Date(_)) => {
+                "such as `2026-10-31`, `today`, `yesterday`, `first_day_of_month` or `last_day_of_previous_month`"
+            }
+            Ok(ColumnType::TimestampTz(_)) => "such as `2026-10-31T08:00:00Z`",
+            _ => "any text",
+        }
     }
 
     /// The value as an SQL expression of its type. Text never becomes SQL.

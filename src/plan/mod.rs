@@ -14,14 +14,18 @@ use datafusion::{common::tree_node::TreeNodeRecursion, logical_expr::LogicalPlan
 use indexmap::IndexMap;
 
 use crate::{
+    check::Check,
     connector::{
-        Connection,
+        Connection, NOTHING_YET,
         scan::{OpenSources, POSITION_COLUMN, Scan, ScanTable, with_position},
         spec::{CursorSpec, Guarantee, Mode, OutputSpec, Read, StreamSpec},
     },
     error::{Error, ErrorKind, Place, Problem, Result, nearest},
     functions::rules,
-    job::{GuardSpec, JobFile, OverlapSpec, SourceSpec, param::Param},
+    job::{
+        GuardSpec, JobFile, OverlapSpec, SourceSpec,
+        param::{Param, ParamError},
+    },
     model::plain_schema,
     names::JobId,
     project::{JobDocument, PROJECT_CONNECTION, Project},
@@ -59,7 +63,7 @@ pub struct Plan {
     /// What is computed, in an order in which it can be.
     pub models: IndexMap<String, Model>,
     /// What must hold.
-    pub checks: Vec<crate::check::Check>,
+    pub checks: Vec<Check>,
     /// What is written.
     pub outputs: Vec<Output>,
     /// Where to.
@@ -145,6 +149,7 @@ pub async fn plan(
         connections,
         problems: Vec::new(),
         warnings: Vec::new(),
+        unseen: BTreeSet::new(),
     }
     .plan(scratch)
     .await
@@ -159,6 +164,8 @@ struct Planner<'a> {
     connections: &'a BTreeMap<String, Arc<dyn Connection>>,
     problems: Vec<Problem>,
     warnings: Vec<Problem>,
+    /// Sources of which only the declared columns are known, because nothing is there yet.
+    unseen: BTreeSet<String>,
 }
 
 impl Planner<'_> {
@@ -240,6 +247,9 @@ impl Planner<'_> {
                     );
                 }
                 Err(problem) => {
+                    for source in self.unseen.iter().filter(|source| select.reads.contains(*source)) {
+                        self.problems.push(self.nothing_yet(source));
+                    }
                     self.problems.push(problem);
                     // Models above it would only repeat the problem.
                     break;
@@ -296,17 +306,39 @@ impl Planner<'_> {
             }
         }
         for (name, spec) in &self.job.params {
-            let given = self.request.params.get(name).or_else(|| self.project.settings.params.get(name));
-            match Param::of(spec, given.map(String::as_str), self.request.as_of) {
+            let given = self.request.params.get(name);
+            let by_environment = self.project.settings.params.get(name);
+            let value = given.or(by_environment).map(String::as_str);
+            let error = match Param::of(spec, value, self.request.as_of) {
                 Ok(param) => {
                     params.insert(name.clone(), param);
+                    continue;
                 }
-                Err(error) => self.problems.push(
-                    Problem::new(format!("parameter `{name}`: {error}"))
-                        .at(self.document.key_place(&["params", name]))
-                        .hint(format!("Give it with `--param {name}=…`, or a `default:`.")),
-                ),
-            }
+                Err(error) => error,
+            };
+            // What the SQL says of it is looked at all the same.
+            params.insert(name.clone(), Param::unknown());
+            let problem = Problem::new(format!("parameter `{name}`: {error}"));
+            self.problems.push(match (&error, given, by_environment) {
+                (ParamError::Missing, ..) => problem
+                    .at(self.document.key_place(&["params", name]))
+                    .hint(format!("Give it with `--param {name}=…`, or a `default:`.")),
+                (ParamError::Type(_), ..) => problem
+                    .at(self.document.place(&["params", name, "type"]))
+                    .hint("A parameter is a string, int, decimal, bool, date or timestamptz."),
+                (_, Some(_), _) => problem
+                    .note("the command line, or the environment's `FLOODMARK_PARAM_…`, gives it")
+                    .hint(format!("It is declared as {}: {}.", spec.r#type, Param::example(&spec.r#type))),
+                (_, None, Some(_)) => problem
+                    .note(format!(
+                        "the environment `{}` in floodmark.yaml gives it",
+                        self.project.environment
+                    ))
+                    .hint(format!("It is declared as {}: {}.", spec.r#type, Param::example(&spec.r#type))),
+                (_, None, None) => problem
+                    .at(self.document.place(&["params", name, "default"]))
+                    .hint(format!("It is declared as {}: {}.", spec.r#type, Param::example(&spec.r#type))),
+            });
         }
         params
     }
@@ -359,6 +391,12 @@ impl Planner<'_> {
                     continue;
                 }
             };
+            let schema = if schema.metadata().contains_key(NOTHING_YET) {
+                self.unseen.insert(name.clone());
+                Arc::new(schema.as_ref().clone().with_metadata(HashMap::new()))
+            } else {
+                schema
+            };
             let keys =
                 source.key.iter().map(|column| (column, self.document.place(&["sources", name, "key"])));
             let typed = spec
@@ -398,6 +436,16 @@ impl Planner<'_> {
         }
         self.done()?;
         Ok(streams)
+    }
+
+    fn nothing_yet(&self, source: &str) -> Problem {
+        let pattern =
+            self.job.sources.get(source).and_then(|source| source.files.as_deref()).unwrap_or_default();
+        Problem::new(format!(
+            "source `{source}`: no file matches `{pattern}` yet, so that only its declared columns are known"
+        ))
+        .at(self.document.place(&["sources", source, "files"]))
+        .hint("Mend the pattern, or declare every column that the job uses.")
     }
 
     fn stream(&self, name: &str, source: &SourceSpec) -> Result<StreamSpec> {
@@ -533,29 +581,35 @@ impl Planner<'_> {
         relations: &IndexMap<String, SchemaRef>,
         params: &IndexMap<String, Param>,
         readers: &mut BTreeMap<String, usize>,
-    ) -> Result<Vec<crate::check::Check>> {
+    ) -> Result<Vec<Check>> {
         let mut checks = Vec::new();
         for (on, specs) in &self.job.checks {
             for (index, spec) in specs.iter().enumerate() {
-                let place = self.document.place(&["checks", on, &index.to_string()]);
-                let query = match &spec.query {
-                    Some(path) => match self.project.sql(path).and_then(|file| sql::parse(&file, params)) {
-                        Ok(select) => Some(select),
-                        Err(error) => {
-                            self.problems.extend(error.into_problems());
-                            continue;
-                        }
-                    },
-                    None => None,
+                let index = index.to_string();
+                let place = match spec.expression {
+                    Some(_) => self.document.place(&["checks", on, &index, "expression"]),
+                    None => self.document.place(&["checks", on, &index]),
                 };
-                let check = crate::check::Check { on: on.clone(), spec: spec.clone(), query };
-                match check.validate(context, relations).await {
-                    Ok(()) => {}
-                    Err(problem) => {
-                        let place_of_check = problem.place.clone().unwrap_or(place);
-                        self.problems.push(problem.at(place_of_check));
+                let query = match (&spec.query, &spec.expression) {
+                    (Some(path), _) => {
+                        self.project.sql(path).and_then(|file| sql::parse(&file, params)).map(Some)
+                    }
+                    (None, Some(expression)) => {
+                        Check::expression(on, expression, params, &place).map(Some).map_err(Error::from)
+                    }
+                    (None, None) => Ok(None),
+                };
+                let query = match query {
+                    Ok(query) => query,
+                    Err(error) => {
+                        self.problems.extend(error.into_problems());
                         continue;
                     }
+                };
+                let check = Check { on: on.clone(), spec: spec.clone(), query };
+                if let Err(problem) = check.validate(context, relations, &place).await {
+                    self.problems.push(problem);
+                    continue;
                 }
                 for other in check.reads() {
                     *readers.entry(other).or_default() += 1;
@@ -572,7 +626,7 @@ impl Planner<'_> {
                 crate::job::CheckSpec { not_null: Some(key.clone()), ..Default::default() },
                 crate::job::CheckSpec { unique: Some(key.clone()), ..Default::default() },
             ] {
-                checks.push(crate::check::Check { on: name.clone(), spec, query: None });
+                checks.push(Check { on: name.clone(), spec, query: None });
             }
         }
         Ok(checks)

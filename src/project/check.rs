@@ -80,6 +80,17 @@ impl Job<'_> {
         self.problems.push(Problem::new(message).at(self.document.place(path)).hint(hint));
     }
 
+    /// A list of columns names each once.
+    fn once(&mut self, columns: &[String], path: &[&str]) {
+        let twice = columns
+            .iter()
+            .enumerate()
+            .find(|(at, column)| columns.iter().take(*at).any(|other| other == *column));
+        if let Some((_, column)) = twice {
+            self.say(path, format!("`{column}` is listed twice"), "Keep one of them.");
+        }
+    }
+
     fn relations(&self) -> Vec<&String> {
         self.job.sources.keys().chain(self.job.models.keys()).collect()
     }
@@ -170,6 +181,10 @@ impl Job<'_> {
                 format!("source `{name}`: there is no file `{query}`"),
                 "Mend the path; it is relative to the project's folder.",
             );
+        }
+        self.once(&source.key, &["sources", name, "key"]);
+        if let Some(incremental) = &source.incremental {
+            self.once(&incremental.cursor.to_vec(), &["sources", name, "incremental", "cursor"]);
         }
         if source.read.is_some() && source.files.is_none() {
             self.say(
@@ -341,6 +356,10 @@ impl Job<'_> {
                 let place = self.document.place(&["target", "outputs", name, "from"]);
                 let relations = self.relations();
                 self.problems.push(unknown("source or model", &output.from, relations.into_iter(), place));
+            }
+            for (columns, key) in [(&output.key, "key"), (&output.range, "range"), (&output.update, "update")]
+            {
+                self.once(columns, &["target", "outputs", name, key]);
             }
             if output.mode == Mode::Merge && output.key.is_empty() {
                 self.say(

@@ -301,13 +301,7 @@ fn read_document(root: &Path, path: &str, problems: &mut Vec<Problem>) -> Option
             return None;
         }
     };
-    match yaml::parse(Arc::new(SourceText { path: path.to_owned(), text })) {
-        Ok(document) => Some(document),
-        Err(found) => {
-            problems.extend(found);
-            None
-        }
-    }
+    yaml::parse(Arc::new(SourceText { path: path.to_owned(), text }), problems)
 }
 
 fn typed<T: serde::de::DeserializeOwned + schemars::JsonSchema>(

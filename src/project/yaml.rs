@@ -153,19 +153,16 @@ impl Document {
     }
 }
 
-/// Parses one file. All duplicate keys are told at once; a syntax error ends the reading.
-///
-/// # Errors
-///
-/// The problems, each with its place.
-pub fn parse(file: Arc<SourceText>) -> Result<Document, Vec<Problem>> {
+/// Parses one file. Duplicate keys are told, and the first of each is read on; a syntax error ends the reading.
+pub fn parse(file: Arc<SourceText>, problems: &mut Vec<Problem>) -> Option<Document> {
     let mut builder = Builder::new(&file);
-    match builder.document() {
-        Ok(root) if builder.problems.is_empty() => Ok(Document { file, root }),
-        Ok(_) => Err(builder.problems),
+    let root = builder.document();
+    problems.append(&mut builder.problems);
+    match root {
+        Ok(root) => Some(Document { file, root }),
         Err(problem) => {
-            builder.problems.push(problem);
-            Err(builder.problems)
+            problems.push(problem);
+            None
         }
     }
 }
@@ -337,7 +334,9 @@ mod tests {
     use super::*;
 
     fn document(text: &str) -> Result<Document, Vec<Problem>> {
-        parse(Arc::new(SourceText { path: "x.yaml".to_owned(), text: text.to_owned() }))
+        let (path, mut problems) = ("x.yaml".to_owned(), Vec::new());
+        let document = parse(Arc::new(SourceText { path, text: text.to_owned() }), &mut problems);
+        document.filter(|_| problems.is_empty()).ok_or(problems)
     }
 
     #[test]

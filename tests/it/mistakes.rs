@@ -85,7 +85,20 @@ fn mistakes_in_job_files() {
         ("check_of_unknown_column", "target:\n", "checks: { clean: [ { not_null: [ident] } ] }\ntarget:\n"),
         ("quarantine_of_all_rows", "target:\n", "checks: { clean: [ { unique: [id], on_fail: quarantine } ] }\ntarget:\n"),
         ("wrong_ratio", "target:\n", "checks: { clean: [ { not_null: [id], max_ratio: lots } ] }\ntarget:\n"),
+        ("check_without_rows", "target:\n", "checks: { clean: [ { row_count: { min: 9, max: 3 } } ] }\ntarget:\n"),
+        ("check_of_every_value", "target:\n", "checks: { clean: [ { range: { column: amount } } ] }\ntarget:\n"),
+        ("check_of_a_broken_pattern", "target:\n", "checks: { clean: [ { matches: { column: customer, pattern: 'a(b' } } ] }\ntarget:\n"),
+        ("check_of_a_bound_of_another_type", "target:\n", "checks: { clean: [ { range: { column: amount, min: lots } } ] }\ntarget:\n"),
+        ("check_of_values_of_another_type", "target:\n", "checks: { clean: [ { accepted: { column: id, values: [\"1\", one] } } ] }\ntarget:\n"),
+        ("check_of_the_age_of_a_text", "target:\n", "checks: { clean: [ { freshness: { column: customer, max_age: 2d } } ] }\ntarget:\n"),
+        ("check_of_the_sum_of_a_text", "target:\n", "checks: { clean: [ { balanced: { sum: customer } } ] }\ntarget:\n"),
+        ("check_in_an_unknown_column", "target:\n", "checks: { clean: [ { references: { column: id, in: orders.ident } } ] }\ntarget:\n"),
+        ("expression_of_an_unknown_column", "target:\n", "checks: { clean: [ { expression: \"amunt > 0\" } ] }\ntarget:\n"),
+        ("expression_that_is_broken", "target:\n", "checks: { clean: [ { expression: \"amount >\" } ] }\ntarget:\n"),
+        ("expression_that_is_no_condition", "target:\n", "checks: { clean: [ { expression: amount + 1 } ] }\ntarget:\n"),
+        ("key_listed_twice", "key: [id]", "key: [id, id]"),
         ("param_without_value", "sources:\n", "params: { day: { type: date } }\nsources:\n"),
+        ("no_file_matches_yet", "file: orders.csv", "files: \"ordres*.csv\""),
         ("param_of_wrong_type", "sources:\n", "params: { day: { type: date, default: soon } }\nsources:\n"),
     ];
     for (name, from, to) in cases {
@@ -112,6 +125,12 @@ fn mistakes_in_sql() {
             "SELECT id, customer, amount FROM orders WHERE customer + amount > interval '1 day'\n",
         ),
         ("zones_compared", "SELECT id FROM orders WHERE cast('2026-10-01' AS timestamp) < now()\n"),
+        (
+            "date_compared_with_a_number",
+            "SELECT id, customer, amount FROM orders WHERE cast('2026-10-01' AS date) = id\n",
+        ),
+        ("number_compared_with_a_word", "SELECT id, customer, amount FROM orders WHERE amount > 'lots'\n"),
+        ("word_in_a_list_of_numbers", "SELECT id, customer, amount FROM orders WHERE id IN (1, 'two')\n"),
         ("untyped_null", "SELECT id, NULL AS customer, amount FROM orders\n"),
     ] {
         answer(name, &["run"], &[("sql/mappings/load/clean.sql", sql)]);
@@ -135,6 +154,22 @@ fn mistakes_in_data() {
     let folder = Folder::with(&[]);
     folder.write("data/orders.csv", b"id,customer,amount\n1,ada,1.50\n2,gr\xfcn,2.25\n");
     answer_in(&folder, "invalid_utf8", &["run"]);
+    answer(
+        "unclosed_quote_where_rows_are_set_aside",
+        &["run"],
+        &[
+            ("data/orders.csv", "id,customer,amount\n1,\"ada,1.50\n2,\"grace\",2.25\n"),
+            ("jobs/load.yaml", &job("file: orders.csv", "file: orders.csv, bad_rows: quarantine")),
+        ],
+    );
+    answer(
+        "file_is_a_folder",
+        &["run"],
+        &[
+            ("data/orders/part.csv", "id\n1\n"),
+            ("jobs/load.yaml", &job("file: orders.csv", "file: orders, format: { kind: csv }")),
+        ],
+    );
     answer(
         "overflow",
         &["run"],
@@ -238,12 +273,45 @@ fn mistakes_in_databases() {
 }
 
 #[test]
+fn a_relative_path_in_a_url_stays_in_the_project() {
+    let folder = Folder::with(&[]);
+    let mut run = folder.command(&["run"]);
+    assert!(run.env("FLOODMARK_CONN_LAKE", "file:out/elsewhere").status().unwrap().success());
+    assert!(folder.path().join("out/elsewhere/orders").exists());
+}
+
+#[test]
+fn a_result_that_cannot_be_written_is_no_success() {
+    let folder = Folder::with(&[]);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = folder.command(&["check"]).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("could not be written"));
+}
+
+#[test]
+fn an_accepted_number_is_accepted_however_it_is_written() {
+    let checks = "checks: { clean: [ { accepted: { column: amount, values: [\"1.5\", \"2.250\"] } }, { expression: \"clean.amount < $least\" } ] }\ntarget:\n";
+    let with_checks = job("target:\n", checks)
+        .replace("sources:\n", "params: { least: { type: int, default: \"9\" } }\nsources:\n");
+    let folder = Folder::with(&[("jobs/load.yaml", &with_checks)]);
+    assert_eq!(folder.run(&[]).0, 0);
+}
+
+#[test]
 fn mistakes_on_the_command_line() {
     answer("unknown_job", &["run", "laod"], &[]);
     answer("unknown_tag", &["run", "--select", "tag:nightly"], &[]);
     answer("unknown_environment", &["run", "--env", "prod"], &[]);
     answer("no_point_in_time", &["run", "--as-of", "yesterday"], &[]);
     answer("param_without_equals", &["run", "--param", "x"], &[]);
+    let with_param = job("sources:\n", "params: { least: { type: int } }\nsources:\n");
+    let sql = "SELECT id, customer, amount FROM orders WHERE amount > $least\n";
+    let files = [("jobs/load.yaml", with_param.as_str()), ("sql/mappings/load/clean.sql", sql)];
+    answer("param_of_wrong_type_given", &["run", "--param", "least=lots"], &files);
+    answer("param_too_large", &["run", "--param", "least=99999999999999999999"], &files);
+    answer("param_given_twice", &["run", "--param", "least=1", "--param", "least=2"], &files);
+    answer("range_without_an_output", &["run", "--range", "2026-10"], &[]);
     answer(
         "missing_variable",
         &["run"],

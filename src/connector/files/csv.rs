@@ -3,9 +3,10 @@
 //! A record ends at a line end outside quotes: `\n`, `\r\n` or `\r`. A quoted field may hold anything, and must be
 //! followed by a delimiter or a line end. What breaks these rules, a quote that is never closed, a record with
 //! another number of fields than the header, a byte that is not UTF-8, is an error with line and byte, or a
-//! row set aside; it never shifts a column or swallows a file.
+//! row set aside; it never shifts a column or swallows a file. A row is set aside only if it is known where the next
+//! one begins: a stray quote that would join lines is always an error.
 
-use super::input::TextReader;
+use super::input::{OTHER_ENCODING, TextReader};
 use crate::{
     connector::{columns::single, spec::Format},
     error::{Error, Result},
@@ -101,7 +102,8 @@ impl Records {
     ///
     /// # Errors
     ///
-    /// Only what reading cannot go on behind: a broken disk or encoding, an endless record. With its reason.
+    /// Only what reading cannot go on behind: a broken disk or encoding, an endless record, a quote that leaves open
+    /// where rows begin. With its reason.
     pub(super) fn next(&mut self, record: &mut Record) -> Result<Next, String> {
         loop {
             record.clear();
@@ -110,10 +112,10 @@ impl Records {
                 if self.input.text().is_empty() {
                     return Ok(Next::End);
                 }
-                let rest = self.input.text().len();
-                record.raw.extend_from_slice(self.input.text());
-                self.input.take(rest);
-                return Ok(Next::Broken("a quote is opened here and never closed".to_owned()));
+                return Err(format!(
+                    "line {}: a quote is opened here and never closed, so that nobody knows where the rows behind it end",
+                    record.line
+                ));
             };
             let line_end = match self.input.text().get(length..) {
                 Some([b'\r', b'\n', ..]) => 2,
@@ -127,15 +129,18 @@ impl Records {
             if record.raw.is_empty() || comment {
                 continue;
             }
-            if std::str::from_utf8(&record.raw).is_err() {
-                let good =
-                    std::str::from_utf8(&record.raw).map_or_else(|error| error.valid_up_to(), str::len);
-                return Ok(Next::Broken(format!("byte {} is not UTF-8", record.byte + good as u64)));
-            }
-            return Ok(match split(&self.dialect, record) {
-                Ok(()) => Next::Record,
-                Err(why) => Next::Broken(why),
-            });
+            return match (split(&self.dialect, record), std::str::from_utf8(&record.raw)) {
+                (Ok(()), Ok(_)) => Ok(Next::Record),
+                (Ok(()), Err(error)) => {
+                    let at = error.valid_up_to() + 1;
+                    Ok(Next::Broken(format!("byte {at} of the row is not UTF-8; {OTHER_ENCODING}")))
+                }
+                (Err(why), _) if lines > 1 => Err(format!(
+                    "line {}: {why}, and the row would cover {lines} lines: nobody knows where the rows in it end",
+                    record.line
+                )),
+                (Err(why), _) => Ok(Next::Broken(why)),
+            };
         }
     }
 
@@ -212,7 +217,8 @@ impl Records {
             }
             if self.input.text().len() > MAX_RECORD_BYTES {
                 return Err(format!(
-                    "the record is longer than {} MiB: is a quote not closed?",
+                    "line {}: the row is longer than {} MiB: is a quote not closed?",
+                    self.line,
                     MAX_RECORD_BYTES >> 20
                 ));
             }
@@ -330,10 +336,20 @@ mod tests {
     #[test]
     fn what_breaks_the_rules_says_where() {
         for (text, expected) in [
-            (&b"a,b\n\"x,y\n1,2\n"[..], "line 2: a quote is opened here and never closed"),
+            (
+                &b"a,b\n\"x,y\n1,2\n"[..],
+                "line 2: a quote is opened here and never closed, so that nobody knows where the rows behind it end",
+            ),
+            (
+                b"a,b\n\"x,y\n1,\"2\n",
+                "line 2: field 1 goes on after its closing quote, and the row would cover 2 lines: nobody knows where the rows in it end",
+            ),
             (b"a\n\"x\"y,2\n", "line 2: field 1 goes on after its closing quote"),
             (b"a\nx\"y,2\n", "line 2: field 1 has a quote inside, and does not start with one"),
-            (b"a\n\"x\n\n\",1\n\xff,2\n", "line 5: byte 10 is not UTF-8"),
+            (
+                b"a\n\"x\n\n\",1\n\xff,2\n",
+                "line 5: byte 1 of the row is not UTF-8; if the file is in another encoding, declare it: `format: { encoding: latin1 }`",
+            ),
         ] {
             let broken: Vec<_> = records(text, PLAIN, 7).into_iter().filter_map(Result::err).collect();
             assert_eq!(broken, [expected]);

@@ -55,6 +55,10 @@ pub(super) fn decompressed(file: File, tap: Option<Arc<Tap>>) -> io::Result<Box<
     })
 }
 
+/// What to do about bytes that are not UTF-8.
+pub(super) const OTHER_ENCODING: &str =
+    "if the file is in another encoding, declare it: `format: { encoding: latin1 }`";
+
 /// The encoding of that name.
 ///
 /// # Errors

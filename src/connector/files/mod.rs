@@ -76,11 +76,9 @@ impl FilesConnection {
     /// The folder as a store, which no path leaves.
     fn store(&self) -> Result<LocalFileSystem> {
         if !self.root.is_dir() {
-            return Err(Error::configuration(format!(
-                "connection `{}`: there is no folder `{}`",
-                self.name, self.shown
-            ))
-            .hint("Mend `root` in connections.yaml, or create the folder."));
+            let what = if self.root.exists() { "is no folder" } else { "is not there" };
+            return Err(Error::configuration(format!("connection `{}`: `{}` {what}", self.name, self.shown))
+                .hint("Mend `root` in connections.yaml, or create the folder."));
         }
         LocalFileSystem::new_with_prefix(&self.root).map_err(|error| self.error("open", &self.shown, &error))
     }
@@ -144,6 +142,17 @@ impl FilesConnection {
         let location = self.path(path)?;
         match self.store()?.head(&location).await {
             Ok(object) => Ok((object.location.to_string(), object.size)),
+            Err(object_store::Error::NotFound { .. }) if self.root.join(path).is_dir() => {
+                Err(Error::configuration(format!("connection `{}`: `{path}` is a folder", self.name))
+                    .hint(format!("Read the files in it: `files: \"{}/*\"`.", path.trim_end_matches('/'))))
+            }
+            Err(object_store::Error::NotFound { .. }) if self.root.join(path).is_symlink() => {
+                Err(Error::configuration(format!(
+                    "connection `{}`: `{path}` is a link that leads nowhere",
+                    self.name
+                ))
+                .hint("Mend the link, or read the file itself."))
+            }
             Err(object_store::Error::NotFound { .. }) => {
                 let error = Error::configuration(format!(
                     "connection `{}`: there is no file `{path}` in `{}`",

@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 use super::{FilesConnection, csv, input, json, manifest, parquet};
 use crate::{
     connector::{
-        Bounds, Exactness, Marks, RunTime, Snapshot, Source,
+        Bounds, Exactness, Marks, NOTHING_YET, RunTime, Snapshot, Source,
         columns::{ColumnBuilder, Guess, Misfit, TextRules, arrow_type, effective},
         scan::{POSITION_COLUMN, Scan, held},
         spec::{Format, FormatKind, Read, StreamSpec},
@@ -436,7 +436,7 @@ impl FilesConnection {
         };
         while rows.next(&mut row).map_err(fatal)? {
             let object = std::str::from_utf8(&row.text)
-                .map_err(|_| "the row is not UTF-8".to_owned())
+                .map_err(|_| format!("the row is not UTF-8; {}", input::OTHER_ENCODING))
                 .and_then(|text| {
                     serde_json::from_str::<json::Object<'_>>(text)
                         .map_err(|error| format!("the row is no JSON object: {error}"))
@@ -549,7 +549,8 @@ fn declared_schema(stream: &StreamSpec) -> Result<SchemaRef> {
             Field::new(name, arrow_type(&stream.declared(name).unwrap_or(ColumnType::String), stream), true)
         })
         .collect();
-    Ok(Arc::new(Schema::new(fields)))
+    let nothing_yet = [(NOTHING_YET.to_owned(), String::new())].into();
+    Ok(Arc::new(Schema::new(fields).with_metadata(nothing_yet)))
 }
 
 /// Builds batches of a scan's schema row by row.

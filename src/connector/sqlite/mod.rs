@@ -69,14 +69,22 @@ struct SqliteConnection {
 }
 
 impl SqliteConnection {
+    fn no_file(&self) -> Error {
+        let what = if self.path.is_dir() {
+            "is a folder, and no database"
+        } else if self.path.exists() {
+            "is no file"
+        } else {
+            "is not there"
+        };
+        Error::configuration(format!("connection `{}`: `{}` {what}", self.name, self.shown))
+            .hint("Mend `path` in connections.yaml, or create the database.")
+    }
+
     /// Opens the file for reading, or says that it is not there.
     fn open_to_read(&self) -> Result<Sqlite> {
         if !self.path.is_file() {
-            return Err(Error::configuration(format!(
-                "connection `{}`: there is no file `{}`",
-                self.name, self.shown
-            ))
-            .hint("Mend `path` in connections.yaml, or create the database."));
+            return Err(self.no_file());
         }
         // Read and write, because fixing a bound takes the write lock for an instant; nothing is written.
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -131,18 +139,24 @@ impl Connection for Arc<SqliteConnection> {
     async fn ping(&self) -> Result<Identity> {
         let this = Self::clone(self);
         runtime::blocking(move || {
-            if this.path.is_file() {
+            let product = format!("SQLite {}", rusqlite::version());
+            let there = this.path.is_file();
+            if there {
                 let database = this.open_to_read()?;
                 database
                     .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, i64>(0))
                     .map_err(|error| this.error("read", &error))?;
+            } else if this.path.exists() {
+                return Err(this.no_file());
             } else {
                 let folder = this.path.parent().filter(|folder| !folder.as_os_str().is_empty());
                 if let Some(folder) = folder.filter(|folder| folder.exists() && !folder.is_dir()) {
-                    return Err(Error::configuration(format!("`{}` is no folder", folder.display())));
+                    return Err(Error::configuration(format!("`{}` is no folder", folder.display()))
+                        .hint("Mend `path` in connections.yaml."));
                 }
             }
-            Ok(Identity { product: format!("SQLite {}", rusqlite::version()), place: this.shown.clone() })
+            let product = if there { product } else { format!("{product}, to be created") };
+            Ok(Identity { product, place: this.shown.clone() })
         })
         .await
     }
