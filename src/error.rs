@@ -229,6 +229,15 @@ impl Error {
         self
     }
 
+    /// Says whose it is in front of the first problem's sentence.
+    #[must_use]
+    pub fn within(mut self, whose: &str) -> Self {
+        if let Some(first) = self.problems.first_mut() {
+            first.message = format!("{whose}: {}", first.message);
+        }
+        self
+    }
+
     /// The same problems as another kind.
     #[must_use]
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {

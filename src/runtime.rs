@@ -167,6 +167,13 @@ pub fn spawn(work: impl Future<Output = ()> + Send + 'static) -> TaskGuard {
     TaskGuard(task)
 }
 
+/// Starts a task that nobody waits for: tidying up that may as well not happen. Does nothing where there is no runtime.
+pub fn detached(work: impl Future<Output = ()> + Send + 'static) {
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        drop(runtime.spawn(work));
+    }
+}
+
 /// A running task; dropping it aborts the task.
 #[derive(Debug)]
 pub struct TaskGuard(tokio::task::JoinHandle<()>);

@@ -30,12 +30,23 @@ pub mod evolve;
 pub mod files;
 pub mod postgres;
 pub mod scan;
+#[cfg(test)]
+#[path = "../../tests/services/mod.rs"]
+#[expect(unreachable_pub, reason = "shared with the tests of the whole program")]
+mod services;
 pub mod spec;
 pub mod sqlite;
 pub mod tap;
 
 /// Every connector there is.
-pub static CONNECTORS: &[&Connector] = &[&files::CONNECTOR, &postgres::CONNECTOR, &sqlite::CONNECTOR];
+pub static CONNECTORS: &[&Connector] = &[
+    &files::CONNECTOR,
+    &files::bucket::S3,
+    &files::bucket::GCS,
+    &files::bucket::AZURE,
+    &postgres::CONNECTOR,
+    &sqlite::CONNECTOR,
+];
 
 /// A kind of system.
 #[derive(Debug)]
@@ -124,6 +135,8 @@ pub struct Options {
     pub base: PathBuf,
     /// The options, without `kind`.
     pub values: serde_json::Value,
+    /// Where copies may be kept while the connection lives.
+    pub spill: PathBuf,
 }
 
 impl fmt::Debug for Options {
@@ -146,6 +159,18 @@ impl Options {
                 .hint("`floodmark schema connections` lists them.")
         })
     }
+}
+
+/// What is common to URLs of buckets: the bucket, and the prefix in it.
+fn bucket_of(url: &Url) -> Result<(String, Option<String>)> {
+    let bucket = url.host_str().filter(|_| url.username().is_empty() && url.port().is_none());
+    let bucket = bucket.ok_or_else(|| {
+        let scheme = url.scheme().trim_start_matches("x-");
+        Error::configuration(format!("a `{scheme}` URL names a bucket, and no user and no port"))
+            .hint(format!("Such as `{scheme}://bucket/prefix`."))
+    })?;
+    let prefix = percent_encoding::percent_decode_str(url.path().trim_matches('/')).decode_utf8_lossy();
+    Ok((bucket.to_owned(), (!prefix.is_empty()).then(|| prefix.into_owned())))
 }
 
 /// The path of a URL whose system is a file: everything behind `scheme://`, or behind `scheme:` where it is relative.

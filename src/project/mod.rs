@@ -196,7 +196,12 @@ impl Project {
         if name == PROJECT_CONNECTION && !self.connections.contains_key(name) {
             let connector = Connector::named("files").ok_or_else(|| Error::bug("no connector for files"))?;
             let values = serde_json::json!({ "root": "." });
-            return (connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values });
+            return (connector.open)(Options {
+                name: name.to_owned(),
+                base: self.root.clone(),
+                values,
+                spill: self.limits.spill.clone(),
+            });
         }
         let file = self
             .connections
@@ -236,7 +241,13 @@ impl Project {
                 secret::remember(value);
             }
         }
-        (file.connector.open)(Options { name: name.to_owned(), base: self.root.clone(), values }).map_err(at)
+        (file.connector.open)(Options {
+            name: name.to_owned(),
+            base: self.root.clone(),
+            values,
+            spill: self.limits.spill.clone(),
+        })
+        .map_err(at)
     }
 
     /// The environment's fixed `as_of`.

@@ -15,21 +15,86 @@ pub struct Postgres {
     pub authority: String,
 }
 
+/// What the script `name` prints: the server that it started, or found.
+fn service<const N: usize>(name: &str) -> [String; N] {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/services").join(name);
+    let output = Command::new(script).output().unwrap();
+    assert!(output.status.success(), "no {name}: {}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().map(str::to_owned).collect::<Vec<_>>().try_into().unwrap()
+}
+
 /// The server, started if it does not run yet.
 pub fn postgres() -> &'static Postgres {
     static SERVER: OnceLock<Postgres> = OnceLock::new();
     SERVER.get_or_init(|| {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/services/postgres");
-        let output = Command::new(script).output().unwrap();
-        assert!(output.status.success(), "no PostgreSQL: {}", String::from_utf8_lossy(&output.stderr));
-        let text = String::from_utf8(output.stdout).unwrap();
-        let mut lines = text.lines();
-        Postgres {
-            port: lines.next().unwrap().parse().unwrap(),
-            password: lines.next().unwrap().to_owned(),
-            authority: lines.next().unwrap().to_owned(),
+        let [port, password, authority] = service("postgres");
+        Postgres { port: port.parse().unwrap(), password, authority }
+    })
+}
+
+/// The S3 server that tests share, with its bucket `floodmark`.
+#[derive(Debug)]
+pub struct S3 {
+    /// Where it answers, unencrypted.
+    pub endpoint: String,
+    /// The administrator's key and secret.
+    pub admin: (String, String),
+    /// Those of a user who may only read.
+    pub reader: (String, String),
+}
+
+/// The server, started if it does not run yet.
+pub fn s3() -> &'static S3 {
+    static SERVER: OnceLock<S3> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        let [port, key, secret, reader, reader_secret] = service("s3");
+        S3 {
+            endpoint: format!("http://127.0.0.1:{port}"),
+            admin: (key, secret),
+            reader: (reader, reader_secret),
         }
     })
+}
+
+impl S3 {
+    /// The options of a connection to a prefix of the bucket.
+    pub fn options(&self, prefix: &str) -> serde_json::Value {
+        let (key, secret) = &self.admin;
+        serde_json::json!({
+            "bucket": "floodmark", "prefix": prefix, "endpoint": self.endpoint, "allow_http": true, "region": "us-east-1",
+            "access_key_id": key, "secret_access_key": secret, "retry_timeout_ms": 2000,
+        })
+    }
+
+    /// A prefix that nobody else uses.
+    pub fn prefix() -> String {
+        format!("t-{}", uuid::Uuid::now_v7().simple())
+    }
+
+    /// Puts an object below a prefix, as another program would.
+    pub fn put(&self, prefix: &str, path: &str, bytes: &[u8]) {
+        let (key, secret) = &self.admin;
+        let store = object_store::aws::AmazonS3Builder::new()
+            .with_endpoint(&self.endpoint)
+            .with_allow_http(true)
+            .with_region("us-east-1")
+            .with_bucket_name("floodmark")
+            .with_access_key_id(key)
+            .with_secret_access_key(secret)
+            .build()
+            .unwrap();
+        let (path, bytes) = (format!("{prefix}/{path}"), bytes.to_vec());
+        std::thread::scope(|scope| {
+            let put = || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                let path = path.as_str().into();
+                let put = object_store::ObjectStoreExt::put(&store, &path, bytes.into());
+                runtime.block_on(put).unwrap();
+            };
+            scope.spawn(put).join().unwrap();
+        });
+    }
 }
 
 impl Postgres {

@@ -45,12 +45,14 @@ impl NewFile {
         Ok(())
     }
 
-    /// Gives the file its name, replacing what had it.
-    pub(super) fn finish(mut self) -> Result<()> {
+    /// Gives the file its name, replacing what had it. Returns its bytes.
+    pub(super) fn finish(mut self) -> Result<u64> {
         self.flush_to_disk()?;
-        fs::rename(&self.temporary, &self.path)
-            .map_err(|error| Error::io("write", self.path.display(), error))?;
-        sync_folder(&self.path)
+        let failed = |error| Error::io("write", self.path.display(), error);
+        let bytes = self.temporary.metadata().map_err(failed)?.len();
+        fs::rename(&self.temporary, &self.path).map_err(failed)?;
+        sync_folder(&self.path)?;
+        Ok(bytes)
     }
 
     /// Gives the file its name only if nothing has it. False if something has.

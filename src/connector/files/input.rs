@@ -4,7 +4,6 @@
 //! encoding does not know are an error with their place, never a replacement character.
 
 use std::{
-    fs::File,
     io::{self, BufRead, BufReader, Read},
     sync::Arc,
 };
@@ -20,7 +19,7 @@ const BUFFER_BYTES: usize = 256 << 10;
 
 /// Counts compressed bytes as they are read, for the progress.
 struct Counted {
-    file: File,
+    file: Box<dyn Read + Send>,
     tap: Option<Arc<Tap>>,
 }
 
@@ -39,7 +38,10 @@ impl Read for Counted {
 /// # Errors
 ///
 /// If its first bytes cannot be read.
-pub(super) fn decompressed(file: File, tap: Option<Arc<Tap>>) -> io::Result<Box<dyn BufRead + Send>> {
+pub(super) fn decompressed(
+    file: Box<dyn Read + Send>,
+    tap: Option<Arc<Tap>>,
+) -> io::Result<Box<dyn BufRead + Send>> {
     let mut reader = BufReader::with_capacity(BUFFER_BYTES, Counted { file, tap });
     let start = reader.fill_buf()?;
     Ok(match start {

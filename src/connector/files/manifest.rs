@@ -11,6 +11,9 @@
 //! A release is visible when its commit file has its name, which only one attempt can give it. Readers that know
 //! manifests take the files that the newest one lists. Readers that know only folders take `<output>/current`: all
 //! outputs of a job switch by one rename, after the commit; a switch that was cut off is repaired by the next run.
+//!
+//! A bucket has no `releases` and no `current`: its readers take the file list. It has `latest` instead, a hint at the
+//! newest sequence number, from which readers walk on: so that finding the newest record costs three requests and no listing.
 
 use std::{
     fs, io,
@@ -19,11 +22,14 @@ use std::{
 
 use arrow::datatypes::SchemaRef;
 
-use super::{FilesConnection, durable};
+use super::{
+    FilesConnection, durable,
+    place::{Listed, Place},
+};
 use crate::{
     error::{Error, Result},
     names::JobId,
-    record::{LoadRecord, OutputRecord},
+    record::{DataFile, LoadRecord, OutputRecord},
     runtime,
 };
 
@@ -31,99 +37,115 @@ use crate::{
 const KEPT_RELEASES: usize = 2;
 
 impl FilesConnection {
-    pub(super) fn job_folder(&self, job: &JobId) -> PathBuf {
-        self.root.join("_floodmark").join(&job.project).join(&job.job)
-    }
-
-    fn commit_path(&self, job: &JobId, seq: u64) -> PathBuf {
-        self.job_folder(job).join("commits").join(format!("{seq:020}.json"))
-    }
-
     /// The newest record of a job.
     pub(super) fn newest(&self, job: &JobId) -> Result<Option<LoadRecord>> {
-        let folder = self.job_folder(job).join("commits");
-        let Some(seq) = sequence_numbers(&folder)?.into_iter().max() else { return Ok(None) };
-        let path = self.commit_path(job, seq);
-        let text = fs::read_to_string(&path).map_err(|error| Error::io("read", path.display(), error))?;
-        let record = LoadRecord::from_json(&text).map_err(|error| error.note(path.display().to_string()))?;
-        Ok(Some(record))
+        if self.place.is_bucket()
+            && let Some(hint) = self.place.read(&latest_path(job))?
+            && let Some(mut seq) = hint.trim().parse::<u64>().ok()
+            && let Some(mut newest) = self.record_at(job, seq)?
+        {
+            while let Some(next) = self.record_at(job, seq + 1)? {
+                (newest, seq) = (next, seq + 1);
+            }
+            return Ok(Some(newest));
+        }
+        let (names, _) = self.place.names(&format!("{}/commits", job_path(job)))?;
+        match sequence_numbers(&names).max() {
+            Some(seq) => self.record_at(job, seq),
+            None => Ok(None),
+        }
     }
 
     /// Commits `record`: gives its file the name of its sequence number. False if another has it.
     pub(super) fn commit_record(&self, job: &JobId, record: &LoadRecord) -> Result<bool> {
-        durable::write_new(&self.commit_path(job, record.seq), record.to_json().as_bytes())
+        self.place.create(&commit_path(job, record.seq), &record.to_json())
     }
 
     /// The record that has the sequence number `seq`.
     pub(super) fn record_at(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>> {
-        match fs::read_to_string(self.commit_path(job, seq)) {
-            Ok(text) => LoadRecord::from_json(&text).map(Some),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io("read", self.commit_path(job, seq).display(), error)),
+        let path = commit_path(job, seq);
+        let Some(text) = self.place.read(&path)? else { return Ok(None) };
+        LoadRecord::from_json(&text).map(Some).map_err(|error| error.note(path))
+    }
+
+    /// Shows readers the release of `record`: a folder's `current`, a bucket's `latest`. Does nothing if they do already.
+    pub(super) fn show(&self, job: &JobId, record: &LoadRecord) -> Result<()> {
+        match &self.place {
+            Place::Folder(root) => switch_current(root, job, record),
+            Place::Bucket(bucket) => bucket.overwrite(&latest_path(job), &record.seq.to_string()),
         }
     }
 
-    /// Makes `current` show the release of `record`. Does nothing if it does already.
-    pub(super) fn switch_current(&self, job: &JobId, record: &LoadRecord) -> Result<()> {
-        let folder = self.job_folder(job);
-        let release = PathBuf::from("releases").join(format!("{:020}", record.seq));
-        let current = folder.join("current");
-        if fs::read_link(&current).is_ok_and(|target| target == release) {
-            return Ok(());
-        }
-        let full = folder.join(&release);
-        for (output, written) in &record.outputs {
-            let links = full.join(output);
-            durable::make_folder(&links)?;
-            for file in &written.files {
-                let data = self.root.join(output).join(&file.path);
-                let link = links.join(Path::new(&file.path).file_name().unwrap_or_default());
-                match fs::hard_link(&data, &link) {
-                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                        return Err(Error::io("link", link.display(), error));
-                    }
-                    _ => {}
-                }
-            }
-            durable::sync_folder(&links.join("x"))?;
-        }
-        switch(&current, &release)?;
-        for output in record.outputs.keys() {
-            let link = self.root.join(output).join("current");
-            let target = PathBuf::from("..")
-                .join("_floodmark")
-                .join(&job.project)
-                .join(&job.job)
-                .join("current")
-                .join(output);
-            if fs::read_link(&link).is_ok_and(|known| known == target) {
-                continue;
-            }
-            switch(&link, &target)?;
-        }
-        self.drop_old_releases(&folder.join("releases"))
-    }
-
-    fn drop_old_releases(&self, releases: &Path) -> Result<()> {
-        let mut numbers = sequence_numbers(releases)?;
-        numbers.sort_unstable();
-        for old in numbers.iter().rev().skip(KEPT_RELEASES) {
-            let folder = releases.join(format!("{old:020}"));
-            fs::remove_dir_all(&folder).map_err(|error| Error::io("remove", folder.display(), error))?;
-        }
-        Ok(())
-    }
-
-    /// The jobs that published into this folder.
+    /// The jobs that published into this place.
     fn jobs(&self) -> Result<Vec<JobId>> {
         let mut jobs = Vec::new();
-        for project in folders(&self.root.join("_floodmark"))? {
-            for job in folders(&self.root.join("_floodmark").join(&project))? {
+        for project in self.place.names("_floodmark")?.1 {
+            for job in self.place.names(&format!("_floodmark/{project}"))?.1 {
                 jobs.push(JobId { project: project.clone(), job });
             }
         }
         Ok(jobs)
     }
+}
+
+/// The folder of a job's own files, relative to the root.
+pub(super) fn job_path(job: &JobId) -> String {
+    format!("_floodmark/{}/{}", job.project, job.job)
+}
+
+fn commit_path(job: &JobId, seq: u64) -> String {
+    format!("{}/commits/{seq:020}.json", job_path(job))
+}
+
+fn latest_path(job: &JobId) -> String {
+    format!("{}/latest", job_path(job))
+}
+
+/// Makes `current` show the release of `record`. Does nothing if it does already.
+fn switch_current(root: &Path, job: &JobId, record: &LoadRecord) -> Result<()> {
+    let folder = root.join(job_path(job));
+    let release = PathBuf::from("releases").join(format!("{:020}", record.seq));
+    let current = folder.join("current");
+    if fs::read_link(&current).is_ok_and(|target| target == release) {
+        return Ok(());
+    }
+    let full = folder.join(&release);
+    for (output, written) in &record.outputs {
+        let links = full.join(output);
+        durable::make_folder(&links)?;
+        for file in &written.files {
+            let data = root.join(output).join(&file.path);
+            let link = links.join(Path::new(&file.path).file_name().unwrap_or_default());
+            match fs::hard_link(&data, &link) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(Error::io("link", link.display(), error));
+                }
+                _ => {}
+            }
+        }
+        durable::sync_folder(&links.join("x"))?;
+    }
+    switch(&current, &release)?;
+    for output in record.outputs.keys() {
+        let link = root.join(output).join("current");
+        let target = PathBuf::from("..").join(job_path(job)).join("current").join(output);
+        if fs::read_link(&link).is_ok_and(|known| known == target) {
+            continue;
+        }
+        switch(&link, &target)?;
+    }
+    drop_old_releases(&folder.join("releases"))
+}
+
+fn drop_old_releases(releases: &Path) -> Result<()> {
+    let (_, names) = Place::Folder(releases.to_owned()).names("")?;
+    let mut numbers: Vec<u64> = sequence_numbers(&names).collect();
+    numbers.sort_unstable();
+    for old in numbers.iter().rev().skip(KEPT_RELEASES) {
+        let folder = releases.join(format!("{old:020}"));
+        fs::remove_dir_all(&folder).map_err(|error| Error::io("remove", folder.display(), error))?;
+    }
+    Ok(())
 }
 
 /// An output that a job published.
@@ -134,9 +156,9 @@ impl Published {
         self.0.schema()
     }
 
-    /// The live files, relative to the root.
-    pub(super) fn paths(&self, output: &str) -> Vec<String> {
-        self.0.files.iter().map(|file| format!("{output}/{}", file.path)).collect()
+    /// The live files.
+    pub(super) fn files(&self, output: &str) -> Vec<Listed> {
+        self.0.files.iter().map(|file| listed(output, file)).collect()
     }
 }
 
@@ -169,6 +191,11 @@ pub(super) async fn published(
     .await
 }
 
+/// A data file of an output. Its name is one attempt's alone: it needs no version.
+pub(super) fn listed(output: &str, file: &DataFile) -> Listed {
+    Listed { path: format!("{output}/{}", file.path), size: file.bytes, version: None }
+}
+
 /// Makes `link` point to `target`, by rename.
 fn switch(link: &Path, target: &Path) -> Result<()> {
     if let Some(folder) = link.parent() {
@@ -181,26 +208,6 @@ fn switch(link: &Path, target: &Path) -> Result<()> {
     durable::sync_folder(link)
 }
 
-fn sequence_numbers(folder: &Path) -> Result<Vec<u64>> {
-    let names = entries(folder)?;
-    Ok(names.iter().filter_map(|name| name.trim_end_matches(".json").parse().ok()).collect())
-}
-
-fn folders(folder: &Path) -> Result<Vec<String>> {
-    let mut names: Vec<String> =
-        entries(folder)?.into_iter().filter(|name| folder.join(name).is_dir()).collect();
-    names.sort();
-    Ok(names)
-}
-
-fn entries(folder: &Path) -> Result<Vec<String>> {
-    let listed = match fs::read_dir(folder) {
-        Ok(listed) => listed,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::io("list", folder.display(), error)),
-    };
-    listed
-        .map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()))
-        .collect::<io::Result<_>>()
-        .map_err(|error| Error::io("list", folder.display(), error))
+fn sequence_numbers(names: &[String]) -> impl Iterator<Item = u64> {
+    names.iter().filter_map(|name| name.trim_end_matches(".json").parse().ok())
 }

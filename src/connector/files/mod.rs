@@ -1,22 +1,24 @@
-//! A folder of files, as source and as target.
+//! Files, as source and as target: in a folder, or in a bucket ([`bucket`]).
 //!
 //! In: CSV, JSON lines, JSON arrays and Parquet, one file or many by pattern, with gzip and zstd, each remembered
 //! by path, size and content; and the outputs that jobs published here, through their manifests. Out: Parquet by
 //! the manifest protocol, in [`target`]. Everything lies beneath one root; no path leaves it.
 //!
-//! Not done yet: buckets (`object_store` is already what lists and opens), splitting one file over cores.
+//! Not done yet: splitting one file over cores.
 
-use std::{path::PathBuf, sync::Arc};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem};
+use place::{Listed, Place};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{CatalogTable, Connection, Connector, Identity, Source, Target, path_of};
 use crate::error::{Error, Result};
 
+pub mod bucket;
 mod csv;
 mod durable;
 mod input;
@@ -24,6 +26,7 @@ mod json;
 mod manifest;
 mod merge;
 mod parquet;
+mod place;
 mod source;
 mod target;
 #[cfg(test)]
@@ -43,12 +46,18 @@ pub static CONNECTOR: Connector = Connector {
         Ok(Arc::new(Arc::new(FilesConnection {
             name: options.name,
             shown: parsed.root,
-            root,
-            row_group_rows: parsed.row_group_rows.unwrap_or(1 << 20).max(1),
-            row_group_bytes: parsed.row_group_bytes.unwrap_or(48 << 20).max(1),
+            place: Place::Folder(root),
+            row_group_rows: parsed.row_group_rows.unwrap_or(ROW_GROUP_ROWS).max(1),
+            row_group_bytes: parsed.row_group_bytes.unwrap_or(ROW_GROUP_BYTES).max(1),
         })))
     },
 };
+
+/// Rows after which a row group is closed, unless an option says otherwise.
+const ROW_GROUP_ROWS: usize = 1 << 20;
+
+/// Encoded bytes after which a row group is closed, unless an option says otherwise.
+const ROW_GROUP_BYTES: usize = 48 << 20;
 
 /// A folder of files.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -62,29 +71,39 @@ struct FilesOptions {
     row_group_bytes: Option<usize>,
 }
 
-/// One folder.
+/// One folder or bucket.
 #[derive(Debug)]
 struct FilesConnection {
     name: String,
+    /// How people know the place.
     shown: String,
-    root: PathBuf,
+    place: Place,
     row_group_rows: usize,
     row_group_bytes: usize,
 }
 
 impl FilesConnection {
-    /// The folder as a store, which no path leaves.
-    fn store(&self) -> Result<LocalFileSystem> {
-        if !self.root.is_dir() {
-            let what = if self.root.exists() { "is no folder" } else { "is not there" };
+    /// The place as a store, which no path leaves.
+    fn store(&self) -> Result<Arc<dyn ObjectStore>> {
+        let root = match &self.place {
+            Place::Folder(root) => root,
+            Place::Bucket(bucket) => return Ok(bucket.store()),
+        };
+        if !root.is_dir() {
+            let what = if root.exists() { "is no folder" } else { "is not there" };
             return Err(Error::configuration(format!("connection `{}`: `{}` {what}", self.name, self.shown))
                 .hint("Mend `root` in connections.yaml, or create the folder."));
         }
-        LocalFileSystem::new_with_prefix(&self.root).map_err(|error| self.error("open", &self.shown, &error))
+        let store = LocalFileSystem::new_with_prefix(root);
+        Ok(Arc::new(store.map_err(|error| self.error("open", &self.shown, error))?))
     }
 
-    fn error(&self, doing: &str, path: &str, error: &object_store::Error) -> Error {
-        Error::failed(format!("connection `{}`: cannot {doing} `{path}`", self.name)).note(error.to_string())
+    fn error(&self, doing: &str, path: &str, error: object_store::Error) -> Error {
+        let error = match &self.place {
+            Place::Folder(_) => Error::failed(format!("cannot {doing} `{path}`")).note(error.to_string()),
+            Place::Bucket(bucket) => bucket.error(doing, path, error),
+        };
+        error.within(&format!("connection `{}`", self.name))
     }
 
     /// A path within the root, as the store knows it.
@@ -102,8 +121,8 @@ impl FilesConnection {
         object_store::path::Path::parse(written.trim_start_matches("./")).map_err(|_| outside())
     }
 
-    /// The files that `pattern` matches, in order of their paths, with their sizes.
-    async fn matching(&self, pattern: &str) -> Result<Vec<(String, u64)>> {
+    /// The files that `pattern` matches, in order of their paths.
+    async fn matching(&self, pattern: &str) -> Result<Vec<Listed>> {
         let store = self.store()?;
         self.path(&pattern.replace(['*', '?', '[', ']', '{', '}'], "x"))?;
         let glob = globset::GlobBuilder::new(pattern.trim_start_matches("./"))
@@ -127,26 +146,27 @@ impl FilesConnection {
             .list(Some(&prefix))
             .try_collect()
             .await
-            .map_err(|error| self.error("list", pattern, &error))?;
-        let mut files: Vec<(String, u64)> = listed
+            .map_err(|error| self.error("list", pattern, error))?;
+        let mut files: Vec<Listed> = listed
             .into_iter()
-            .map(|object| (object.location.to_string(), object.size))
-            .filter(|(path, _)| glob.is_match(path))
+            .map(|object| Listed::of(object, self.place.is_bucket()))
+            .filter(|file| glob.is_match(&file.path))
             .collect();
         files.sort();
         Ok(files)
     }
 
-    /// One file and its size.
-    async fn one(&self, path: &str) -> Result<(String, u64)> {
+    /// One file.
+    async fn one(&self, path: &str) -> Result<Listed> {
         let location = self.path(path)?;
+        let here = self.place.folder().map(|root| root.join(path));
         match self.store()?.head(&location).await {
-            Ok(object) => Ok((object.location.to_string(), object.size)),
-            Err(object_store::Error::NotFound { .. }) if self.root.join(path).is_dir() => {
+            Ok(object) => Ok(Listed::of(object, self.place.is_bucket())),
+            Err(object_store::Error::NotFound { .. }) if here.as_ref().is_some_and(|path| path.is_dir()) => {
                 Err(Error::configuration(format!("connection `{}`: `{path}` is a folder", self.name))
                     .hint(format!("Read the files in it: `files: \"{}/*\"`.", path.trim_end_matches('/'))))
             }
-            Err(object_store::Error::NotFound { .. }) if self.root.join(path).is_symlink() => {
+            Err(object_store::Error::NotFound { .. }) if here.is_some_and(|path| path.is_symlink()) => {
                 Err(Error::configuration(format!(
                     "connection `{}`: `{path}` is a link that leads nowhere",
                     self.name
@@ -161,19 +181,13 @@ impl FilesConnection {
                 let folder =
                     path.rsplit_once('/').map_or("*".to_owned(), |(folder, _)| format!("{folder}/*"));
                 let others = self.matching(&folder).await.unwrap_or_default();
-                Err(match crate::error::nearest(path, others.iter().map(|(path, _)| path.as_str())) {
+                Err(match crate::error::nearest(path, others.iter().map(|file| file.path.as_str())) {
                     Some(near) => error.hint(format!("Did you mean `{near}`?")),
                     None => error,
                 })
             }
-            Err(error) => Err(self.error("read", path, &error)),
+            Err(error) => Err(self.error("read", path, error)),
         }
-    }
-
-    /// Opens a file that listing found.
-    fn open(&self, path: &str) -> Result<std::fs::File> {
-        let full = self.root.join(path);
-        std::fs::File::open(&full).map_err(|error| Error::io("open", path, error))
     }
 }
 
@@ -181,11 +195,19 @@ impl FilesConnection {
 impl Connection for Arc<FilesConnection> {
     async fn ping(&self) -> Result<Identity> {
         let place = self.shown.clone();
-        if !self.root.exists() {
+        let root = match &self.place {
+            Place::Folder(root) => root,
+            Place::Bucket(bucket) => {
+                let first = bucket.store().list(None).try_next().await;
+                first.map_err(|error| self.error("list", "", error))?;
+                return Ok(Identity { product: "bucket".to_owned(), place });
+            }
+        };
+        if !root.exists() {
             return Ok(Identity { product: "folder, to be created".to_owned(), place });
         }
         self.store()?;
-        std::fs::read_dir(&self.root).map_err(|error| Error::io("list", &self.shown, error))?;
+        std::fs::read_dir(root).map_err(|error| Error::io("list", &self.shown, error))?;
         Ok(Identity { product: "folder".to_owned(), place })
     }
 
@@ -193,8 +215,11 @@ impl Connection for Arc<FilesConnection> {
         let files = self.matching("**").await?;
         Ok(files
             .into_iter()
-            .filter(|(path, _)| !path.starts_with("_floodmark/"))
-            .map(|(name, size)| CatalogTable { name, columns: vec![("bytes".to_owned(), size.to_string())] })
+            .filter(|file| !file.path.starts_with("_floodmark/"))
+            .map(|file| CatalogTable {
+                name: file.path,
+                columns: vec![("bytes".to_owned(), file.size.to_string())],
+            })
             .collect())
     }
 

@@ -3,7 +3,7 @@
 //! Out: one file a call, its columns encoded side by side by rayon, a row group closed by rows or by encoded bytes,
 //! whichever comes first, so that wide rows do not hold more memory than narrow ones.
 
-use std::{fs::File, path::Path, sync::Arc};
+use std::{fs::File, sync::Arc};
 
 use ::parquet::{
     arrow::{
@@ -24,7 +24,7 @@ use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
 use rayon::prelude::*;
 
-use super::{FilesConnection, durable::NewFile};
+use super::{FilesConnection, manifest::listed, place::Sink};
 use crate::{
     connector::{
         columns::Misfit,
@@ -151,8 +151,7 @@ fn row_json(row: &RecordBatch) -> String {
 }
 
 /// Sends the rows that one release set aside. False once nobody reads any more.
-pub(super) fn read_quarantined(file: &File, path: &str, seq: u64, out: &BatchSender) -> Result<bool> {
-    let file = file.try_clone().map_err(|error| Error::io("read", path, error))?;
+pub(super) fn read_quarantined(file: File, path: &str, seq: u64, out: &BatchSender) -> Result<bool> {
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| damaged(path, error))?;
     for batch in builder.with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(path, error))? {
         let batch = batch.map_err(|error| damaged(path, error))?;
@@ -167,16 +166,16 @@ pub(super) fn read_quarantined(file: &File, path: &str, seq: u64, out: &BatchSen
 
 /// The rows of one data file of our own, as they are.
 pub(super) fn data_file(
-    connection: &FilesConnection,
+    connection: &Arc<FilesConnection>,
     output: &str,
     file: &DataFile,
     schema: SchemaRef,
 ) -> SendableRecordBatchStream {
-    let path = connection.root.join(output).join(&file.path);
+    let (connection, file) = (Arc::clone(connection), listed(output, file));
     let stream_schema = Arc::clone(&schema);
     runtime::blocking_stream(stream_schema, move |out| {
-        let shown = path.display().to_string();
-        let handle = File::open(&path).map_err(|error| Error::io("open", &shown, error))?;
+        let handle = connection.place.open(&file)?;
+        let shown = file.path;
         let builder =
             ParquetRecordBatchReaderBuilder::try_new(handle).map_err(|error| damaged(&shown, error))?;
         for batch in builder.with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(&shown, error))? {
@@ -200,7 +199,7 @@ pub(super) fn data_file(
 
 /// A Parquet file under construction.
 struct Writer {
-    file: SerializedFileWriter<NewFile>,
+    file: SerializedFileWriter<Sink>,
     factory: ArrowRowGroupWriterFactory,
     columns: Vec<ArrowColumnWriter>,
     schema: SchemaRef,
@@ -210,7 +209,7 @@ struct Writer {
 }
 
 impl Writer {
-    fn new(path: &Path, schema: SchemaRef, limits: (usize, usize)) -> Result<Self> {
+    fn new(sink: Sink, path: &str, schema: SchemaRef, limits: (usize, usize)) -> Result<Self> {
         let properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).unwrap_or_default()))
             .set_created_by(concat!("floodmark ", env!("CARGO_PKG_VERSION")).to_owned())
@@ -218,8 +217,8 @@ impl Writer {
         ArrowSchemaConverter::new().convert(&schema).map_err(|error| {
             Error::configuration("a column cannot be written as Parquet").note(error.to_string())
         })?;
-        let writer = ArrowWriter::try_new(NewFile::create(path)?, Arc::clone(&schema), Some(properties))
-            .map_err(failed(path))?;
+        let writer =
+            ArrowWriter::try_new(sink, Arc::clone(&schema), Some(properties)).map_err(failed(path))?;
         let (file, factory) = writer.into_serialized_writer().map_err(failed(path))?;
         Ok(Self { file, factory, columns: Vec::new(), schema, group_rows: 0, groups: 0, limits })
     }
@@ -266,8 +265,8 @@ impl Writer {
 }
 
 /// An error of the Parquet writer as one for people: underneath it is nearly always the disk.
-fn failed(path: &Path) -> impl Fn(::parquet::errors::ParquetError) -> Error {
-    let shown = path.display().to_string();
+fn failed(path: &str) -> impl Fn(::parquet::errors::ParquetError) -> Error {
+    let shown = path.to_owned();
     move |error| match error {
         ::parquet::errors::ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
             Ok(io) => Error::io("write", &shown, *io),
@@ -279,14 +278,14 @@ fn failed(path: &Path) -> impl Fn(::parquet::errors::ParquetError) -> Error {
 
 /// Writes all rows into the file `data/<name>` of an output and makes it durable; `None` where there is no row.
 pub(super) async fn write(
-    connection: &FilesConnection,
+    connection: &Arc<FilesConnection>,
     output: &str,
     name: &str,
     mut rows: SendableRecordBatchStream,
     mut each: impl FnMut(&RecordBatch) -> Result<()>,
 ) -> Result<Option<DataFile>> {
     let relative = format!("data/{name}");
-    let path = connection.root.join(output).join(&relative);
+    let path = format!("{output}/{relative}");
     let limits = (connection.row_group_rows, connection.row_group_bytes);
     let (schema, mut writer, mut count) = (rows.schema(), None, 0_u64);
     while let Some(batch) = rows.next().await {
@@ -296,12 +295,12 @@ pub(super) async fn write(
         }
         each(&batch)?;
         count += batch.num_rows() as u64;
-        let (path, schema) = (path.clone(), Arc::clone(&schema));
+        let (path, schema, connection) = (path.clone(), Arc::clone(&schema), Arc::clone(connection));
         writer = Some(
             runtime::blocking(move || {
                 let mut writer = match writer {
                     Some(writer) => writer,
-                    None => Writer::new(&path, schema, limits)?,
+                    None => Writer::new(connection.place.new_file(&path)?, &path, schema, limits)?,
                 };
                 writer.write(&batch).map_err(failed(&path))?;
                 Ok(writer)
@@ -313,8 +312,7 @@ pub(super) async fn write(
     runtime::blocking(move || {
         writer.close_group().map_err(failed(&path))?;
         let file = writer.file.into_inner().map_err(failed(&path))?;
-        file.finish()?;
-        let bytes = path.metadata().map_err(|error| Error::io("look at", path.display(), error))?.len();
+        let bytes = file.finish()?;
         Ok(Some(DataFile { path: relative, rows: count, bytes }))
     })
     .await

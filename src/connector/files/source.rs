@@ -19,7 +19,7 @@ use datafusion::physical_plan::SendableRecordBatchStream;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::{FilesConnection, csv, input, json, manifest, parquet};
+use super::{FilesConnection, csv, input, json, manifest, parquet, place::Listed};
 use crate::{
     connector::{
         Bounds, Exactness, Marks, NOTHING_YET, RunTime, Snapshot, Source,
@@ -38,7 +38,7 @@ use crate::{
 const SAMPLE_ROWS: usize = 20_480;
 
 /// The files of each stream, fixed by the snapshot.
-struct Fixed(indexmap::IndexMap<String, Vec<String>>);
+struct Fixed(indexmap::IndexMap<String, Vec<Listed>>);
 
 /// A file that was written longer ago than this, when it was looked at, has not changed since if its time of change says so.
 const SETTLED: Duration = Duration::from_secs(5);
@@ -109,9 +109,9 @@ impl Source for Arc<FilesConnection> {
         let mut fixed = indexmap::IndexMap::new();
         for stream in streams {
             let files = match (bounds.windows.get(&stream.name), &stream.read) {
-                (Some(Window::Files { new, .. }), _) => new.iter().map(|file| file.path.clone()).collect(),
-                (_, Read::Table(output)) => manifest::published(self, output).await?.paths(output),
-                _ => self.candidates(stream).await?.into_iter().map(|(path, _)| path).collect(),
+                (Some(Window::Files { new, .. }), _) => new.iter().map(Listed::meant).collect(),
+                (_, Read::Table(output)) => manifest::published(self, output).await?.files(output),
+                _ => self.candidates(stream).await?,
             };
             fixed.insert(stream.name.clone(), files);
         }
@@ -123,14 +123,9 @@ impl Source for Arc<FilesConnection> {
         let files = fixed.0.get(&scan.stream.name).cloned().unwrap_or_default();
         let (this, scan) = (Self::clone(self), scan.clone());
         Ok(runtime::blocking_stream(Arc::clone(&scan.schema), move |out| {
-            let sizes: u64 = files
-                .iter()
-                .filter_map(|path| this.root.join(path).metadata().ok())
-                .map(|meta| meta.len())
-                .sum();
-            tap.expect_bytes(sizes);
-            for path in &files {
-                if !this.read_file(path, &scan, &tap, out)? {
+            tap.expect_bytes(files.iter().map(|file| file.size).sum());
+            for file in &files {
+                if !this.read_file(file, &scan, &tap, out)? {
                     return Ok(());
                 }
             }
@@ -142,7 +137,7 @@ impl Source for Arc<FilesConnection> {
 
 impl FilesConnection {
     /// The files that a stream may read, in order.
-    async fn candidates(&self, stream: &StreamSpec) -> Result<Vec<(String, u64)>> {
+    async fn candidates(&self, stream: &StreamSpec) -> Result<Vec<Listed>> {
         let found =
             match &stream.read {
                 Read::File(path) => Ok(vec![self.one(path).await?]),
@@ -154,12 +149,13 @@ impl FilesConnection {
         found.map_err(|error| error.while_doing(format!("source `{}` cannot be read", stream.name)))
     }
 
-    fn hash(&self, files: &[(String, u64)]) -> Result<Vec<FileVersion>> {
-        files.par_iter().map(|(path, _)| self.look_at(path)).collect()
+    fn hash(&self, files: &[Listed]) -> Result<Vec<FileVersion>> {
+        files.par_iter().map(|file| file.identity().map_or_else(|| self.look_at(&file.path), Ok)).collect()
     }
 
+    /// Reads a file of a folder for its identity.
     fn look_at(&self, path: &str) -> Result<FileVersion> {
-        let mut file = self.open(path)?;
+        let mut file = self.place.open(&Listed::named(path))?;
         let (mut hash, mut size, mut buffer) = (Sha256::new(), 0, vec![0; 256 << 10]);
         loop {
             let read = file.read(&mut buffer).map_err(|error| Error::io("read", path, error))?;
@@ -174,26 +170,30 @@ impl FilesConnection {
 
     /// Whether a file is still what the window means. Its contents are hashed again only if it was written so shortly
     /// before it was looked at that its time of change cannot tell, or later.
-    fn is_still(&self, path: &str, window: &Window) -> Result<bool> {
+    fn is_still(&self, file: &Listed, window: &Window) -> Result<bool> {
         let Window::Files { new, at, .. } = window else { return Ok(true) };
-        let Some(meant) = new.iter().find(|file| file.path == path) else { return Ok(true) };
-        let (size, modified) = self.version(path)?;
+        let Some(meant) = new.iter().find(|meant| meant.path == file.path) else { return Ok(true) };
+        if file.identity().is_some_and(|identity| identity == *meant) {
+            return Ok(true);
+        }
+        let (size, modified) = self.place.version(file)?;
         let settled = SystemTime::from(*at).checked_sub(SETTLED);
-        Ok(size == meant.size && (modified.is_some() && modified < settled || self.look_at(path)? == *meant))
+        Ok(size == meant.size
+            && (modified.is_some() && modified < settled || self.look_at(&file.path)? == *meant))
     }
 
-    fn describe_files(&self, stream: &StreamSpec, files: &[(String, u64)]) -> Result<SchemaRef> {
+    fn describe_files(&self, stream: &StreamSpec, files: &[Listed]) -> Result<SchemaRef> {
         let format = stream.format.clone().unwrap_or_default();
-        let Some((first, _)) = files.first() else {
+        let Some(first) = files.first() else {
             if stream.columns.is_empty() {
                 return Err(Error::configuration(format!("source `{}`: no file matches, and no columns are declared", stream.name))
                     .hint("Mend the pattern, or declare `columns:` so that the job can be checked before the first file comes."));
             }
             return declared_schema(stream);
         };
-        match kind(&format, first)? {
+        match kind(&format, &first.path)? {
             FormatKind::Parquet => {
-                let schema = parquet::schema(&self.open(first)?, first)?;
+                let schema = parquet::schema(&self.place.open(first)?, &first.path)?;
                 let fields: Vec<Field> = schema
                     .fields()
                     .iter()
@@ -212,26 +212,22 @@ impl FilesConnection {
         }
     }
 
-    fn records(&self, path: &str, format: &Format, tap: Option<Arc<Tap>>) -> Result<csv::Records> {
-        Ok(csv::Records::new(self.text(path, format, tap)?, csv::Dialect::of(format, path)?))
+    fn records(&self, file: &Listed, format: &Format, tap: Option<Arc<Tap>>) -> Result<csv::Records> {
+        Ok(csv::Records::new(self.text(file, format, tap)?, csv::Dialect::of(format, &file.path)?))
     }
 
-    fn text(&self, path: &str, format: &Format, tap: Option<Arc<Tap>>) -> Result<input::TextReader> {
-        let bytes =
-            input::decompressed(self.open(path)?, tap).map_err(|error| Error::io("read", path, error))?;
+    fn text(&self, file: &Listed, format: &Format, tap: Option<Arc<Tap>>) -> Result<input::TextReader> {
+        let bytes = input::decompressed(self.place.reader(file)?, tap)
+            .map_err(|error| Error::io("read", &file.path, error))?;
         Ok(input::TextReader::new(bytes, input::encoding(format.encoding.as_deref())?))
     }
 
-    fn describe_csv(
-        &self,
-        stream: &StreamSpec,
-        format: &Format,
-        files: &[(String, u64)],
-    ) -> Result<SchemaRef> {
+    fn describe_csv(&self, stream: &StreamSpec, format: &Format, files: &[Listed]) -> Result<SchemaRef> {
         let rules = TextRules::of(stream)?;
-        let first = files.first().map(|(path, _)| path.as_str()).unwrap_or_default();
+        let Some(file) = files.first() else { return declared_schema(stream) };
+        let first = file.path.as_str();
         let mut record = csv::Record::default();
-        let mut records = self.records(first, format, None)?;
+        let mut records = self.records(file, format, None)?;
         let names = header(stream, format, first, &mut records, &mut record)?;
         for declared in stream.columns.keys() {
             if !names.contains(declared) {
@@ -248,10 +244,10 @@ impl FilesConnection {
         let mut guesses = vec![Guess::default(); names.len()];
         if names.iter().any(|name| !stream.columns.contains_key(name)) {
             let mut rows = 0;
-            'files: for (path, _) in files {
-                if path != first {
-                    records = self.records(path, format, None)?;
-                    header(stream, format, path, &mut records, &mut record)?;
+            'files: for file in files {
+                if file.path != first {
+                    records = self.records(file, format, None)?;
+                    header(stream, format, &file.path, &mut records, &mut record)?;
                 }
                 // What is broken is told when it is read; here it only teaches nothing.
                 while let Ok(next) = records.next(&mut record) {
@@ -290,13 +286,13 @@ impl FilesConnection {
         stream: &StreamSpec,
         format: &Format,
         kind: FormatKind,
-        files: &[(String, u64)],
+        files: &[Listed],
     ) -> Result<SchemaRef> {
         let rules = TextRules::of(stream)?;
         let mut guesses: indexmap::IndexMap<String, Guess> = indexmap::IndexMap::new();
         let mut count = 0;
-        'files: for (path, _) in files {
-            let mut rows = json::Rows::new(self.text(path, format, None)?, kind == FormatKind::Json);
+        'files: for file in files {
+            let mut rows = json::Rows::new(self.text(file, format, None)?, kind == FormatKind::Json);
             let mut row = json::Row::default();
             while let Ok(true) = rows.next(&mut row) {
                 let Ok(object) = serde_json::from_slice::<json::Object<'_>>(&row.text) else { continue };
@@ -329,22 +325,23 @@ impl FilesConnection {
     }
 
     /// Sends the rows of one file. False once nobody reads any more.
-    fn read_file(&self, path: &str, scan: &Scan, tap: &Arc<Tap>, out: &BatchSender) -> Result<bool> {
-        let before = self.version(path)?;
+    fn read_file(&self, file: &Listed, scan: &Scan, tap: &Arc<Tap>, out: &BatchSender) -> Result<bool> {
+        let path = file.path.as_str();
+        let before = self.place.version(file)?;
         let format = scan.stream.format.clone().unwrap_or_default();
         let more = match if matches!(scan.stream.read, Read::Table(_)) {
             FormatKind::Parquet
         } else {
             kind(&format, path)?
         } {
-            FormatKind::Parquet => parquet::read(self.open(path)?, path, scan, tap, out)?,
-            FormatKind::Csv => self.read_csv(path, &format, scan, tap, out)?,
+            FormatKind::Parquet => parquet::read(self.place.open(file)?, path, scan, tap, out)?,
+            FormatKind::Csv => self.read_csv(file, &format, scan, tap, out)?,
             kind @ (FormatKind::JsonLines | FormatKind::Json) => {
-                self.read_json(path, &format, kind == FormatKind::Json, scan, tap, out)?
+                self.read_json(file, &format, kind == FormatKind::Json, scan, tap, out)?
             }
         };
         // Whoever stopped reading gets no more rows, and loads none.
-        if more && (self.version(path)? != before || !self.is_still(path, &scan.window)?) {
+        if more && (self.place.version(file)? != before || !self.is_still(file, &scan.window)?) {
             return Err(Error::temporary(format!(
                 "source `{}`: `{path}` changed while it was read",
                 scan.stream.name
@@ -354,20 +351,16 @@ impl FilesConnection {
         Ok(more)
     }
 
-    fn version(&self, path: &str) -> Result<(u64, Option<SystemTime>)> {
-        let meta = self.root.join(path).metadata().map_err(|error| Error::io("look at", path, error))?;
-        Ok((meta.len(), meta.modified().ok()))
-    }
-
     fn read_csv(
         &self,
-        path: &str,
+        file: &Listed,
         format: &Format,
         scan: &Scan,
         tap: &Arc<Tap>,
         out: &BatchSender,
     ) -> Result<bool> {
-        let mut records = self.records(path, format, Some(Arc::clone(tap)))?;
+        let path = file.path.as_str();
+        let mut records = self.records(file, format, Some(Arc::clone(tap)))?;
         let mut record = csv::Record::default();
         let names = header(&scan.stream, format, path, &mut records, &mut record)?;
         let mut batch = BatchBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
@@ -419,14 +412,15 @@ impl FilesConnection {
 
     fn read_json(
         &self,
-        path: &str,
+        file: &Listed,
         format: &Format,
         array: bool,
         scan: &Scan,
         tap: &Arc<Tap>,
         out: &BatchSender,
     ) -> Result<bool> {
-        let mut rows = json::Rows::new(self.text(path, format, Some(Arc::clone(tap)))?, array);
+        let path = file.path.as_str();
+        let mut rows = json::Rows::new(self.text(file, format, Some(Arc::clone(tap)))?, array);
         let mut row = json::Row::default();
         let names: Vec<String> = scan.schema.fields().iter().map(|field| field.name().clone()).collect();
         let mut batch = BatchBuilder::new(scan, |name| names.iter().position(|known| known == name))?;

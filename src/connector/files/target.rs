@@ -4,13 +4,13 @@
 //! The commit gives the record its name, `commits/<seq>.json`, which only one attempt can have: it is the fence, and
 //! the rows and the watermark become true in that one act. Two runs at once may both stage; one commits.
 
-use std::{fs, sync::Arc};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use datafusion::physical_plan::SendableRecordBatchStream;
 use indexmap::IndexMap;
 
-use super::{FilesConnection, merge::Staging, parquet};
+use super::{FilesConnection, manifest::job_path, merge::Staging, parquet, place::Listed};
 use crate::{
     connector::{
         Attempt, CommitOutcome, Current, Load, Staged, Target,
@@ -39,13 +39,9 @@ impl Target for Arc<FilesConnection> {
     async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>> {
         let Some(record) = self.last_record(job).await? else {
             // Files that no record of this job names: somebody else's, or a state that was deleted.
-            let data = self.root.join(output).join("data");
-            let foreign = fs::read_dir(&data).is_ok_and(|mut entries| {
-                entries.any(|entry| {
-                    entry
-                        .is_ok_and(|entry| entry.path().extension().is_some_and(|ending| ending == "parquet"))
-                })
-            });
+            let (this, data) = (Self::clone(self), format!("{output}/data"));
+            let (files, _) = runtime::blocking(move || this.place.names(&data)).await?;
+            let foreign = files.iter().any(|name| name.ends_with(".parquet"));
             let published = super::manifest::published(self, output).await.is_ok();
             return Ok((foreign && published)
                 .then(|| Current { schema: arrow::datatypes::Schema::empty().into(), rows: 1 }));
@@ -62,8 +58,8 @@ impl Target for Arc<FilesConnection> {
             let newest = this.newest(&job)?.map_or(0, |record| record.seq);
             for seq in 1..=newest {
                 let Some(record) = this.record_at(&job, seq)? else { continue };
-                for path in &record.quarantine_files {
-                    if !parquet::read_quarantined(&this.open(path)?, path, seq, out)? {
+                for file in &record.quarantine_files {
+                    if !parquet::read_quarantined(this.place.open(&Listed::named(file))?, file, seq, out)? {
                         return Ok(());
                     }
                 }
@@ -78,11 +74,13 @@ impl Target for Arc<FilesConnection> {
         attempt: &Attempt,
         base: Option<&LoadRecord>,
     ) -> Result<Box<dyn Load>> {
-        if let Some(base) = base {
-            let (this, job, base) = (Self::clone(self), job.clone(), base.clone());
+        let (this, id, known) = (Self::clone(self), job.clone(), base.cloned());
+        runtime::blocking(move || {
+            this.place.probe().map_err(|error| error.within(&format!("connection `{}`", this.name)))?;
             // A run that died between its commit and the switch left `current` behind.
-            runtime::blocking(move || this.switch_current(&job, &base)).await?;
-        }
+            known.map_or(Ok(()), |base| this.show(&id, &base))
+        })
+        .await?;
         Ok(Box::new(FilesLoad {
             connection: Self::clone(self),
             job: job.clone(),
@@ -133,14 +131,12 @@ impl FilesLoad {
                     .collect::<Vec<_>>()
             })
             .collect();
-        for (output, file) in staged.into_iter().chain(quarantine) {
-            // Best effort: a file that stays is garbage that nobody lists.
-            drop(fs::remove_file(self.connection.root.join(output).join(file.path)));
-        }
+        let paths = staged.into_iter().chain(quarantine);
+        self.connection.place.remove(paths.map(|(output, file)| format!("{output}/{}", file.path)).collect());
     }
 
     fn quarantine_folder(&self) -> String {
-        format!("_floodmark/{}/{}/{QUARANTINE}", self.job.project, self.job.job)
+        format!("{}/{QUARANTINE}", job_path(&self.job))
     }
 }
 
@@ -239,7 +235,7 @@ impl Load for FilesLoad {
         self.keep = true;
         let outcome = runtime::blocking(move || {
             if connection.commit_record(&job, &record)? {
-                return Ok((true, connection.switch_current(&job, &record)));
+                return Ok((true, connection.show(&job, &record)));
             }
             let landed = connection.record_at(&job, record.seq)?;
             Ok((landed.is_some_and(|landed| landed.attempt_id == record.attempt_id), Ok(())))

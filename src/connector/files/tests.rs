@@ -21,14 +21,23 @@ use crate::{
         Connection, Connector, Marks, Options, RunTime,
         contract::{self, Row, World, made_at, orders},
         scan::Scan,
+        services,
         spec::{Read, StreamSpec},
     },
     error::ErrorKind,
 };
 
+fn bucket(prefix: &str) -> Arc<dyn Connection> {
+    let values = services::s3().options(prefix);
+    let options =
+        Options { name: "lake".to_owned(), base: PathBuf::new(), values, spill: std::env::temp_dir() };
+    (Connector::named("s3").unwrap().open)(options).unwrap()
+}
+
 fn open(root: &Path) -> Arc<dyn Connection> {
     let values = json!({ "root": root, "row_group_rows": 3 });
-    let options = Options { name: "lake".to_owned(), base: PathBuf::new(), values };
+    let options =
+        Options { name: "lake".to_owned(), base: PathBuf::new(), values, spill: std::env::temp_dir() };
     (Connector::named("files").unwrap().open)(options).unwrap()
 }
 
@@ -64,7 +73,12 @@ impl World for Inbox {
     }
 
     fn add(&self, rows: &[Row]) {
-        let path = self.next();
+        self.write(&self.next(), rows);
+    }
+}
+
+impl Inbox {
+    fn write(&self, path: &Path, rows: &[Row]) {
         match self.ending {
             "csv" => fs::write(path, csv(rows)).unwrap(),
             "csv.gz" => {
@@ -79,8 +93,35 @@ impl World for Inbox {
                 let text = objects(rows).join("\n");
                 fs::write(path, zstd::encode_all(text.as_bytes(), 1).unwrap()).unwrap();
             }
-            _ => parquet(&path, rows),
+            _ => parquet(path, rows),
         }
+    }
+}
+
+/// The same, in a bucket.
+struct Stored {
+    inbox: Inbox,
+    prefix: String,
+}
+
+impl World for Stored {
+    fn name(&self) -> &'static str {
+        self.inbox.ending
+    }
+
+    fn connection(&self) -> Arc<dyn Connection> {
+        bucket(&self.prefix)
+    }
+
+    fn stream(&self) -> StreamSpec {
+        self.inbox.stream()
+    }
+
+    fn add(&self, rows: &[Row]) {
+        let path = self.inbox.next();
+        self.inbox.write(&path, rows);
+        let name = path.file_name().unwrap().to_str().unwrap();
+        services::s3().put(&self.prefix, name, &fs::read(&path).unwrap());
     }
 }
 
@@ -118,6 +159,22 @@ async fn a_source_keeps_its_promises() {
     for ending in ["csv", "csv.gz", "jsonl", "jsonl.zst", "json", "parquet"] {
         contract::source(|| Box::new(Inbox::of(ending))).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bucket_as_a_source_keeps_its_promises() {
+    for ending in ["csv.gz", "jsonl", "parquet"] {
+        let stored = || Stored { inbox: Inbox::of(ending), prefix: services::S3::prefix() };
+        contract::source(|| Box::new(stored())).await;
+    }
+}
+
+#[test]
+fn a_bucket_as_a_target_keeps_its_promises() {
+    contract::target("a bucket", || {
+        let prefix = services::S3::prefix();
+        ((), move || bucket(&prefix))
+    });
 }
 
 #[test]

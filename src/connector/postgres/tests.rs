@@ -23,11 +23,7 @@ use crate::{
     watermark::Window,
 };
 
-#[path = "../../../tests/services/mod.rs"]
-#[expect(unreachable_pub, reason = "shared with the tests of the binary")]
-mod services;
-
-use services::{Schema, postgres};
+use crate::connector::services::{Schema, postgres};
 
 fn open(schema: &str) -> Arc<dyn Connection> {
     open_with(schema, &serde_json::json!({ "sslmode": "disable" }))
@@ -43,7 +39,12 @@ fn open_with(schema: &str, changes: &serde_json::Value) -> Arc<dyn Connection> {
     for (option, value) in changes.as_object().unwrap() {
         values[option] = value.clone();
     }
-    let options = Options { name: "erp".to_owned(), base: std::path::PathBuf::new(), values };
+    let options = Options {
+        name: "erp".to_owned(),
+        base: std::path::PathBuf::new(),
+        values,
+        spill: std::env::temp_dir(),
+    };
     (Connector::named("postgres").unwrap().open)(options).unwrap()
 }
 

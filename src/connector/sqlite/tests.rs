@@ -17,7 +17,12 @@ use crate::{
 };
 
 fn open(path: &std::path::Path) -> Arc<dyn Connection> {
-    let options = Options { name: "books".to_owned(), base: PathBuf::new(), values: json!({ "path": path }) };
+    let options = Options {
+        name: "books".to_owned(),
+        base: PathBuf::new(),
+        values: json!({ "path": path }),
+        spill: std::env::temp_dir(),
+    };
     (Connector::named("sqlite").unwrap().open)(options).unwrap()
 }
 
