@@ -154,6 +154,34 @@ pub async fn sleep(duration: std::time::Duration) {
     tokio::time::sleep(duration).await;
 }
 
+/// Spaces out what should not happen too often.
+#[derive(Debug)]
+pub struct Pace {
+    interval: std::time::Duration,
+    next: tokio::sync::Mutex<Option<tokio::time::Instant>>,
+}
+
+impl Pace {
+    /// So many times a second; as often as one likes where nobody says.
+    pub fn new(per_second: Option<u32>) -> Self {
+        let interval = per_second.map(|rate| std::time::Duration::from_secs(1) / rate.max(1));
+        Self { interval: interval.unwrap_or_default(), next: tokio::sync::Mutex::default() }
+    }
+
+    /// Waits for its turn.
+    pub async fn wait(&self) {
+        if self.interval.is_zero() {
+            return;
+        }
+        let mut next = self.next.lock().await;
+        let now = tokio::time::Instant::now();
+        let turn = next.map_or(now, |turn| turn.max(now));
+        *next = Some(turn + self.interval);
+        drop(next);
+        tokio::time::sleep_until(turn).await;
+    }
+}
+
 /// Ends the process at once, without waiting for anything.
 #[expect(clippy::exit, reason = "a user who asks twice does not want to wait")]
 pub fn exit(code: u8) -> ! {

@@ -11,7 +11,7 @@ use arrow::{
         ArrayRef, BinaryBuilder, BooleanBuilder, Date32Builder, Decimal128Builder, Float64Builder,
         Int64Builder, StringBuilder, Time64MicrosecondBuilder, TimestampMicrosecondBuilder,
     },
-    datatypes::DataType,
+    datatypes::{DataType, Field, Schema},
 };
 use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime, TimeZone, Utc};
 use chrono_tz::Tz;
@@ -119,6 +119,15 @@ pub fn effective(column: ColumnType, stream: &StreamSpec) -> ColumnType {
         ColumnType::Timestamp(format) if stream.timezone.is_some() => ColumnType::TimestampTz(format),
         other => other,
     }
+}
+
+/// The declared columns of a stream.
+pub fn declared_schema(stream: &StreamSpec) -> Schema {
+    let field = |name: &String| {
+        let column = stream.declared(name).unwrap_or(ColumnType::String);
+        Field::new(name, arrow_type(&column, stream), true)
+    };
+    Schema::new(stream.columns.keys().map(field).collect::<Vec<_>>())
 }
 
 /// One column under construction.

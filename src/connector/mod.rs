@@ -28,7 +28,10 @@ pub mod columns;
 pub(crate) mod contract;
 pub mod evolve;
 pub mod files;
+pub mod http;
+pub mod json;
 pub mod postgres;
+pub mod rows;
 pub mod scan;
 #[cfg(test)]
 #[path = "../../tests/services/mod.rs"]
@@ -44,6 +47,7 @@ pub static CONNECTORS: &[&Connector] = &[
     &files::bucket::S3,
     &files::bucket::GCS,
     &files::bucket::AZURE,
+    &http::CONNECTOR,
     &postgres::CONNECTOR,
     &sqlite::CONNECTOR,
 ];

@@ -61,6 +61,126 @@ pub enum Read {
         /// Whether each file is read once, or all of them on every run.
         once: bool,
     },
+    /// What an API answers.
+    Request(Box<ApiRequest>),
+}
+
+/// A request to an API, and where the rows are in its answers.
+///
+/// `$name` in `path`, `query`, `headers` and `body` is a parameter of the job; with `incremental`, `$from` and `$until` are the
+/// window. A query parameter whose `$from` has no value yet is left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ApiRequest {
+    /// Behind the connection's URL.
+    pub path: String,
+    /// `get` unless set.
+    #[serde(default)]
+    pub method: Method,
+    /// What stands behind `?`.
+    #[serde(default)]
+    pub query: IndexMap<String, String>,
+    /// Headers beside those of the connection.
+    #[serde(default)]
+    pub headers: IndexMap<String, String>,
+    /// With `method: post`: a JSON document, as text.
+    pub body: Option<String>,
+    /// With `method: post`: whether the request may be sent again when its answer was lost. Unless set, no.
+    #[serde(default)]
+    pub repeatable: bool,
+    /// Where the list of rows is in an answer, as JSONPath: `$.data.items`. Unless set, the answer is the list.
+    pub records: Option<String>,
+    /// Where a column is in a row, as JSONPath: `rate: $.value.amount`. Unless set, under the column's own name.
+    #[serde(default)]
+    pub fields: IndexMap<String, String>,
+    /// How the list goes on. Unless set, one answer holds all of it.
+    pub pages: Option<Pages>,
+    /// How `$from` and `$until` are written: `rfc3339`, `unix`, `unix_ms`, or a `strftime` format. Unless set, `rfc3339`;
+    /// days as `2026-10-31`.
+    pub time_format: Option<String>,
+}
+
+/// How a request asks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// GET.
+    #[default]
+    Get,
+    /// POST.
+    Post,
+}
+
+/// How a list goes on over several answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Pages {
+    /// The style.
+    pub kind: PageStyle,
+    /// `cursor`, `next_url`: where the answer says how to go on, as JSONPath. `header`: the header's name.
+    pub next: Option<String>,
+    /// The query parameter that asks for a page: by default `offset`, `page` or `cursor`.
+    pub param: Option<String>,
+    /// `offset`, `page`: rows of a page, told to the server as `size_param`. An `offset` counts what came.
+    pub size: Option<u64>,
+    /// The query parameter for `size`; by default `limit`.
+    pub size_param: Option<String>,
+    /// `page`: the first page's number; by default 1.
+    pub first: Option<u64>,
+    /// `offset`, `page`: whether the list keeps still while it is read. Unless set, it is read until two readings are equal, since
+    /// a row that comes or goes moves others from one page to another.
+    #[serde(default)]
+    pub stable: bool,
+}
+
+/// The styles of paging.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PageStyle {
+    /// By the number of rows before the page; ends with an empty page.
+    Offset,
+    /// By the page's number; ends with an empty page.
+    Page,
+    /// By a token in the answer's body; ends where there is none.
+    Cursor,
+    /// By the header `Link: <…>; rel="next"`.
+    Link,
+    /// By a URL in the answer's body.
+    NextUrl,
+    /// By a token in a header of the answer.
+    Header,
+}
+
+impl PageStyle {
+    /// Whether rows can move from one page to another while the list is read.
+    pub fn shifts(self) -> bool {
+        matches!(self, Self::Offset | Self::Page)
+    }
+}
+
+/// A text with each `$name` replaced by its value, and `$$` by `$`.
+pub fn with_values(text: &str, mut value: impl FnMut(&str) -> String) -> String {
+    let mut parts = text.split('$');
+    let mut bound = parts.next().unwrap_or_default().to_owned();
+    let mut doubled = false;
+    for part in parts {
+        let end = part.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(part.len());
+        let (name, rest) = part.split_at(end);
+        if doubled {
+            doubled = false;
+            bound.push_str(part);
+        } else if part.is_empty() {
+            doubled = true;
+            bound.push('$');
+        } else if name.is_empty() {
+            bound.push('$');
+            bound.push_str(part);
+        } else {
+            bound.push_str(&value(name));
+            bound.push_str(rest);
+        }
+    }
+    bound
 }
 
 /// The cursor of an incremental read.

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::{
-    connector::spec::{BadRows, Contract, Format, Mode, OnNull},
+    connector::spec::{ApiRequest, BadRows, Contract, Format, Mode, OnNull},
     record::totals::TotalsSpec,
     watermark::Overlap,
 };
@@ -67,6 +67,8 @@ pub struct SourceSpec {
     pub file: Option<String>,
     /// Files by pattern; each is read once.
     pub files: Option<String>,
+    /// What is asked of an API.
+    pub request: Option<ApiRequest>,
     /// With `files`: `always` reads all of them on every run.
     pub read: Option<ReadHow>,
     /// How the bytes of files are to be understood.

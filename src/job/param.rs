@@ -68,6 +68,11 @@ impl Param {
         Ok(Self { column, text })
     }
 
+    /// The value as it is written outside SQL.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     /// In place of a value that was refused, so that the rest can be looked at.
     pub fn unknown() -> Self {
         Self { column: ColumnType::String, text: String::new() }

@@ -18,7 +18,7 @@ use crate::{
     connector::{
         Connection, NOTHING_YET,
         scan::{OpenSources, POSITION_COLUMN, Scan, ScanTable, with_position},
-        spec::{CursorSpec, Guarantee, Mode, OutputSpec, Read, StreamSpec},
+        spec::{ApiRequest, CursorSpec, Guarantee, Mode, OutputSpec, Read, StreamSpec, with_values},
     },
     error::{Error, ErrorKind, Place, Problem, Result, nearest},
     functions::rules,
@@ -186,7 +186,7 @@ impl Planner<'_> {
         let selects = self.selects(&params);
         self.done()?;
         let positions = selects.values().any(|select| select.file.text.contains(POSITION_COLUMN));
-        let mut streams = self.streams(positions).await?;
+        let mut streams = self.streams(positions, &params).await?;
         let order = self.order(&selects, &streams);
         self.done()?;
         let context = session::for_models(scratch, self.request.as_of, Arc::new(OpenSources::default()));
@@ -360,10 +360,17 @@ impl Planner<'_> {
         selects
     }
 
-    async fn streams(&mut self, positions: bool) -> Result<IndexMap<String, Stream>> {
+    async fn streams(
+        &mut self,
+        positions: bool,
+        params: &IndexMap<String, Param>,
+    ) -> Result<IndexMap<String, Stream>> {
         let mut streams = IndexMap::new();
         for (name, source) in &self.job.sources {
-            let spec = self.stream(name, source)?;
+            let mut spec = self.stream(name, source)?;
+            if let Read::Request(request) = &mut spec.read {
+                self.bind(name, request, source.incremental.is_some(), params);
+            }
             let connection = source.connection.clone().unwrap_or_else(|| PROJECT_CONNECTION.to_owned());
             let Some(open) = self.connections.get(&connection) else { continue };
             let Some(readable) = open.source() else {
@@ -450,6 +457,9 @@ impl Planner<'_> {
 
     fn stream(&self, name: &str, source: &SourceSpec) -> Result<StreamSpec> {
         let read = match (&source.table, &source.query, &source.file, &source.files) {
+            _ if source.request.is_some() => {
+                Read::Request(Box::new(source.request.clone().unwrap_or_default()))
+            }
             (Some(table), ..) => Read::Table(table.clone()),
             (_, Some(file), ..) => {
                 Read::Query { file: file.clone(), sql: self.project.sql(file)?.text.clone() }
@@ -475,6 +485,54 @@ impl Planner<'_> {
             bad_rows: source.bad_rows,
             max_bad_rows: source.max_bad_rows.unwrap_or(1000),
         })
+    }
+
+    /// Puts the values of parameters into a request. `$from` and `$until` stay for the window.
+    fn bind(
+        &mut self,
+        source: &str,
+        request: &mut ApiRequest,
+        window: bool,
+        params: &IndexMap<String, Param>,
+    ) {
+        let mut unknown = BTreeSet::new();
+        let mut value = |name: &str, encode: fn(&str) -> String| match params.get(name) {
+            Some(param) => encode(param.text()),
+            None if window && matches!(name, "from" | "until") => format!("${name}"),
+            None => {
+                unknown.insert(name.to_owned());
+                String::new()
+            }
+        };
+        let plain = |text: &str| text.to_owned();
+        let in_path = |text: &str| {
+            percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
+        };
+        // The value stands within quotes of the document.
+        let in_json = |text: &str| {
+            let quoted = serde_json::Value::from(text).to_string();
+            quoted.get(1..quoted.len() - 1).unwrap_or_default().to_owned()
+        };
+        request.path = with_values(&request.path, |name| value(name, in_path));
+        for text in request.query.values_mut().chain(request.headers.values_mut()) {
+            *text = with_values(text, |name| value(name, plain));
+        }
+        if let Some(body) = &mut request.body {
+            *body = with_values(body, |name| value(name, in_json));
+        }
+        for name in unknown {
+            let problem = Problem::new(format!("source `{source}`: there is no parameter `${name}`"))
+                .at(self.document.place(&["sources", source, "request"]));
+            self.problems.push(match nearest(&name, params.keys().map(String::as_str)) {
+                Some(near) => problem.hint(format!("Did you mean `${near}`?")),
+                None if matches!(name.as_str(), "from" | "until") => {
+                    problem.hint("A window comes with `incremental: { cursor: … }`.")
+                }
+                None => problem.hint(format!(
+                    "Declare it in the job: `params: {{ {name}: {{ type: string }} }}`. A dollar sign is written `$$`."
+                )),
+            });
+        }
     }
 
     /// A cursor must have an order that source and target agree on, and an overlap that can be taken from it.

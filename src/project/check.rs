@@ -6,7 +6,10 @@ use std::collections::HashMap;
 
 use super::{JobDocument, PROJECT_CONNECTION, Project, name_problem, output_name_problem, yaml::Document};
 use crate::{
-    connector::spec::Mode,
+    connector::{
+        http::path::JsonPath,
+        spec::{ApiRequest, Method, Mode, PageStyle},
+    },
     error::{Problem, nearest},
     job::{CheckSpec, JobFile, OnFail, SourceSpec, micros, parts_per_million},
     types::{ColumnType, TYPE_NAMES},
@@ -142,14 +145,15 @@ impl Job<'_> {
             ("file", &source.file),
             ("files", &source.files),
         ];
+        let request = source.request.as_ref().map(|_| "request");
         let given: Vec<&str> =
-            given.iter().filter(|(_, value)| value.is_some()).map(|(key, _)| *key).collect();
+            given.iter().filter(|(_, value)| value.is_some()).map(|(key, _)| *key).chain(request).collect();
         match given.as_slice() {
             [_] => {}
             [] => self.say(
                 &at,
                 format!("source `{name}` says nothing about what to read"),
-                "Add one of `table`, `query`, `file`, `files`.",
+                "Add one of `table`, `query`, `file`, `files`, `request`.",
             ),
             [_, second, ..] => {
                 self.say(
@@ -164,10 +168,10 @@ impl Job<'_> {
                 let place = self.document.place(&["sources", name, "connection"]);
                 self.problems.push(unknown("connection", connection, self.project.connections.keys(), place));
             }
-            None if source.table.is_some() || source.query.is_some() => {
+            None if source.table.is_some() || source.query.is_some() || source.request.is_some() => {
                 self.say(
                     &at,
-                    format!("source `{name}` reads a table, and has no connection"),
+                    format!("source `{name}` has no connection"),
                     "Add `connection:` with a name of connections.yaml.",
                 );
             }
@@ -181,6 +185,9 @@ impl Job<'_> {
                 format!("source `{name}`: there is no file `{query}`"),
                 "Mend the path; it is relative to the project's folder.",
             );
+        }
+        if let Some(request) = &source.request {
+            self.request(name, source, request);
         }
         self.once(&source.key, &["sources", name, "key"]);
         if let Some(incremental) = &source.incremental {
@@ -237,6 +244,74 @@ impl Job<'_> {
                         "Use `mode: merge` with a `key`, or remove the overlap.",
                     );
                 }
+            }
+        }
+    }
+
+    fn request(&mut self, name: &str, source: &SourceSpec, request: &ApiRequest) {
+        let at = ["sources", name, "request"];
+        if source.columns.is_empty() {
+            self.say(
+                &at,
+                format!("source `{name}` declares no columns, and an API tells no types"),
+                "List those that the job needs: `columns: { id: int, amount: \"decimal(18,2)\" }`.",
+            );
+        }
+        for column in request.fields.keys() {
+            if !source.columns.contains_key(column) {
+                let place = self.document.key_place(&["sources", name, "request", "fields", column]);
+                self.problems.push(unknown("column", column, source.columns.keys(), place));
+            }
+        }
+        if request.body.is_some() && request.method == Method::Get {
+            self.say(&["sources", name, "request", "body"], "a `get` has no body", "Add `method: post`.");
+        }
+        if let Some(body) = &request.body
+            && serde_json::from_str::<serde_json::Value>(body).is_err()
+        {
+            self.say(
+                &["sources", name, "request", "body"],
+                "this is no JSON document",
+                "Such as `body: '{ \"since\": \"$from\" }'`.",
+            );
+        }
+        let next =
+            request.pages.as_ref().and_then(|pages| pages.next.as_ref().map(|next| (pages.kind, next)));
+        let next = next.filter(|(kind, _)| *kind != PageStyle::Header).map(|(_, next)| next);
+        let paths = [
+            (&["sources", name, "request", "records"][..], request.records.as_ref()),
+            (&["sources", name, "request", "pages", "next"], next),
+        ];
+        let fields: Vec<([&str; 5], &String)> = request
+            .fields
+            .iter()
+            .map(|(column, path)| (["sources", name, "request", "fields", column.as_str()], path))
+            .collect();
+        let fields = fields.iter().map(|(at, path)| (&at[..], Some(*path)));
+        for (at, path) in paths.into_iter().chain(fields) {
+            if let Some(Err(why)) = path.map(|path| path.parse::<JsonPath>()) {
+                self.say(
+                    at,
+                    format!("this is no path into an answer: {why}"),
+                    "Such as `$.data.items`, `$['odd name'][0]`, `$.groups[*].rows`.",
+                );
+            }
+        }
+        if let Some(pages) = &request.pages {
+            let needs = matches!(pages.kind, PageStyle::Cursor | PageStyle::NextUrl | PageStyle::Header);
+            if needs && pages.next.is_none() {
+                self.say(
+                    &["sources", name, "request", "pages"],
+                    "nothing says where the answer tells how to go on",
+                    "Add `next:`, such as `next: $.next`; for `kind: header` the header's name.",
+                );
+            }
+            if pages.kind == PageStyle::Offset && request.method == Method::Post {
+                self.say(
+                    &["sources", name, "request", "pages", "kind"],
+                    "pages are asked for in the query, and a `post` has its question in the body",
+                    "Use `kind: link` or `kind: next_url`, or a `get`.",
+                );
             }
         }
     }

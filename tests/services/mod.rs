@@ -4,6 +4,8 @@ use std::{path::Path, process::Command, sync::OnceLock};
 
 use postgres::{Client, NoTls};
 
+pub mod web;
+
 /// The PostgreSQL server that tests share.
 #[derive(Debug)]
 pub struct Postgres {

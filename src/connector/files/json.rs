@@ -1,86 +1,6 @@
-//! JSON lines and JSON arrays: one object a row, numbers as they are spelled.
-//!
-//! An object is taken apart once; a value is kept as its own text until its column's type wants it, so that
-//! `0.10` and a number of 30 digits arrive as written. Nested values become their JSON text. A key that comes
-//! twice in one object is an error.
-
-use std::{borrow::Cow, fmt};
-
-use serde::{
-    Deserialize, Deserializer,
-    de::{MapAccess, Visitor},
-};
-use serde_json::value::RawValue;
+//! JSON lines and JSON arrays: one object a row, cut out of the file in bounded memory.
 
 use super::input::TextReader;
-
-/// A row: its keys and the text of their values.
-#[derive(Debug, Default)]
-pub(super) struct Object<'a>(pub(super) Vec<(Cow<'a, str>, &'a RawValue)>);
-
-impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Keys;
-
-        impl<'de> Visitor<'de> for Keys {
-            type Value = Object<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                #[derive(Deserialize)]
-                struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
-                let mut pairs: Vec<(Cow<'de, str>, &'de RawValue)> = Vec::new();
-                while let Some((Key(key), value)) = map.next_entry::<Key<'de>, &'de RawValue>()? {
-                    if pairs.iter().any(|(known, _)| *known == key) {
-                        return Err(serde::de::Error::custom(format!("the key `{key}` comes twice")));
-                    }
-                    pairs.push((key, value));
-                }
-                Ok(Object(pairs))
-            }
-        }
-
-        deserializer.deserialize_map(Keys)
-    }
-}
-
-/// What a value is, as far as a column wants to know.
-pub(super) enum Scalar<'a> {
-    Null,
-    /// Text, unescaped.
-    Text(Cow<'a, str>),
-    /// A number, as it is spelled.
-    Number(&'a str),
-    /// `true` or `false`.
-    Bool(&'a str),
-    /// An object or a list, as its JSON text.
-    Nested(&'a str),
-}
-
-impl<'a> Scalar<'a> {
-    pub(super) fn of(value: &'a RawValue) -> Result<Self, String> {
-        let text = value.get();
-        Ok(match text.as_bytes().first() {
-            Some(b'n') => Self::Null,
-            Some(b't' | b'f') => Self::Bool(text),
-            Some(b'"') => {
-                let plain = text.get(1..text.len().saturating_sub(1)).unwrap_or_default();
-                if plain.contains('\\') {
-                    Self::Text(Cow::Owned(
-                        serde_json::from_str(text).map_err(|_| "has a broken escape".to_owned())?,
-                    ))
-                } else {
-                    Self::Text(Cow::Borrowed(plain))
-                }
-            }
-            Some(b'{' | b'[') => Self::Nested(text),
-            _ => Self::Number(text),
-        })
-    }
-}
 
 /// Longer rows are refused.
 const MAX_ROW_BYTES: usize = 64 << 20;
@@ -265,11 +185,5 @@ mod tests {
         assert_eq!(rows(whole, true, 4).unwrap().len(), 2);
         assert!(rows("[{\"a\":1} {\"a\":2}]", true, 4).is_err());
         assert!(rows("[1] [2]", true, 4).is_err());
-    }
-
-    #[test]
-    fn a_key_that_comes_twice_is_an_error() {
-        assert!(serde_json::from_str::<Object<'_>>("{\"a\":1,\"\\u0061\":2}").is_err());
-        assert_eq!(serde_json::from_str::<Object<'_>>("{\"a\":1,\"b\":{\"a\":2}}").unwrap().0.len(), 2);
     }
 }

@@ -10,10 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use arrow::{
-    array::{ArrayRef, RecordBatch, RecordBatchOptions, StringBuilder},
-    datatypes::{Field, Schema, SchemaRef},
-};
+use arrow::datatypes::{Field, Schema, SchemaRef};
 use async_trait::async_trait;
 use datafusion::physical_plan::SendableRecordBatchStream;
 use rayon::prelude::*;
@@ -23,14 +20,15 @@ use super::{FilesConnection, csv, input, json, manifest, parquet, place::Listed}
 use crate::{
     connector::{
         Bounds, Exactness, Marks, NOTHING_YET, RunTime, Snapshot, Source,
-        columns::{ColumnBuilder, Guess, Misfit, TextRules, arrow_type, effective},
-        scan::{POSITION_COLUMN, Scan, held},
+        columns::{Guess, TextRules, arrow_type, declared_schema},
+        json::{Object, Scalar, append},
+        rows::RowBuilder,
+        scan::{Scan, held},
         spec::{Format, FormatKind, Read, StreamSpec},
         tap::Tap,
     },
     error::{Error, Result, nearest},
-    runtime::{self, BATCH_BYTES, BATCH_ROWS, BatchSender},
-    types::ColumnType,
+    runtime::{self, BatchSender},
     watermark::{FileVersion, Mark, WatermarkError, Window},
 };
 
@@ -138,14 +136,15 @@ impl Source for Arc<FilesConnection> {
 impl FilesConnection {
     /// The files that a stream may read, in order.
     async fn candidates(&self, stream: &StreamSpec) -> Result<Vec<Listed>> {
-        let found =
-            match &stream.read {
-                Read::File(path) => Ok(vec![self.one(path).await?]),
-                Read::Files { pattern, .. } => self.matching(pattern).await,
-                Read::Table(_) => Ok(Vec::new()),
-                Read::Query { .. } => Err(Error::configuration("a folder takes no `query:`")
-                    .hint("Use `file:`, `files:` or `table:`.")),
-            };
+        let found = match &stream.read {
+            Read::File(path) => Ok(vec![self.one(path).await?]),
+            Read::Files { pattern, .. } => self.matching(pattern).await,
+            Read::Table(_) => Ok(Vec::new()),
+            Read::Query { .. } | Read::Request(_) => {
+                Err(Error::configuration("files take no `query:` and no `request:`")
+                    .hint("Use `file:`, `files:` or `table:`."))
+            }
+        };
         found.map_err(|error| error.while_doing(format!("source `{}` cannot be read", stream.name)))
     }
 
@@ -189,7 +188,7 @@ impl FilesConnection {
                 return Err(Error::configuration(format!("source `{}`: no file matches, and no columns are declared", stream.name))
                     .hint("Mend the pattern, or declare `columns:` so that the job can be checked before the first file comes."));
             }
-            return declared_schema(stream);
+            return Ok(nothing_yet(stream));
         };
         match kind(&format, &first.path)? {
             FormatKind::Parquet => {
@@ -224,7 +223,7 @@ impl FilesConnection {
 
     fn describe_csv(&self, stream: &StreamSpec, format: &Format, files: &[Listed]) -> Result<SchemaRef> {
         let rules = TextRules::of(stream)?;
-        let Some(file) = files.first() else { return declared_schema(stream) };
+        let Some(file) = files.first() else { return Ok(nothing_yet(stream)) };
         let first = file.path.as_str();
         let mut record = csv::Record::default();
         let mut records = self.records(file, format, None)?;
@@ -295,14 +294,14 @@ impl FilesConnection {
             let mut rows = json::Rows::new(self.text(file, format, None)?, kind == FormatKind::Json);
             let mut row = json::Row::default();
             while let Ok(true) = rows.next(&mut row) {
-                let Ok(object) = serde_json::from_slice::<json::Object<'_>>(&row.text) else { continue };
+                let Ok(object) = serde_json::from_slice::<Object<'_>>(&row.text) else { continue };
                 for (key, raw) in object.0 {
                     let guess = guesses.entry(key.into_owned()).or_default();
-                    match json::Scalar::of(raw) {
-                        Ok(json::Scalar::Number(text) | json::Scalar::Bool(text)) => guess.see(text, &rules),
-                        Ok(json::Scalar::Text(text)) if text.contains('-') => guess.see(&text, &rules),
-                        Ok(json::Scalar::Text(_) | json::Scalar::Nested(_)) => guess.see_text(),
-                        Ok(json::Scalar::Null) | Err(_) => {}
+                    match Scalar::of(raw) {
+                        Ok(Scalar::Number(text) | Scalar::Bool(text)) => guess.see(text, &rules),
+                        Ok(Scalar::Text(text)) if text.contains('-') => guess.see(&text, &rules),
+                        Ok(Scalar::Text(_) | Scalar::Nested(_)) => guess.see_text(),
+                        Ok(Scalar::Null) | Err(_) => {}
                     }
                 }
                 count += 1;
@@ -363,7 +362,7 @@ impl FilesConnection {
         let mut records = self.records(file, format, Some(Arc::clone(tap)))?;
         let mut record = csv::Record::default();
         let names = header(&scan.stream, format, path, &mut records, &mut record)?;
-        let mut batch = BatchBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
+        let mut batch = RowBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
         if let Some(missing) = batch.missing() {
             return Err(Error::data(format!(
                 "source `{}`: `{path}` has no column `{missing}`",
@@ -423,7 +422,7 @@ impl FilesConnection {
         let mut rows = json::Rows::new(self.text(file, format, Some(Arc::clone(tap)))?, array);
         let mut row = json::Row::default();
         let names: Vec<String> = scan.schema.fields().iter().map(|field| field.name().clone()).collect();
-        let mut batch = BatchBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
+        let mut batch = RowBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
         let fatal = |why: String| {
             Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name))
                 .hint("Have the file delivered again; `kind: json_lines` is one object a line, `kind: json` one list.")
@@ -432,7 +431,7 @@ impl FilesConnection {
             let object = std::str::from_utf8(&row.text)
                 .map_err(|_| format!("the row is not UTF-8; {}", input::OTHER_ENCODING))
                 .and_then(|text| {
-                    serde_json::from_str::<json::Object<'_>>(text)
+                    serde_json::from_str::<Object<'_>>(text)
                         .map_err(|error| format!("the row is no JSON object: {error}"))
                 });
             let broken = object.and_then(|object| {
@@ -443,14 +442,7 @@ impl FilesConnection {
                             builder.null();
                             return Ok(0);
                         };
-                        match json::Scalar::of(raw).map_err(Misfit)? {
-                            json::Scalar::Null => builder.null(),
-                            json::Scalar::Text(text) => builder.text(&text)?,
-                            // A number is spelled with a point, whatever mark the file uses in text.
-                            json::Scalar::Number(text) => builder.number(text)?,
-                            json::Scalar::Bool(text) | json::Scalar::Nested(text) => builder.text(text)?,
-                        }
-                        Ok(raw.get().len())
+                        append(builder, raw)
                     },
                     || format!("{path}:{}", row.line),
                 )
@@ -535,97 +527,8 @@ fn kind(format: &Format, path: &str) -> Result<FormatKind> {
     }
 }
 
-fn declared_schema(stream: &StreamSpec) -> Result<SchemaRef> {
-    let fields: Vec<Field> = stream
-        .columns
-        .keys()
-        .map(|name| {
-            Field::new(name, arrow_type(&stream.declared(name).unwrap_or(ColumnType::String), stream), true)
-        })
-        .collect();
-    let nothing_yet = [(NOTHING_YET.to_owned(), String::new())].into();
-    Ok(Arc::new(Schema::new(fields).with_metadata(nothing_yet)))
-}
-
-/// Builds batches of a scan's schema row by row.
-struct BatchBuilder<'a> {
-    scan: &'a Scan,
-    /// For each column that is parsed: its index in the row, its name, its builder.
-    columns: Vec<(Option<usize>, String, ColumnBuilder)>,
-    positions: Option<(usize, StringBuilder)>,
-    rows: usize,
-    bytes: usize,
-}
-
-impl<'a> BatchBuilder<'a> {
-    fn new(scan: &'a Scan, index_of: impl Fn(&str) -> Option<usize>) -> Result<Self> {
-        let rules = TextRules::of(&scan.stream)?;
-        let (mut columns, mut positions) = (Vec::new(), None);
-        for (at, field) in scan.schema.fields().iter().enumerate() {
-            if field.name() == POSITION_COLUMN {
-                positions = Some((at, StringBuilder::new()));
-                continue;
-            }
-            let declared = scan.stream.declared(field.name()).map(|column| effective(column, &scan.stream));
-            let column = match declared {
-                Some(column) => column,
-                None => crate::types::describe(field.data_type()).parse().map_err(|_| {
-                    Error::bug(format!("no text becomes a column of type {}", field.data_type()))
-                })?,
-            };
-            columns.push((
-                index_of(field.name()),
-                field.name().clone(),
-                ColumnBuilder::new(&column, &rules, BATCH_ROWS)?,
-            ));
-        }
-        Ok(Self { scan, columns, positions, rows: 0, bytes: 0 })
-    }
-
-    /// A column that the row will not have.
-    fn missing(&self) -> Option<&str> {
-        self.columns.iter().find(|(index, ..)| index.is_none()).map(|(_, name, _)| name.as_str())
-    }
-
-    fn is_full(&self) -> bool {
-        self.rows >= BATCH_ROWS || self.bytes >= BATCH_BYTES
-    }
-
-    /// Appends one row. If a value does not fit, the row is not in the batch, and the batch must be sent before
-    /// the next row.
-    fn row(
-        &mut self,
-        mut append: impl FnMut(usize, &mut ColumnBuilder) -> Result<usize, Misfit>,
-        position: impl FnOnce() -> String,
-    ) -> Result<(), String> {
-        for (index, name, builder) in &mut self.columns {
-            match append(index.unwrap_or(usize::MAX), builder) {
-                Ok(bytes) => self.bytes += bytes,
-                Err(why) => return Err(format!("`{name}` {why}")),
-            }
-        }
-        if let Some((_, positions)) = &mut self.positions {
-            positions.append_value(position());
-        }
-        self.rows += 1;
-        Ok(())
-    }
-
-    /// Sends what there is. False once nobody reads any more.
-    fn send(&mut self, tap: &Tap, out: &BatchSender) -> Result<bool> {
-        let rows = std::mem::take(&mut self.rows);
-        self.bytes = 0;
-        let mut arrays: Vec<ArrayRef> =
-            self.columns.iter_mut().map(|(_, _, builder)| builder.finish().slice(0, rows)).collect();
-        if let Some((at, positions)) = &mut self.positions {
-            arrays.insert(*at, Arc::new(positions.finish()));
-        }
-        if rows == 0 {
-            return Ok(true);
-        }
-        let options = RecordBatchOptions::new().with_row_count(Some(rows));
-        let batch = RecordBatch::try_new_with_options(Arc::clone(&self.scan.schema), arrays, &options)?;
-        tap.rows(&batch)?;
-        Ok(out.send(batch))
-    }
+/// The declared columns of a stream of which there is no file yet.
+fn nothing_yet(stream: &StreamSpec) -> SchemaRef {
+    let metadata = [(NOTHING_YET.to_owned(), String::new())].into();
+    Arc::new(declared_schema(stream).with_metadata(metadata))
 }

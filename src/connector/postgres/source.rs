@@ -286,8 +286,8 @@ fn from(stream: &StreamSpec) -> Result<String> {
     match &stream.read {
         Read::Table(table) => Ok(table.split('.').map(quoted).collect::<Result<Vec<_>>>()?.join(".")),
         Read::Query { sql, .. } => Ok(format!("(\n{}\n) AS query", sql.trim_end().trim_end_matches(';'))),
-        Read::File(_) | Read::Files { .. } => Err(Error::configuration(format!(
-            "source `{}` reads files, and its connection is a PostgreSQL database",
+        Read::File(_) | Read::Files { .. } | Read::Request(_) => Err(Error::configuration(format!(
+            "source `{}` reads no table, and its connection is a PostgreSQL database",
             stream.name
         ))
         .hint("Use `table:` or `query:`.")),

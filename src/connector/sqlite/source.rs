@@ -119,8 +119,8 @@ fn query(stream: &StreamSpec) -> Result<String> {
             Ok(format!("SELECT * FROM {}", parts.join(".")))
         }
         Read::Query { sql, .. } => Ok(format!("{BEFORE_QUERY}{}\n)", sql.trim_end().trim_end_matches(';'))),
-        Read::File(_) | Read::Files { .. } => Err(Error::configuration(format!(
-            "source `{}` reads files, and its connection is a SQLite database",
+        Read::File(_) | Read::Files { .. } | Read::Request(_) => Err(Error::configuration(format!(
+            "source `{}` reads no table, and its connection is a SQLite database",
             stream.name
         ))
         .hint("Use `table:` or `query:`.")),

@@ -1,0 +1,679 @@
+//! Lists of an API as rows.
+
+use std::{
+    collections::HashSet,
+    io::{BufReader, BufWriter, Read as _, Seek as _, Write as _},
+    sync::Arc,
+};
+
+use arrow::datatypes::SchemaRef;
+use async_trait::async_trait;
+use chrono::{NaiveDate, TimeDelta};
+use datafusion::physical_plan::SendableRecordBatchStream;
+use reqwest::header::{self, HeaderMap};
+use serde_json::value::RawValue;
+use url::Url;
+
+use super::{
+    HttpConnection,
+    client::{Answer, Ask, insert_all, shown},
+    path::{JsonPath, list, token},
+};
+use crate::{
+    connector::{
+        Bounds, Exactness, Marks, RunTime, Snapshot, Source,
+        columns::{self, Misfit, TextRules, declared_schema, effective, last_closed_day},
+        json::{Object, Scalar, append},
+        rows::RowBuilder,
+        scan::{Scan, held},
+        spec::{ApiRequest, CursorSpec, Method, OnNull, PageStyle, Read, StreamSpec},
+        tap::Tap,
+    },
+    error::{Error, ErrorKind, Result, without_values},
+    runtime::{self, AsyncSender},
+    types::ColumnType,
+    watermark::{CursorValue, Position, Window},
+};
+
+/// A list that shifts is read so often at most, until two readings are equal.
+const READINGS: usize = 5;
+
+/// Nothing is held open between the pages of an API.
+struct Nothing;
+
+#[async_trait]
+impl Source for Arc<HttpConnection> {
+    async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef> {
+        request_of(stream)?;
+        Ok(Arc::new(declared_schema(stream)))
+    }
+
+    async fn bounds(&self, streams: &[StreamSpec], since: &Marks, time: RunTime) -> Result<Bounds> {
+        let mut bounds = Bounds::default();
+        let mut clock = None;
+        for stream in streams {
+            let Some(cursor) = &stream.cursor else {
+                bounds.windows.insert(stream.name.clone(), Window::Whole);
+                continue;
+            };
+            let now = match clock {
+                Some(now) => now,
+                None => *clock.insert(self.api.clock().await?.unwrap_or(time.now)),
+            };
+            let margin = TimeDelta::milliseconds(self.limits.margin_ms.into());
+            let latest = (now - margin).min(time.as_of);
+            let hi = match cursor_type(stream, cursor)? {
+                ColumnType::Date(_) => CursorValue::Date(last_closed_day(latest, stream)?),
+                _ => CursorValue::instant(latest),
+            };
+            let window = Window::after(since.get(&stream.name), Position::of(hi), cursor.overlap);
+            let window = window.map_err(|error| {
+                Error::data(format!("source `{}`: {error}", stream.name))
+                    .hint("If that is right, load it anew: `floodmark run --full-refresh`.")
+            })?;
+            bounds.windows.insert(stream.name.clone(), window);
+            bounds.exactness.insert(stream.name.clone(), Exactness::Margin);
+        }
+        Ok(bounds)
+    }
+
+    async fn snapshot(&self, _: &[StreamSpec], _: &Bounds) -> Result<Snapshot> {
+        Ok(Snapshot { token: format!("http:{}", shown(&self.api.base)), hold: Arc::new(Nothing) })
+    }
+
+    fn scan(&self, snapshot: &Snapshot, scan: &Scan, tap: Arc<Tap>) -> Result<SendableRecordBatchStream> {
+        held::<Nothing>(snapshot)?;
+        let (this, scan) = (Self::clone(self), scan.clone());
+        Ok(runtime::stream(Arc::clone(&scan.schema), move |out| async move {
+            Reading::new(&this, &scan, &tap, &out)?.run().await
+        }))
+    }
+}
+
+fn request_of(stream: &StreamSpec) -> Result<&ApiRequest> {
+    match &stream.read {
+        Read::Request(request) => Ok(request),
+        _ => Err(Error::configuration(format!("source `{}` asks nothing of an API", stream.name))
+            .hint("Use `request: { path: … }`.")),
+    }
+}
+
+/// The type of a cursor: an API's windows are of time.
+fn cursor_type(stream: &StreamSpec, cursor: &CursorSpec) -> Result<ColumnType> {
+    let declared = match cursor.columns.as_slice() {
+        [one] => stream.declared(one).map(|column| effective(column, stream)),
+        _ => None,
+    };
+    match declared {
+        Some(column @ (ColumnType::TimestampTz(_) | ColumnType::Date(_))) => Ok(column),
+        _ => Err(Error::configuration(format!(
+            "source `{}`: the cursor of an API is one column, a date or a timestamp with a zone",
+            stream.name
+        ))
+        .hint("An API cannot be asked for its greatest number before it is read.")),
+    }
+}
+
+/// One list, being read.
+struct Reading<'a> {
+    this: &'a HttpConnection,
+    scan: &'a Scan,
+    tap: &'a Tap,
+    out: &'a AsyncSender,
+    request: &'a ApiRequest,
+    records: Option<JsonPath>,
+    /// Where each column of the scan is in a row.
+    fields: Vec<(String, JsonPath)>,
+    cursor: Option<(JsonPath, ColumnType, OnNull)>,
+    rules: TextRules,
+    batch: RowBuilder<'a>,
+    page: u64,
+    /// Nobody reads any more.
+    done: bool,
+}
+
+/// Where a page's rows go.
+enum Sink<'s> {
+    /// On their way to the models.
+    Rows,
+    /// Into a file, and into a sum that tells one reading from another.
+    Copy(&'s mut Copied),
+}
+
+/// A reading of a list that may have shifted.
+struct Copied {
+    file: BufWriter<std::fs::File>,
+    rows: u64,
+    sum: u128,
+}
+
+impl<'a> Reading<'a> {
+    fn new(this: &'a HttpConnection, scan: &'a Scan, tap: &'a Tap, out: &'a AsyncSender) -> Result<Self> {
+        let stream = &scan.stream;
+        let request = request_of(stream)?;
+        let path = |written: &str| {
+            written.parse::<JsonPath>().map_err(|why| {
+                Error::configuration(format!(
+                    "source `{}`: `{written}` is no path into an answer: {why}",
+                    stream.name
+                ))
+            })
+        };
+        let field = |column: &str| match request.fields.get(column) {
+            Some(written) => path(written),
+            None => Ok(JsonPath::name(column)),
+        };
+        let fields = scan
+            .schema
+            .fields()
+            .iter()
+            .map(|column| Ok((column.name().clone(), field(column.name())?)))
+            .collect::<Result<Vec<_>>>()?;
+        let cursor = match &stream.cursor {
+            Some(cursor) => {
+                let column = cursor.columns.first().map(String::as_str).unwrap_or_default();
+                Some((field(column)?, cursor_type(stream, cursor)?, cursor.on_null))
+            }
+            None => None,
+        };
+        let names: Vec<String> = fields.iter().map(|(name, _)| name.clone()).collect();
+        let batch = RowBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
+        Ok(Self {
+            this,
+            scan,
+            tap,
+            out,
+            request,
+            records: request.records.as_deref().map(path).transpose()?,
+            fields,
+            cursor,
+            rules: TextRules::of(stream)?,
+            batch,
+            page: 0,
+            done: false,
+        })
+    }
+
+    async fn run(mut self) -> Result<()> {
+        let shifts = self.request.pages.as_ref().is_some_and(|pages| pages.kind.shifts() && !pages.stable);
+        if shifts {
+            self.settled().await?;
+        } else {
+            self.all_pages(&mut Sink::Rows).await?;
+        }
+        if let Some(batch) = self.batch.take(self.tap)?
+            && !self.out.send(batch).await
+        {
+            return Ok(());
+        }
+        if !self.done {
+            self.tap.finish();
+        }
+        Ok(())
+    }
+
+    fn data(&self, what: &str) -> Error {
+        Error::data(format!("source `{}`: {what}", self.scan.stream.name))
+    }
+
+    /// Reads a list that may shift until two readings are equal, then hands that one over.
+    async fn settled(&mut self) -> Result<()> {
+        let mut before: Option<(u64, u128)> = None;
+        for _ in 0..READINGS {
+            let spill = &self.this.limits.spill;
+            let made = std::fs::create_dir_all(spill).and_then(|()| tempfile::tempfile_in(spill));
+            let file = made.map_err(|error| Error::io("write a copy into", spill.display(), error))?;
+            let mut copied = Copied { file: BufWriter::new(file), rows: 0, sum: 0 };
+            self.page = 0;
+            self.all_pages(&mut Sink::Copy(&mut copied)).await?;
+            let found = (copied.rows, copied.sum);
+            if before == Some(found) {
+                return self.replay(copied).await;
+            }
+            before = Some(found);
+        }
+        Err(Error::temporary(format!(
+            "source `{}`: the list changed during each of {READINGS} readings, so that no page can be trusted",
+            self.scan.stream.name
+        ))
+        .hint("Run when it keeps still; or use pages that do not shift (`kind: cursor`, `link`), or a window of time."))
+    }
+
+    async fn replay(&mut self, copied: Copied) -> Result<()> {
+        let failed = |error| Error::io("read a copy of", &self.scan.stream.name, error);
+        let mut file = copied.file.into_inner().map_err(|error| failed(error.into_error()))?;
+        file.rewind().map_err(failed)?;
+        let mut reader = BufReader::new(file);
+        for number in 1..=copied.rows {
+            let mut length = [0; 8];
+            reader.read_exact(&mut length).map_err(failed)?;
+            let mut text = vec![0; usize::try_from(u64::from_le_bytes(length)).unwrap_or_default()];
+            reader.read_exact(&mut text).map_err(failed)?;
+            let text = String::from_utf8(text).map_err(|_| Error::bug("a copied row is not UTF-8"))?;
+            let raw: &RawValue =
+                serde_json::from_str(&text).map_err(|_| Error::bug("a copied row is no JSON"))?;
+            self.row(raw, &format!("record {number}")).await?;
+            if self.done {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the list from its first page to its end.
+    async fn all_pages(&mut self, sink: &mut Sink<'_>) -> Result<()> {
+        let mut ask = self.first()?;
+        let mut seen = HashSet::new();
+        let mut offset = 0;
+        while !self.done {
+            self.page += 1;
+            if self.page > self.this.limits.pages {
+                return Err(self
+                    .data(&format!("the list has more than {} pages", self.this.limits.pages))
+                    .hint("If that is right, raise `max_pages`."));
+            }
+            let answer = self.this.api.ask(&ask).await?;
+            self.tap.bytes(answer.body.len() as u64);
+            let rows = self.take_page(&answer, sink).await?;
+            offset += rows;
+            let Some(next) = self.next(&ask, &answer, rows, offset)? else { return Ok(()) };
+            // A page that shows the way to one that was read before would go on for ever.
+            let fingerprint = (next.url.to_string(), next.body.clone());
+            if !seen.insert(fingerprint) {
+                return Err(self
+                    .data(&format!("page {} leads back to a page that was read before", self.page))
+                    .hint("The API's paging goes in a circle: ask its owner, or mend `pages`."));
+            }
+            ask = next;
+        }
+        Ok(())
+    }
+
+    /// The first request, with the window's ends in it.
+    fn first(&self) -> Result<Ask> {
+        let (request, api) = (self.request, &self.this.api);
+        let wrong =
+            |what: String| Error::configuration(format!("source `{}`: {what}", self.scan.stream.name));
+        let ends = self.ends();
+        let bound = |text: &str| -> Option<String> {
+            let mut missing = false;
+            let bound = crate::connector::spec::with_values(text, |name| {
+                let end = if name == "from" { &ends.0 } else { &ends.1 };
+                end.clone().unwrap_or_else(|| {
+                    missing = true;
+                    String::new()
+                })
+            });
+            (!missing).then_some(bound)
+        };
+        let path = bound(&request.path).ok_or_else(|| {
+            wrong("`path` needs `$from`, and there is none before the first run".to_owned())
+        })?;
+        let mut url = api
+            .base
+            .join(path.trim_start_matches('/'))
+            .map_err(|error| wrong(format!("`path` is none: {error}")))?;
+        if !url.path().starts_with(api.base.path()) {
+            return Err(wrong("`path` leaves the connection's `url`".to_owned())
+                .hint("Mend `url` in connections.yaml."));
+        }
+        for (name, value) in &request.query {
+            if let Some(value) = bound(value) {
+                url.query_pairs_mut().append_pair(name, &value);
+            }
+        }
+        let body = match &request.body {
+            Some(body) => Some(bound(body).ok_or_else(|| {
+                wrong("`body` needs `$from`, and there is none before the first run".to_owned())
+            })?),
+            None => None,
+        };
+        let mut headers = HeaderMap::new();
+        let written = request.headers.iter().filter_map(|(name, value)| Some((name.clone(), bound(value)?)));
+        insert_all(&mut headers, &written.collect()).map_err(wrong)?;
+        if let Some(pages) = &request.pages {
+            if let Some(size) = pages.size {
+                let param = pages.size_param.as_deref().unwrap_or("limit");
+                set(&mut url, param, &size.to_string());
+            }
+            match pages.kind {
+                PageStyle::Offset => set(&mut url, pages.param.as_deref().unwrap_or("offset"), "0"),
+                PageStyle::Page => {
+                    let first = pages.first.unwrap_or(1).to_string();
+                    set(&mut url, pages.param.as_deref().unwrap_or("page"), &first);
+                }
+                _ => {}
+            }
+        }
+        let repeatable = request.method == Method::Get || request.repeatable;
+        Ok(Ask { method: request.method, url, headers, body, repeatable })
+    }
+
+    /// `$from` and `$until`, as the API wants them.
+    fn ends(&self) -> (Option<String>, Option<String>) {
+        let Window::Cursor { from, hi, .. } = &self.scan.window else { return (None, None) };
+        let format = self.request.time_format.as_deref();
+        let written = |position: &Position| match position.0.first() {
+            Some(CursorValue::Date(day)) => Some(match format {
+                None | Some("rfc3339") => day.to_string(),
+                Some("unix") => midnight(*day).timestamp().to_string(),
+                Some("unix_ms") => midnight(*day).timestamp_millis().to_string(),
+                Some(format) => day.format(format).to_string(),
+            }),
+            Some(CursorValue::Instant(at)) => Some(match format {
+                None | Some("rfc3339") => at.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true),
+                Some("unix") => at.timestamp().to_string(),
+                Some("unix_ms") => at.timestamp_millis().to_string(),
+                Some(format) => at.format(format).to_string(),
+            }),
+            _ => None,
+        };
+        (from.as_ref().and_then(written), written(hi))
+    }
+
+    /// The rows of one page. Returns how many the page has.
+    async fn take_page(&mut self, answer: &Answer, sink: &mut Sink<'_>) -> Result<u64> {
+        let place = format!("page {} of `{}`", self.page, shown(&answer.url));
+        let kind = answer
+            .headers
+            .get(header::CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default();
+        let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        if !kind.is_empty() && kind != "application/json" && kind != "text/json" && !kind.ends_with("+json") {
+            return Err(self
+                .data(&format!("{place} is `{kind}`, and no JSON"))
+                .hint("Often that is a login page, or a proxy's: look at it in a browser, and mend `url` or `auth`."));
+        }
+        let text =
+            std::str::from_utf8(&answer.body).map_err(|_| self.data(&format!("{place} is not UTF-8")))?;
+        let root: &RawValue = serde_json::from_str(text).map_err(|error| {
+            self.data(&format!("{place} is no JSON document, or breaks off"))
+                .note(without_values(&error.to_string()))
+                .hint("Ask the API's owner; nothing of this run was published.")
+        })?;
+        let broken = |why: String| self.data(&format!("{place}: {why}"));
+        let found = match &self.records {
+            Some(path) => path.find(root).map_err(broken)?,
+            None => vec![root],
+        };
+        if found.is_empty() {
+            let path = self.request.records.as_deref().unwrap_or("$");
+            return Err(self
+                .data(&format!("{place} has nothing at `{path}`"))
+                .hint("Mend `records:`; an answer with nothing there may be an error message in disguise."));
+        }
+        let mut rows = Vec::new();
+        for value in found {
+            match value.get().bytes().next() {
+                Some(b'[') => rows.extend(list(value).map_err(broken)?),
+                Some(b'{') => rows.push(value),
+                // An empty list, as some write it.
+                Some(b'n') => {}
+                _ => {
+                    return Err(self.data(&format!(
+                        "{place} has no list of objects at `{}`",
+                        self.request.records.as_deref().unwrap_or("$")
+                    )));
+                }
+            }
+        }
+        for (index, raw) in rows.iter().enumerate() {
+            match sink {
+                Sink::Rows => {
+                    self.row(raw, &format!("page {} record {}", self.page, index + 1)).await?;
+                    if self.done {
+                        break;
+                    }
+                }
+                Sink::Copy(copied) => copied.add(raw.get()).map_err(|error| {
+                    Error::io("write a copy into", self.this.limits.spill.display(), error)
+                })?,
+            }
+        }
+        Ok(rows.len() as u64)
+    }
+
+    /// One row: into the batch, filtered, or set aside.
+    async fn row(&mut self, raw: &RawValue, place: &str) -> Result<()> {
+        let stream = &self.scan.stream;
+        let reject = |reason: String| (reason, serde_json::json!({ "record": raw.get() }).to_string());
+        let broken = match serde_json::from_str::<Object<'_>>(raw.get()) {
+            Err(error) => {
+                Some(reject(format!("the record is no JSON object: {}", without_values(&error.to_string()))))
+            }
+            Ok(_) => match self.is_meant(raw) {
+                Err(why) => Some(reject(why)),
+                Ok(Some(false)) => {
+                    self.tap.filtered(1);
+                    return Ok(());
+                }
+                Ok(None) => {
+                    return Err(Error::data(format!(
+                        "source `{}`: {place}: the cursor is null",
+                        stream.name
+                    ))
+                    .hint("Say what to do with such rows: `on_null: include` or `on_null: exclude`."));
+                }
+                Ok(Some(true)) => {
+                    let fields = &self.fields;
+                    let appended = self.batch.row(
+                        |index, builder| {
+                            let Some((_, path)) = fields.get(index) else {
+                                builder.null();
+                                return Ok(0);
+                            };
+                            match path.find(raw).map_err(Misfit)?.as_slice() {
+                                [] => {
+                                    builder.null();
+                                    Ok(0)
+                                }
+                                [one] => append(builder, one),
+                                _ => Err(Misfit("is there more than once".to_owned())),
+                            }
+                        },
+                        || place.to_owned(),
+                    );
+                    appended.err().map(reject)
+                }
+            },
+        };
+        if let Some((reason, row)) = broken {
+            self.send().await?;
+            self.tap.reject(stream, place.to_owned(), reason, || row)?;
+        } else if self.batch.is_full() {
+            self.send().await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self) -> Result<()> {
+        if let Some(batch) = self.batch.take(self.tap)?
+            && !self.out.send(batch).await
+        {
+            self.done = true;
+        }
+        Ok(())
+    }
+
+    /// Whether a row lies in the window; `None` if its cursor is null and that is an error. The API's own filter may be wider.
+    fn is_meant(&self, raw: &RawValue) -> Result<Option<bool>, String> {
+        let Some((path, column, on_null)) = &self.cursor else { return Ok(Some(true)) };
+        let found = path.find(raw)?;
+        let value = match found.first() {
+            Some(value) => Scalar::of(value)?,
+            None => Scalar::Null,
+        };
+        let text = match &value {
+            Scalar::Null => {
+                return Ok(match on_null {
+                    OnNull::Error => None,
+                    OnNull::Include => Some(true),
+                    OnNull::Exclude => Some(false),
+                });
+            }
+            Scalar::Text(text) => text.as_ref(),
+            Scalar::Number(text) | Scalar::Bool(text) | Scalar::Nested(text) => text,
+        };
+        let of = |why: Misfit| format!("the cursor {why}");
+        let at = match column {
+            ColumnType::Date(format) => {
+                let days = columns::date(text, format.as_deref()).map_err(of)?;
+                let day = NaiveDate::from_epoch_days(days).ok_or("the cursor is no day")?;
+                CursorValue::Date(day)
+            }
+            ColumnType::TimestampTz(format) => {
+                let micros = columns::instant(text, format.as_deref(), self.rules.zone()).map_err(of)?;
+                let at = chrono::DateTime::from_timestamp_micros(micros).ok_or("the cursor is no time")?;
+                CursorValue::instant(at)
+            }
+            _ => return Err("the cursor has no order".to_owned()),
+        };
+        Ok(Some(self.scan.window.holds(&Position::of(at))))
+    }
+
+    /// The request for the page behind this one; `None` at the end of the list.
+    fn next(&self, ask: &Ask, answer: &Answer, rows: u64, offset: u64) -> Result<Option<Ask>> {
+        let Some(pages) = &self.request.pages else { return Ok(None) };
+        let mut next = ask.clone();
+        let path =
+            || pages.next.as_deref().unwrap_or_default().parse::<JsonPath>().map_err(|why| self.data(&why));
+        let in_body = || -> Result<Option<String>> {
+            let root: &RawValue = serde_json::from_slice(&answer.body)
+                .map_err(|_| Error::bug("a page was read and is no JSON"))?;
+            let found = path()?.find(root).map_err(|why| self.data(&why))?;
+            Ok(found.first().and_then(|value| token(value)).map(std::borrow::Cow::into_owned))
+        };
+        let param = |name: &'static str| pages.param.as_deref().unwrap_or(name);
+        match pages.kind {
+            PageStyle::Offset | PageStyle::Page if rows == 0 => return Ok(None),
+            PageStyle::Offset => set(&mut next.url, param("offset"), &offset.to_string()),
+            PageStyle::Page => {
+                let number = pages.first.unwrap_or(1) + self.page;
+                set(&mut next.url, param("page"), &number.to_string());
+            }
+            PageStyle::Cursor => match in_body()? {
+                Some(token) => self.ask_for(&mut next, param("cursor"), &token)?,
+                None => return Ok(None),
+            },
+            PageStyle::Header => {
+                let name = pages.next.as_deref().unwrap_or_default();
+                match answer
+                    .headers
+                    .get(name)
+                    .and_then(|value| value.to_str().ok())
+                    .filter(|token| !token.is_empty())
+                {
+                    Some(token) => self.ask_for(&mut next, param("cursor"), token)?,
+                    None => return Ok(None),
+                }
+            }
+            PageStyle::NextUrl => match in_body()? {
+                Some(url) => next.url = self.follow(answer, &url)?,
+                None => return Ok(None),
+            },
+            PageStyle::Link => match next_link(&answer.headers) {
+                Some(url) => next.url = self.follow(answer, &url)?,
+                None => return Ok(None),
+            },
+        }
+        Ok(Some(next))
+    }
+
+    /// Puts a token where the next request carries it: in the query, or in the body of a POST.
+    fn ask_for(&self, ask: &mut Ask, param: &str, token: &str) -> Result<()> {
+        let Some(body) = &ask.body else {
+            set(&mut ask.url, param, token);
+            return Ok(());
+        };
+        let mut document: serde_json::Map<String, serde_json::Value> = serde_json::from_str(body)
+            .map_err(|_| self.data("`body` is no JSON object, and cannot carry the next page's token"))?;
+        document.insert(param.to_owned(), token.into());
+        ask.body = Some(serde_json::Value::Object(document).to_string());
+        Ok(())
+    }
+
+    fn follow(&self, answer: &Answer, url: &str) -> Result<Url> {
+        let next = answer.url.join(url).map_err(|_| {
+            Error::new(
+                ErrorKind::Data,
+                format!("source `{}`: page {} leads to no URL", self.scan.stream.name, self.page),
+            )
+        })?;
+        if answer.url.scheme() == "https" && next.scheme() != "https" {
+            return Err(self
+                .data(&format!("page {} leads to an unencrypted one", self.page))
+                .hint("Ask the API's owner."));
+        }
+        self.this.api.permitted(&next)?;
+        Ok(next)
+    }
+}
+
+impl Copied {
+    fn add(&mut self, text: &str) -> std::io::Result<()> {
+        self.file.write_all(&(text.len() as u64).to_le_bytes())?;
+        self.file.write_all(text.as_bytes())?;
+        self.rows += 1;
+        let [half @ .., _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _] =
+            *blake3::hash(text.as_bytes()).as_bytes();
+        // Rows in another order are the same list.
+        self.sum = self.sum.wrapping_add(u128::from_le_bytes(half));
+        Ok(())
+    }
+}
+
+fn midnight(day: NaiveDate) -> chrono::DateTime<chrono::Utc> {
+    day.and_time(chrono::NaiveTime::MIN).and_utc()
+}
+
+/// Sets a query parameter, in the place of one of that name.
+fn set(url: &mut Url, name: &str, value: &str) {
+    let others: Vec<(String, String)> = url
+        .query_pairs()
+        .filter(|(known, _)| known != name)
+        .map(|(name, value)| (name.into_owned(), value.into_owned()))
+        .collect();
+    url.query_pairs_mut().clear().extend_pairs(others).append_pair(name, value);
+}
+
+/// The target of `Link: <…>; rel="next"` (RFC 8288).
+fn next_link(headers: &HeaderMap) -> Option<String> {
+    headers.get_all(header::LINK).iter().filter_map(|value| value.to_str().ok()).find_map(|value| {
+        let mut rest = value;
+        while let Some(start) = rest.find('<') {
+            let (target, behind) = rest.get(start + 1..)?.split_once('>')?;
+            let end = behind.find('<').unwrap_or(behind.len());
+            let next = behind.get(..end)?.split(';').any(|part| {
+                let part = part.trim().trim_end_matches(',').trim();
+                part.strip_prefix("rel=").is_some_and(|rel| {
+                    rel.trim_matches('"').split_whitespace().any(|rel| rel.eq_ignore_ascii_case("next"))
+                })
+            });
+            if next {
+                return Some(target.to_owned());
+            }
+            rest = behind.get(end..)?;
+        }
+        None
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_link_is_found_among_others() {
+        for (header, expected) in [
+            (r#"<https://a/x?page=2>; rel="next""#, Some("https://a/x?page=2")),
+            (r#"<https://a/p>; rel="prev", <https://a/n,1;2>; title="x"; rel=next"#, Some("https://a/n,1;2")),
+            (r#"<https://a/l>; rel="last next""#, Some("https://a/l")),
+            (r#"<https://a/l>; rel="last""#, None),
+            ("nonsense", None),
+        ] {
+            let headers = [(header::LINK, header.parse().unwrap())].into_iter().collect();
+            assert_eq!(next_link(&headers).as_deref(), expected, "{header}");
+        }
+    }
+}
