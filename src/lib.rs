@@ -12,6 +12,7 @@ pub mod cli;
 pub mod connector;
 pub mod error;
 pub mod functions;
+pub mod history;
 pub mod job;
 pub mod load;
 pub mod model;

@@ -118,6 +118,10 @@ impl Target for Mortal {
         self.call(self.inner_target()?.last_record(job)).await
     }
 
+    async fn record_at(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>> {
+        self.call(self.inner_target()?.record_at(job, seq)).await
+    }
+
     async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>> {
         self.call(self.inner_target()?.current(job, output)).await
     }
@@ -202,9 +206,9 @@ impl Drop for MortalLoad {
 }
 
 /// One night of the example in `folder`, lived for `touches`.
-async fn night(folder: &Path, environment: &str, touches: u32) -> Result<Vec<RunRecord>> {
-    let project = Project::load(folder, Some(environment))?;
-    let as_of = project.as_of()?.unwrap_or_default();
+async fn night(folder: &Path, environment: Option<&str>, touches: u32) -> Result<Vec<RunRecord>> {
+    let project = Project::load(folder, environment)?;
+    let as_of = project.as_of()?.unwrap_or_else(|| crate::runtime::Clock::now(&SystemClock));
     let life = Arc::new(Life(AtomicU32::new(touches)));
     let scratch = Scratch::new(project.limits.clone())?;
     let opener = Opener(Arc::new(move |project, name| {
@@ -267,18 +271,95 @@ fn published(nights: &[RunRecord]) -> Vec<(u64, String)> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_run_that_dies_anywhere_loses_no_row_and_doubles_none() {
     let folder = example();
-    night(folder.path(), "day1", u32::MAX).await.unwrap();
-    let expected = published(&night(folder.path(), "day2", u32::MAX).await.unwrap());
+    night(folder.path(), Some("day1"), u32::MAX).await.unwrap();
+    let expected = published(&night(folder.path(), Some("day2"), u32::MAX).await.unwrap());
     assert_eq!(expected.iter().map(|(rows, _)| *rows).collect::<Vec<_>>(), [24, 9]);
 
     for touches in 0.. {
         let folder = example();
-        let died = night(folder.path(), "day1", touches).await.is_err();
-        let second = night(folder.path(), "day2", u32::MAX).await;
+        let died = night(folder.path(), Some("day1"), touches).await.is_err();
+        let second = night(folder.path(), Some("day2"), u32::MAX).await;
         let second = second.unwrap_or_else(|error| panic!("after death at touch {touches}: {error}"));
         assert_eq!(published(&second), expected, "after death at touch {touches}");
         if !died {
             assert!(touches > 60, "the example touches the world at least sixty times");
+            return;
+        }
+    }
+}
+
+/// Two jobs that append, where a row that comes twice stays: one into files, one into a database.
+fn appending() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let job = |name: &str| {
+        format!(
+            "job: {name}\nsources:\n  lines: {{ connection: erp, table: lines, incremental: {{ cursor: id }} }}\n  more: {{ files: \"in/*.csv\", columns: {{ id: int }} }}\nmodels:\n  all_lines: sql/all_lines.sql\ntarget:\n  connection: {name}\n  outputs:\n    lines: {{ from: all_lines, mode: append }}\n"
+        )
+    };
+    for (path, text) in [
+        ("floodmark.yaml", "project: appending\n".to_owned()),
+        (
+            "connections.yaml",
+            "erp: { kind: sqlite, path: erp.db }\nlake: { kind: files, root: lake }\nbooks: { kind: sqlite, path: books.db }\n".to_owned(),
+        ),
+        ("jobs/lake.yaml", job("lake")),
+        ("jobs/books.yaml", job("books")),
+        ("sql/all_lines.sql", "SELECT id FROM lines UNION ALL SELECT id FROM more\n".to_owned()),
+    ] {
+        let path = folder.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    arrive(folder.path(), 0);
+    folder
+}
+
+/// What comes before night `night`: three rows in the database, and a file of two.
+fn arrive(folder: &Path, night: i64) {
+    let database = rusqlite::Connection::open(folder.join("erp.db")).unwrap();
+    database.execute_batch("CREATE TABLE IF NOT EXISTS lines (id INTEGER PRIMARY KEY)").unwrap();
+    for id in night * 10..night * 10 + 3 {
+        database.execute("INSERT INTO lines VALUES (?1)", [id]).unwrap();
+    }
+    std::fs::create_dir_all(folder.join("in")).unwrap();
+    let text = format!("id\n{}\n{}\n", night * 10 + 7, night * 10 + 8);
+    std::fs::write(folder.join(format!("in/{night}.csv")), text).unwrap();
+}
+
+/// The ids that readers of the two targets see, without floodmark.
+fn seen(folder: &Path) -> [Vec<i64>; 2] {
+    use arrow::{array::AsArray, datatypes::Int64Type};
+    let mut files = Vec::new();
+    for file in std::fs::read_dir(folder.join("lake/lines/current")).unwrap() {
+        let file = std::fs::File::open(file.unwrap().path()).unwrap();
+        let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(file).unwrap();
+        for batch in reader.build().unwrap() {
+            files.extend(batch.unwrap().column(0).as_primitive::<Int64Type>().values());
+        }
+    }
+    let database = rusqlite::Connection::open(folder.join("books.db")).unwrap();
+    let mut statement = database.prepare("SELECT id FROM lines").unwrap();
+    let mut rows: Vec<i64> = statement.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+    files.sort_unstable();
+    rows.sort_unstable();
+    [files, rows]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jobs_that_append_hold_every_row_once_wherever_a_run_dies() {
+    let expected = vec![0, 1, 2, 7, 8, 10, 11, 12, 17, 18];
+    for touches in 0.. {
+        let folder = appending();
+        let died = night(folder.path(), None, touches).await.is_err();
+        arrive(folder.path(), 1);
+        // The job that was hit, and the one that was not.
+        for _ in 0..2 {
+            let after = night(folder.path(), None, u32::MAX).await;
+            after.unwrap_or_else(|error| panic!("after death at touch {touches}: {error}"));
+            assert_eq!(seen(folder.path()), [expected.clone(), expected.clone()], "touch {touches}");
+        }
+        if !died {
+            assert!(touches > 30, "two jobs touch the world at least thirty times");
             return;
         }
     }

@@ -38,12 +38,13 @@ use crate::{
         tap::Tap,
     },
     error::{Error, ErrorKind, Result},
+    history,
     job::parts_per_million,
     names::quoted,
     plan::{self, Output, Plan, Promised, Request, scan_table, typed},
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::{
-        LoadRecord, OutputRecord, RECORD_VERSION, SourceRecord, columns_of,
+        ColumnRecord, LoadRecord, OutputRecord, RECORD_VERSION, SourceRecord, columns_of,
         run::{CheckReport, Counts, Outcome, OutputReport, RUN_VERSION, RunRecord, SourceReport, Verdict},
         totals::{RowHash, Totals},
     },
@@ -341,11 +342,13 @@ impl Conductor {
         let target = open.target().ok_or_else(|| Error::bug("the target cannot be written"))?;
         let base = self.unless_stopped(target.last_record(&plan.id)).await?;
         info!(release = base.as_ref().map_or(0, |base| base.seq), "the target was asked");
-        self.same_history(&plan, target, base.as_ref()).await?;
-        let marks = match &base {
-            Some(base) if !request.full_refresh => base.marks(),
-            _ => Marks::new(),
-        };
+        let remembered = Store::open(&self.project.root)
+            .and_then(|store| store.incarnation(&plan.id, &plan.target))
+            .ok()
+            .flatten();
+        let (anew, warnings) = (request.full_refresh, &mut record.warnings);
+        history::of_target(&plan, target, base.as_ref(), remembered, anew, warnings).await?;
+        let marks = if anew { Marks::new() } else { history::marks(&plan, base.as_ref(), warnings)? };
         let attempt = Attempt {
             id: Uuid::now_v7(),
             run_id: record.run_id,
@@ -376,7 +379,7 @@ impl Conductor {
             CommitOutcome::Rejected(error) => return Err(error),
             CommitOutcome::Unknown(error) => {
                 // The answer was lost. The target knows.
-                let landed = target.last_record(&plan.id).await.map_err(|_| error.clone())?;
+                let landed = target.record_at(&plan.id, attempt.seq).await.map_err(|_| error.clone())?;
                 if landed.is_none_or(|landed| landed.attempt_id != attempt.id) {
                     return Err(error.hint("The target says that nothing was published. Run again."));
                 }
@@ -393,44 +396,6 @@ impl Conductor {
             record.warnings.push("interrupted after the commit had landed: the run is finished".to_owned());
         }
         Ok(if changed { Outcome::Published } else { Outcome::NothingNew })
-    }
-
-    /// Refuses a target that is not the one of last time, or has rows that no record knows.
-    async fn same_history(
-        &self,
-        plan: &Plan,
-        target: &dyn crate::connector::Target,
-        base: Option<&LoadRecord>,
-    ) -> Result<()> {
-        let known = Store::open(&self.project.root)
-            .and_then(|store| store.incarnation(&plan.id, &plan.target))
-            .ok()
-            .flatten();
-        match (base, known) {
-            (Some(base), Some(known)) if base.incarnation != known => Err(Error::data(format!(
-                "the target of job `{}` is not the one of last time: its history began anew",
-                plan.id
-            ))
-            .note(format!("it is incarnation {}, and the last run here saw {known}", base.incarnation))
-            .hint(
-                "If that is right, delete `.floodmark/state.db` and run again; if not, mend the connection.",
-            )),
-            (Some(_), _) => Ok(()),
-            (None, _) => {
-                for output in &plan.outputs {
-                    if target
-                        .current(&plan.id, &output.spec.name)
-                        .await?
-                        .is_some_and(|current| current.rows > 0)
-                    {
-                        return Err(Error::data(format!("output `{}` holds rows, and no record of job `{}`", output.spec.name, plan.id))
-                            .note("floodmark did not write them, or its record was deleted: it cannot know what was loaded")
-                            .hint("Move the old rows away, or give the output another name."));
-                    }
-                }
-                Ok(())
-            }
-        }
     }
 }
 
@@ -523,7 +488,11 @@ impl Release<'_> {
         if aside.rows() > 0 {
             self.load.quarantine(aside.stream()).await?;
         }
-        let unchanged = written.iter().all(|(name, (staged, hash))| self.is_unchanged(name, staged, hash));
+        let unchanged = plan.outputs.iter().all(|output| {
+            written
+                .get(&output.spec.name)
+                .is_some_and(|(staged, hash)| self.is_unchanged(output, staged, hash))
+        });
         if unchanged {
             for output in record.outputs.values_mut() {
                 (output.unchanged, output.inserted, output.updated, output.deleted) = (output.rows, 0, 0, 0);
@@ -754,7 +723,9 @@ impl Release<'_> {
         record: &mut RunRecord,
     ) -> Result<IndexMap<String, SourceRecord>> {
         let mut sources = IndexMap::new();
-        for name in self.plan.streams.keys() {
+        // What is loaded anew remembers nothing of before.
+        let base = self.base.filter(|_| !self.request.full_refresh);
+        for (name, stream) in &self.plan.streams {
             let Some(tap) = taps.get(name) else { continue };
             let window = windows.get(name).cloned().unwrap_or(Window::Whole);
             let rejected = tap.rejected_rows() + row_rejects.get(name).copied().unwrap_or_default();
@@ -782,20 +753,39 @@ impl Release<'_> {
                     totals: tap.totals(),
                 },
             );
-            sources.insert(name.clone(), SourceRecord::of(&window, counts));
+            let before = base.and_then(|base| base.sources.get(name));
+            // What nobody asked for was not read: its mark does not move.
+            let read = if tap.is_started() { &window } else { &Window::Whole };
+            let reads = stream.identity();
+            sources.insert(name.clone(), SourceRecord::of(read, reads, counts, before));
+        }
+        // A source that is not in the job now may come back.
+        for (name, known) in base.iter().flat_map(|base| &base.sources) {
+            if known.mark.is_some() && !sources.contains_key(name) {
+                sources.insert(
+                    name.clone(),
+                    SourceRecord { extracted: 0, passed: 0, filtered: 0, rejected: 0, ..known.clone() },
+                );
+            }
         }
         Ok(sources)
     }
 
     /// Whether an output would be as it is: nothing changes, or it is replaced by the same rows.
-    fn is_unchanged(&self, name: &str, staged: &Staged, hash: &str) -> bool {
-        let before = self.base.and_then(|base| base.outputs.get(name));
-        let same = before.is_some_and(|before| {
-            before.rowhash == hash
-                && before.rows_after == staged.rows_after
-                && before.mode == Mode::Replace.to_string()
-        });
-        !staged.changes() && before.is_some() || same
+    fn is_unchanged(&self, output: &Output, staged: &Staged, hash: &str) -> bool {
+        let Some(before) = self.base.and_then(|base| base.outputs.get(&output.spec.name)) else {
+            return false;
+        };
+        let columns = columns_of(&output.schema);
+        let names =
+            |columns: &[ColumnRecord]| columns.iter().map(|column| column.name.clone()).collect::<Vec<_>>();
+        let same = before.rowhash == hash
+            && before.rows_after == staged.rows_after
+            && before.rows_after == staged.rows_before
+            && before.mode == Mode::Replace.to_string()
+            && names(&before.columns) == names(&columns)
+            && !output.spec.rebuild;
+        !staged.changes() || same
     }
 
     fn load_record(

@@ -67,9 +67,11 @@ pub async fn plan_of(
     Analyzer::with_rules(rules_for(Some(file))).execute_and_check(plan, state.config_options(), |_, _| {})
 }
 
-/// A session for connectors' own work, with SQL of ours.
+/// A session for connectors' own work, with SQL of ours. Without hash joins tables are sorted and merged, which can spill;
+/// DataFusion plans that over two partitions or more, so that rows have no order then.
 pub fn internal(scratch: &Scratch, hash_joins: bool) -> SessionContext {
-    SessionContext::new_with_config_rt(config(hash_joins), Arc::clone(&scratch.environment))
+    let config = config(hash_joins).with_target_partitions(if hash_joins { 1 } else { 2 });
+    SessionContext::new_with_config_rt(config, Arc::clone(&scratch.environment))
 }
 
 fn config(hash_joins: bool) -> SessionConfig {

@@ -245,7 +245,9 @@ impl Window {
             Self::Whole => None,
             Self::Cursor { hi, .. } => Some(Mark::Cursor(hi.clone())),
             Self::Files { new, seen, .. } => {
-                let mut files: Vec<FileVersion> = seen.iter().chain(new).cloned().collect();
+                // Of each path the version that was read last: an older one that comes again is new again.
+                let kept = seen.iter().filter(|known| !new.iter().any(|file| file.path == known.path));
+                let mut files: Vec<FileVersion> = kept.chain(new).cloned().collect();
                 files.sort();
                 files.dedup();
                 Some(Mark::Files(files))

@@ -35,7 +35,11 @@ pub mod rows;
 pub mod scan;
 #[cfg(test)]
 #[path = "../../tests/services/mod.rs"]
-#[expect(unreachable_pub, reason = "shared with the tests of the whole program")]
+#[expect(
+    unreachable_pub,
+    dead_code,
+    reason = "shared with the tests of the whole program, which use the rest"
+)]
 mod services;
 pub mod spec;
 pub mod sqlite;
@@ -341,6 +345,8 @@ pub trait Target: Send + Sync {
     fn guarantee(&self, output: &OutputSpec) -> Guarantee;
     /// The newest record of the job: the truth about what was loaded.
     async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>>;
+    /// The record of one release of the job: whether an attempt whose answer was lost has landed, also if others did since.
+    async fn record_at(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>>;
     /// The columns that an output has now, and whether it holds rows; `None` if it is not there.
     async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>>;
     /// The rows that the job's releases set aside: the columns of `check::quarantine_schema`, behind the release's `seq`.

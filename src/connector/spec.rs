@@ -313,6 +313,13 @@ impl Mode {
     }
 }
 
+impl Mode {
+    /// Whether nothing stays of what was there before.
+    pub fn replaces_all(self) -> bool {
+        self == Self::Replace
+    }
+}
+
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

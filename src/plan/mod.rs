@@ -76,6 +76,22 @@ pub struct Plan {
     pub warnings: Vec<Problem>,
 }
 
+impl Plan {
+    /// The sources that a source or model is made from.
+    pub fn upstream<'a>(&'a self, relation: &'a str) -> BTreeSet<&'a str> {
+        let (mut found, mut waiting) = (BTreeSet::new(), vec![relation]);
+        while let Some(name) = waiting.pop() {
+            match self.models.get(name) {
+                Some(model) => waiting.extend(model.select.reads.iter().map(String::as_str)),
+                None => {
+                    found.insert(name);
+                }
+            }
+        }
+        found
+    }
+}
+
 /// A source in a plan.
 #[derive(Debug, Clone)]
 pub struct Stream {
@@ -91,6 +107,22 @@ pub struct Stream {
     pub spool: bool,
     /// Control totals.
     pub totals: Option<TotalsSpec>,
+}
+
+impl Stream {
+    /// What is read, in words that change only if a mark of it would mean something else.
+    pub fn identity(&self) -> String {
+        let what = match &self.spec.read {
+            Read::Table(table) => format!("table `{table}`"),
+            Read::Query { file, .. } => format!("query `{file}`"),
+            Read::File(path) => format!("file `{path}`"),
+            // Each file is remembered by itself.
+            Read::Files { .. } => "files".to_owned(),
+            Read::Request(request) => format!("request `{}`", request.path),
+        };
+        let cursor = self.spec.cursor.as_ref().map(|cursor| format!(" by {}", cursor.columns.join(", ")));
+        format!("{what} of connection `{}`{}", self.connection, cursor.unwrap_or_default())
+    }
 }
 
 /// A model in a plan.
@@ -376,7 +408,8 @@ impl Planner<'_> {
             let Some(readable) = open.source() else {
                 self.problems.push(
                     Problem::new(format!("connection `{connection}` cannot be read"))
-                        .at(self.document.place(&["sources", name])),
+                        .at(self.document.place(&["sources", name]))
+                        .hint("`floodmark connections list` says which kinds can be."),
                 );
                 continue;
             };
@@ -702,7 +735,8 @@ impl Planner<'_> {
         let Some(target) = connection.and_then(|connection| connection.target()) else {
             self.problems.push(
                 Problem::new(format!("connection `{}` cannot be written", self.job.target.connection))
-                    .at(self.document.place(&["target", "connection"])),
+                    .at(self.document.place(&["target", "connection"]))
+                    .hint("`floodmark connections list` says which kinds can be."),
             );
             return Ok(outputs);
         };

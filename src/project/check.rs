@@ -8,7 +8,7 @@ use super::{JobDocument, PROJECT_CONNECTION, Project, name_problem, output_name_
 use crate::{
     connector::{
         http::path::JsonPath,
-        spec::{ApiRequest, Method, Mode, PageStyle},
+        spec::{ApiRequest, Method, Mode, OnNull, PageStyle},
     },
     error::{Problem, nearest},
     job::{CheckSpec, JobFile, OnFail, SourceSpec, micros, parts_per_million},
@@ -227,6 +227,14 @@ impl Job<'_> {
                     "Name a column that grows, such as `updated_at`.",
                 );
             }
+            let append = self.job.target.outputs.iter().find(|(_, output)| output.mode == Mode::Append);
+            if let (OnNull::Include, Some((output, _))) = (incremental.on_null, append) {
+                self.say(
+                    &["sources", name, "incremental", "on_null"],
+                    format!("rows without a cursor are read on every run, and output `{output}` would hold them again each time"),
+                    "Use `mode: merge` with a `key`, or `on_null: exclude`.",
+                );
+            }
             if let Some(overlap) = &incremental.overlap {
                 let path = ["sources", name, "incremental", "overlap"];
                 if overlap.get().is_none() {
@@ -236,7 +244,6 @@ impl Job<'_> {
                         "Write a span of time such as `2h` or `3d`, or a count for whole numbers.",
                     );
                 }
-                let append = self.job.target.outputs.iter().find(|(_, output)| output.mode == Mode::Append);
                 if let Some((output, _)) = append {
                     self.say(
                         &path,

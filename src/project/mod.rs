@@ -226,12 +226,12 @@ impl Project {
             if let (Some(object), None) = (values.as_object_mut(), file.options.get(option))
                 && let Some(value) = variable(&self.root, variable_name)
             {
-                let value =
-                    value.parse::<u64>().map_or_else(|_| value.clone().into(), serde_json::Value::from);
-                object.insert((*option).to_owned(), value);
+                object.entry(*option).or_insert(value.into());
             }
         }
         let schema = (file.connector.options)().to_value();
+        typed_by(&schema, &mut values)
+            .map_err(|error| at(error.while_doing(format!("connection `{name}` cannot be used"))))?;
         for (option, about) in
             schema.pointer("/properties").and_then(serde_json::Value::as_object).into_iter().flatten()
         {
@@ -365,7 +365,7 @@ fn read_connections(document: &Document, problems: &mut Vec<Problem>) -> IndexMa
         if let yaml::Value::Map(entries) = &mut options.value {
             entries.retain(|entry| entry.key != "kind");
         }
-        let found = validate::validate_node(
+        let found = validate::validate_options(
             document,
             &options,
             &(connector.options)(),
@@ -405,6 +405,32 @@ fn yaml_files(root: &Path, folder: &str) -> Result<Vec<String>> {
 }
 
 /// Replaces every `${env:…}` and `${file:…}` in the strings of `value`.
+/// Gives options that came as text, from a reference or a variable, the types that they have.
+fn typed_by(schema: &serde_json::Value, options: &mut serde_json::Value) -> Result<()> {
+    for (name, value) in options.as_object_mut().into_iter().flatten() {
+        let types = schema.pointer(&format!("/properties/{name}/type"));
+        let is = |wanted: &str| {
+            types.is_some_and(|types| {
+                types == wanted || types.as_array().is_some_and(|types| types.contains(&wanted.into()))
+            })
+        };
+        let Some(text) = value.as_str().filter(|_| !is("string")) else { continue };
+        let typed: Option<serde_json::Value> = if is("integer") {
+            text.trim().parse::<u64>().ok().map(Into::into)
+        } else if is("boolean") {
+            text.trim().parse::<bool>().ok().map(Into::into)
+        } else {
+            continue;
+        };
+        let wanted = if is("integer") { "a whole number" } else { "`true` or `false`" };
+        *value = typed.ok_or_else(|| {
+            Error::configuration(format!("the value behind `{name}` is not {wanted}"))
+                .hint("Mend the variable or the file that the reference names.")
+        })?;
+    }
+    Ok(())
+}
+
 fn resolve(value: &mut serde_json::Value, root: &Path) -> Result<()> {
     match value {
         serde_json::Value::String(text) => *text = references(text, root)?,
@@ -490,6 +516,14 @@ pub(crate) fn name_problem(what: &str, name: &str, place: Place) -> Option<Probl
 }
 
 pub(crate) fn output_name_problem(name: &str, place: Place) -> Option<Problem> {
+    let last = name.rsplit('.').next().unwrap_or_default();
+    if ["floodmark_", "fm_"].iter().any(|ours| last.starts_with(ours)) {
+        return Some(
+            Problem::new(format!("`{name}` cannot name an output"))
+                .at(place)
+                .hint("Names that start with `floodmark_` or `fm_` are floodmark's own tables."),
+        );
+    }
     (!is_output_name(name)).then(|| {
         Problem::new(format!("`{name}` cannot name an output"))
             .at(place)

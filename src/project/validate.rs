@@ -24,14 +24,29 @@ pub fn validate(document: &Document, schema: &schemars::Schema, what: &str) -> V
     validate_node(document, &document.root, schema, what)
 }
 
-/// The same for one node of a document, such as one connection's options.
-pub fn validate_node(
+/// The same for one node of a document.
+fn validate_node(document: &Document, node: &Node, schema: &schemars::Schema, what: &str) -> Vec<Problem> {
+    walk(document, node, schema, what, false)
+}
+
+/// The same for a connection's options, where a reference (`${env:NAME}`) may stand for a value of any type.
+pub fn validate_options(
     document: &Document,
     node: &Node,
     schema: &schemars::Schema,
     what: &str,
 ) -> Vec<Problem> {
-    let mut walk = Walk { document, root: schema.as_value(), problems: Vec::new() };
+    walk(document, node, schema, what, true)
+}
+
+fn walk(
+    document: &Document,
+    node: &Node,
+    schema: &schemars::Schema,
+    what: &str,
+    references: bool,
+) -> Vec<Problem> {
+    let mut walk = Walk { document, root: schema.as_value(), references, problems: Vec::new() };
     walk.node(node, schema.as_value(), what);
     let remedy = |problem: Problem| match problem.hint {
         Some(_) => problem,
@@ -47,6 +62,8 @@ pub const SECRET: &str = "x-secret";
 struct Walk<'a> {
     document: &'a Document,
     root: &'a Json,
+    /// Whether a reference may stand for a value.
+    references: bool,
     problems: Vec<Problem>,
 }
 
@@ -70,6 +87,10 @@ impl<'a> Walk<'a> {
 
     fn node(&mut self, node: &Node, schema: &'a Json, what: &str) {
         let schema = self.resolve(schema);
+        if self.references && node.text().is_some_and(|text| text.contains("${")) {
+            // What it stands for is looked at when the connection is opened.
+            return;
+        }
         if let Some(branches) = schema.get("anyOf").or_else(|| schema.get("oneOf")).and_then(Json::as_array) {
             self.branches(node, branches, what);
             return;

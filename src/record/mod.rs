@@ -66,6 +66,9 @@ pub struct LoadRecord {
 pub struct SourceRecord {
     /// How far it is read now; `None` for what is read whole.
     pub mark: Option<Mark>,
+    /// What the mark is of.
+    #[serde(default)]
+    pub reads: String,
     /// The window of this run, as people read it.
     pub window: String,
     /// Rows that came from the window.
@@ -168,10 +171,15 @@ impl LoadRecord {
 }
 
 impl SourceRecord {
-    /// The record of a source that was read through `window`.
-    pub fn of(window: &Window, counts: run::Counts) -> Self {
+    /// The record of a source that was read through `window`. Where nothing is remembered of the window, the mark of before
+    /// stays.
+    pub fn of(window: &Window, reads: String, counts: run::Counts, before: Option<&Self>) -> Self {
         Self {
-            mark: window.mark(),
+            mark: window.mark().or_else(|| before?.mark.clone()),
+            reads: match (window.mark(), before) {
+                (None, Some(before)) if before.mark.is_some() => before.reads.clone(),
+                _ => reads,
+            },
             window: window.to_string(),
             extracted: counts.extracted,
             passed: counts.passed,

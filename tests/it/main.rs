@@ -4,7 +4,11 @@
 
 mod example;
 mod mistakes;
+mod platform;
 mod postgres;
+#[path = "../services/mod.rs"]
+#[expect(unreachable_pub, dead_code, reason = "shared with the unit tests, which use the rest")]
+mod services;
 mod support;
 mod targets;
 mod tidy;

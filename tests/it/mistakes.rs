@@ -96,6 +96,7 @@ fn mistakes_in_job_files() {
         ("expression_of_an_unknown_column", "target:\n", "checks: { clean: [ { expression: \"amunt > 0\" } ] }\ntarget:\n"),
         ("expression_that_is_broken", "target:\n", "checks: { clean: [ { expression: \"amount >\" } ] }\ntarget:\n"),
         ("expression_that_is_no_condition", "target:\n", "checks: { clean: [ { expression: amount + 1 } ] }\ntarget:\n"),
+        ("output_named_as_ours", "    orders: { from: clean", "    floodmark_log: { from: clean"),
         ("key_listed_twice", "key: [id]", "key: [id, id]"),
         ("param_without_value", "sources:\n", "params: { day: { type: date } }\nsources:\n"),
         ("no_file_matches_yet", "file: orders.csv", "files: \"ordres*.csv\""),

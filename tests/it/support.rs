@@ -18,6 +18,13 @@ impl Folder {
         folder
     }
 
+    /// The example of a whole platform, copied.
+    pub(crate) fn platform() -> Self {
+        let folder = Self(tempfile::tempdir().unwrap());
+        copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/platform"), folder.path());
+        folder
+    }
+
     /// A project of these files, over a small one that works.
     pub(crate) fn with(files: &[(&str, &str)]) -> Self {
         let folder = Self(tempfile::tempdir().unwrap());

@@ -95,3 +95,63 @@ pub fn answer(status: &str, headers: &str, body: &str) -> Vec<u8> {
 pub fn json(body: &str) -> Vec<u8> {
     answer("200 OK", "Content-Type: application/json", body)
 }
+
+/// A server that speaks TLS with a certificate that nobody signed.
+#[derive(Debug)]
+pub struct SelfSigned {
+    /// Where it answers.
+    pub url: String,
+    server: std::process::Child,
+}
+
+impl SelfSigned {
+    /// Starts it.
+    pub fn new() -> Self {
+        use std::process::{Command, Stdio};
+        let folder = tempfile::tempdir().unwrap();
+        let (key, certificate) = (folder.path().join("key.pem"), folder.path().join("cert.pem"));
+        let made = Command::new("openssl")
+            .args([
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+                "-subj",
+                "/CN=localhost",
+            ])
+            .args(["-addext", "subjectAltName=DNS:localhost", "-days", "30"])
+            .arg("-keyout")
+            .arg(&key)
+            .arg("-out")
+            .arg(&certificate)
+            .output()
+            .unwrap();
+        assert!(made.status.success());
+        let mut server = Command::new("openssl")
+            .args(["s_server", "-accept", "127.0.0.1:0", "-www"])
+            .arg("-key")
+            .arg(&key)
+            .arg("-cert")
+            .arg(&certificate)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut told = BufReader::new(server.stdout.take().unwrap()).lines();
+        let port = told
+            .find_map(|line| line.unwrap().strip_prefix("ACCEPT ")?.rsplit(':').next().map(str::to_owned));
+        // It goes on telling, and nobody needs to listen.
+        std::thread::spawn(move || told.for_each(drop));
+        Self { url: format!("https://localhost:{}", port.unwrap()), server }
+    }
+}
+
+impl Drop for SelfSigned {
+    fn drop(&mut self) {
+        let _ended = self.server.kill();
+        let _waited = self.server.wait();
+    }
+}

@@ -42,16 +42,16 @@ impl FilesConnection {
         if self.place.is_bucket()
             && let Some(hint) = self.place.read(&latest_path(job))?
             && let Some(mut seq) = hint.trim().parse::<u64>().ok()
-            && let Some(mut newest) = self.record_at(job, seq)?
+            && let Some(mut newest) = self.committed(job, seq)?
         {
-            while let Some(next) = self.record_at(job, seq + 1)? {
+            while let Some(next) = self.committed(job, seq + 1)? {
                 (newest, seq) = (next, seq + 1);
             }
             return Ok(Some(newest));
         }
         let (names, _) = self.place.names(&format!("{}/commits", job_path(job)))?;
         match sequence_numbers(&names).max() {
-            Some(seq) => self.record_at(job, seq),
+            Some(seq) => self.committed(job, seq),
             None => Ok(None),
         }
     }
@@ -62,17 +62,31 @@ impl FilesConnection {
     }
 
     /// The record that has the sequence number `seq`.
-    pub(super) fn record_at(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>> {
+    pub(super) fn committed(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>> {
         let path = commit_path(job, seq);
         let Some(text) = self.place.read(&path)? else { return Ok(None) };
         LoadRecord::from_json(&text).map(Some).map_err(|error| error.note(path))
     }
 
-    /// Shows readers the release of `record`: a folder's `current`, a bucket's `latest`. Does nothing if they do already.
-    pub(super) fn show(&self, job: &JobId, record: &LoadRecord) -> Result<()> {
-        match &self.place {
-            Place::Folder(root) => switch_current(root, job, record),
-            Place::Bucket(bucket) => bucket.overwrite(&latest_path(job), &record.seq.to_string()),
+    /// Shows readers the newest release: a folder's `current`, a bucket's `latest`. Does nothing if they do already.
+    ///
+    /// The newest is looked up under a lock, so that a run that was held up never shows an older one again.
+    pub(super) fn show(&self, job: &JobId) -> Result<()> {
+        let root = match &self.place {
+            Place::Folder(root) => root,
+            Place::Bucket(bucket) => {
+                let newest = self.newest(job)?;
+                return newest
+                    .map_or(Ok(()), |newest| bucket.overwrite(&latest_path(job), &newest.seq.to_string()));
+            }
+        };
+        let path = root.join(job_path(job)).join("lock");
+        let failed = |error| Error::io("lock", path.display(), error);
+        let lock = fs::File::options().create(true).append(true).open(&path).map_err(failed)?;
+        lock.lock().map_err(failed)?;
+        match self.newest(job)? {
+            Some(newest) => switch_current(root, job, &newest),
+            None => Ok(()),
         }
     }
 
@@ -101,31 +115,32 @@ fn latest_path(job: &JobId) -> String {
     format!("{}/latest", job_path(job))
 }
 
-/// Makes `current` show the release of `record`. Does nothing if it does already.
+/// Makes `current` show the release of `record`, which is the newest: whoever calls holds the job's lock. Does nothing if it does
+/// already.
 fn switch_current(root: &Path, job: &JobId, record: &LoadRecord) -> Result<()> {
     let folder = root.join(job_path(job));
-    let release = PathBuf::from("releases").join(format!("{:020}", record.seq));
-    let current = folder.join("current");
-    if fs::read_link(&current).is_ok_and(|target| target == release) {
-        return Ok(());
-    }
+    let name = format!("{:020}-{}", record.seq, record.attempt_id.simple());
+    let release = PathBuf::from("releases").join(&name);
     let full = folder.join(&release);
-    for (output, written) in &record.outputs {
-        let links = full.join(output);
-        durable::make_folder(&links)?;
-        for file in &written.files {
-            let data = root.join(output).join(&file.path);
-            let link = links.join(Path::new(&file.path).file_name().unwrap_or_default());
-            match fs::hard_link(&data, &link) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(Error::io("link", link.display(), error));
+    let current = folder.join("current");
+    if !fs::read_link(&current).is_ok_and(|target| target == release) {
+        for (output, written) in &record.outputs {
+            let links = full.join(output);
+            durable::make_folder(&links)?;
+            for file in &written.files {
+                let data = root.join(output).join(&file.path);
+                let link = links.join(Path::new(&file.path).file_name().unwrap_or_default());
+                match fs::hard_link(&data, &link) {
+                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                        return Err(Error::io("link", link.display(), error));
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
+            durable::sync_folder(&links.join("x"))?;
         }
-        durable::sync_folder(&links.join("x"))?;
+        switch(&current, &release)?;
     }
-    switch(&current, &release)?;
     for output in record.outputs.keys() {
         let link = root.join(output).join("current");
         let target = PathBuf::from("..").join(job_path(job)).join("current").join(output);
@@ -134,16 +149,20 @@ fn switch_current(root: &Path, job: &JobId, record: &LoadRecord) -> Result<()> {
         }
         switch(&link, &target)?;
     }
-    drop_old_releases(&folder.join("releases"))
+    drop_old_releases(&folder.join("releases"), &name)
 }
 
-fn drop_old_releases(releases: &Path) -> Result<()> {
+fn drop_old_releases(releases: &Path, shown: &str) -> Result<()> {
+    // Names sort by their sequence number.
     let (_, names) = Place::Folder(releases.to_owned()).names("")?;
-    let mut numbers: Vec<u64> = sequence_numbers(&names).collect();
-    numbers.sort_unstable();
-    for old in numbers.iter().rev().skip(KEPT_RELEASES) {
-        let folder = releases.join(format!("{old:020}"));
-        fs::remove_dir_all(&folder).map_err(|error| Error::io("remove", folder.display(), error))?;
+    for old in names.iter().rev().filter(|name| *name != shown).skip(KEPT_RELEASES - 1) {
+        let folder = releases.join(old);
+        match fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", folder.display(), error));
+            }
+            _ => {}
+        }
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! Which files a release keeps, rewrites and adds.
 //!
 //! A file is rewritten only if a row in it changes, and then as a stream: one file at a time, beside the staged
-//! rows. The staged rows are the join's build side; when they are many, the join sorts instead of hashing, so
-//! that it can spill.
+//! rows. The staged rows are the join's build side, the first of its tables; when they are many, the join sorts instead of
+//! hashing, so that it can spill.
 
 use std::sync::Arc;
 
@@ -176,7 +176,7 @@ impl Staging<'_> {
         let mut files = Vec::new();
         for file in self.base.clone() {
             context.register_table("f", self.table(std::slice::from_ref(&file))?)?;
-            let sql = format!("SELECT count(*), count(*) FILTER (WHERE {changed}) FROM f JOIN s ON {on}");
+            let sql = format!("SELECT count(*), count(*) FILTER (WHERE {changed}) FROM s JOIN f ON {on}");
             let [matched, different] = counts(&context, &sql).await?;
             staged.updated += different;
             staged.unchanged += matched - different;
@@ -197,7 +197,7 @@ impl Staging<'_> {
                     })
                     .collect::<Result<Vec<_>>>()?
                     .join(", ");
-                let sql = format!("SELECT {columns} FROM f LEFT JOIN s ON {on}");
+                let sql = format!("SELECT {columns} FROM s RIGHT JOIN f ON {on}");
                 let merged = session::conform(
                     context.sql(&sql).await?.execute_stream().await?,
                     Arc::clone(&self.schema),
@@ -263,13 +263,14 @@ impl Staging<'_> {
         let mut files = Vec::new();
         for file in self.base.clone() {
             context.register_table("f", self.table(std::slice::from_ref(&file))?)?;
-            let [hit] = counts(&context, &format!("SELECT count(*) FROM f LEFT SEMI JOIN r ON {on}")).await?;
+            let [hit] =
+                counts(&context, &format!("SELECT count(*) FROM r RIGHT SEMI JOIN f ON {on}")).await?;
             staged.deleted += hit;
             if hit == 0 && !self.evolved {
                 files.push(file);
             } else {
                 let kept = context
-                    .sql(&format!("SELECT * FROM f LEFT ANTI JOIN r ON {on}"))
+                    .sql(&format!("SELECT * FROM r RIGHT ANTI JOIN f ON {on}"))
                     .await?
                     .execute_stream()
                     .await?;

@@ -135,7 +135,8 @@ impl Bucket {
     #[expect(clippy::needless_pass_by_value, reason = "made for `map_err`")]
     pub(super) fn error(&self, doing: &str, path: &str, error: object_store::Error) -> Error {
         use object_store::Error as Store;
-        let said = error.to_string();
+        let root = root_cause(&error);
+        let said = format!("{error}: {root}");
         let has = |words: &[&str]| words.iter().any(|word| said.contains(word));
         let what = format!("cannot {doing} `{path}` in `{}`", self.shown);
         let of = |kind| Error::new(kind, what.clone());
@@ -171,7 +172,7 @@ impl Bucket {
             Store::NotFound { .. } => {
                 Error::configuration(format!("there is no `{path}` in `{}`", self.shown))
             }
-            _ => of(ErrorKind::Temporary).note(crate::error::without_values(&said)).hint(
+            _ => of(ErrorKind::Temporary).note(crate::error::without_values(&root)).hint(
                 "Is the store up, and is `endpoint` right? Run again: nothing of this run was published.",
             ),
         }
@@ -183,8 +184,9 @@ impl Bucket {
             return Ok(());
         }
         let path = format!("_floodmark/probe/{}", uuid::Uuid::new_v4().simple());
-        let first = self.put_new(&path, b"probe").map_err(|error| self.error("write", &path, error))?;
-        let second = self.put_new(&path, b"again").map_err(|error| self.error("write", &path, error))?;
+        let failed = |error| self.error("write", "_floodmark/probe", error);
+        let first = self.put_new(&path, b"probe").map_err(failed)?;
+        let second = self.put_new(&path, b"again").map_err(failed)?;
         wait(async { drop(self.store.delete(&path.as_str().into()).await) });
         if !first || second {
             return Err(Error::configuration(format!(
@@ -267,6 +269,16 @@ impl Bucket {
         let stream = object.into_stream().map_err(io::Error::other);
         Ok(Box::new(SyncIoBridge::new(StreamReader::new(stream))))
     }
+}
+
+/// What went wrong at the bottom: the layers above only repeat the request.
+fn root_cause(error: &object_store::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    let said = cause.to_string();
+    said.rsplit_once("HTTP error: ").map_or(said.clone(), |(_, last)| last.to_owned())
 }
 
 /// The code that a store's answer names, such as `NoSuchKey`.

@@ -36,6 +36,11 @@ impl Target for Arc<FilesConnection> {
         runtime::blocking(move || this.newest(&job)).await
     }
 
+    async fn record_at(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>> {
+        let (this, job) = (Self::clone(self), job.clone());
+        runtime::blocking(move || this.committed(&job, seq)).await
+    }
+
     async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>> {
         let Some(record) = self.last_record(job).await? else {
             // Files that no record of this job names: somebody else's, or a state that was deleted.
@@ -57,7 +62,7 @@ impl Target for Arc<FilesConnection> {
         Ok(runtime::blocking_stream(quarantined_schema(), move |out| {
             let newest = this.newest(&job)?.map_or(0, |record| record.seq);
             for seq in 1..=newest {
-                let Some(record) = this.record_at(&job, seq)? else { continue };
+                let Some(record) = this.committed(&job, seq)? else { continue };
                 for file in &record.quarantine_files {
                     if !parquet::read_quarantined(this.place.open(&Listed::named(file))?, file, seq, out)? {
                         return Ok(());
@@ -74,11 +79,11 @@ impl Target for Arc<FilesConnection> {
         attempt: &Attempt,
         base: Option<&LoadRecord>,
     ) -> Result<Box<dyn Load>> {
-        let (this, id, known) = (Self::clone(self), job.clone(), base.cloned());
+        let (this, id, known) = (Self::clone(self), job.clone(), base.is_some());
         runtime::blocking(move || {
             this.place.probe().map_err(|error| error.within(&format!("connection `{}`", this.name)))?;
             // A run that died between its commit and the switch left `current` behind.
-            known.map_or(Ok(()), |base| this.show(&id, &base))
+            if known { this.show(&id) } else { Ok(()) }
         })
         .await?;
         Ok(Box::new(FilesLoad {
@@ -235,9 +240,9 @@ impl Load for FilesLoad {
         self.keep = true;
         let outcome = runtime::blocking(move || {
             if connection.commit_record(&job, &record)? {
-                return Ok((true, connection.show(&job, &record)));
+                return Ok((true, connection.show(&job)));
             }
-            let landed = connection.record_at(&job, record.seq)?;
+            let landed = connection.committed(&job, record.seq)?;
             Ok((landed.is_some_and(|landed| landed.attempt_id == record.attempt_id), Ok(())))
         })
         .await;

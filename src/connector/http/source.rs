@@ -45,6 +45,9 @@ struct Nothing;
 impl Source for Arc<HttpConnection> {
     async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef> {
         request_of(stream)?;
+        if let Some(cursor) = &stream.cursor {
+            cursor_type(stream, cursor)?;
+        }
         Ok(Arc::new(declared_schema(stream)))
     }
 

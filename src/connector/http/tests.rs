@@ -6,6 +6,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
+use arrow::array::RecordBatch;
 use serde_json::json;
 
 use crate::{
@@ -178,7 +179,7 @@ impl Script {
 
     async fn read(&self) -> Result<usize, Error> {
         let batches = read_all(self, self.stream(), &Arc::default()).await?;
-        Ok(batches.iter().map(|batch| batch.num_rows()).sum())
+        Ok(batches.iter().map(RecordBatch::num_rows).sum())
     }
 }
 
@@ -190,7 +191,7 @@ fn items(ids: impl IntoIterator<Item = i64>, more: &str) -> String {
 }
 
 fn every(number: usize, counter: &AtomicUsize) -> bool {
-    counter.fetch_add(1, Ordering::SeqCst) % number == 0
+    counter.fetch_add(1, Ordering::SeqCst).is_multiple_of(number)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -234,7 +235,7 @@ async fn a_body_cut_short_is_never_taken_for_whole() {
     let whole = items(1..=40, "");
     for cut in (0..whole.len()).step_by(whole.len() / 50) {
         for kind in ["length", "chunked", "close"] {
-            let part = whole[..cut].to_owned();
+            let part = whole.get(..cut).unwrap().to_owned();
             let full = whole.clone();
             let counter = AtomicUsize::new(0);
             let script = Script::new(request(None), move |_| {
@@ -344,7 +345,7 @@ async fn credentials_go_to_their_own_host_and_a_token_is_renewed_once() {
     script.options = json!({ "allow_hosts": ["localhost"], "auth": "bearer", "token": "hush", "headers": { "X-Tenant": "hush" } });
     assert_eq!(script.read().await.unwrap(), 2);
     assert_eq!(script.web.asked.lock().unwrap()[0].headers["authorization"], "Bearer hush");
-    let asked = other.asked.lock().unwrap();
+    let asked = other.asked.lock().unwrap().clone();
     assert!(!asked[0].headers.values().any(|value| value.contains("hush")), "{:?}", asked[0]);
 
     // A token that runs out in the middle.

@@ -5,7 +5,8 @@
 //! | a time that the database sets | the start of the oldest open transaction, or now, less the margin | who writes at a time set it when its transaction began |
 //! | a number, a text | behind the greatest that is visible | everybody who was writing then has ended before the snapshot opens |
 //!
-//! Who may not see others' transactions waits until all that are open have ended; who sees a standby sees none of the primary's,
+//! Who may not see others' transactions waits until all that are open have ended, and so does everybody while one is prepared
+//! (nobody tells when such a one began); who sees a standby sees none of the primary's,
 //! and is refused unless the job reads again (`overlap`).
 
 use std::time::Duration;
@@ -43,10 +44,11 @@ struct Activity {
 
 const ACTIVITY: &str = "
     SELECT now(),
-           least(now(), (SELECT min(prepared) FROM pg_prepared_xacts),
+           least(now(),
                  (SELECT min(xact_start) FROM pg_stat_activity WHERE pid <> pg_backend_pid()
                    AND backend_type NOT IN ('autovacuum worker', 'walsender'))),
-           EXISTS (SELECT 1 FROM pg_stat_activity WHERE query = '<insufficient privilege>' AND usesysid IS NOT NULL),
+           EXISTS (SELECT 1 FROM pg_stat_activity WHERE query = '<insufficient privilege>' AND usesysid IS NOT NULL)
+               OR EXISTS (SELECT 1 FROM pg_prepared_xacts WHERE database = current_database()),
            pg_is_in_recovery()";
 
 /// The transactions that users have open, by the name under which each holds a lock: everybody may see these.

@@ -62,8 +62,22 @@ impl Target for Arc<PostgresConnection> {
     }
 
     async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>> {
-        let session = self.transaction("READ ONLY").await?;
+        // Each statement sees what was committed before it: also what was committed while it waited for the lock.
+        let session = self.transaction("ISOLATION LEVEL READ COMMITTED READ ONLY").await?;
         last_record(self, &session, job).await
+    }
+
+    async fn record_at(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>> {
+        let session = self.transaction("ISOLATION LEVEL READ COMMITTED READ ONLY").await?;
+        let Some(last) = last_record(self, &session, job).await? else { return Ok(None) };
+        let sql = format!(
+            "SELECT record_json FROM floodmark_log WHERE project = $1 AND job = $2 AND seq = $3 AND incarnation = {}::uuid",
+            text(&last.incarnation.to_string())
+        );
+        let seq = seq.cast_signed();
+        let row = session.query_opt(&sql, &[&job.project, &job.job, &seq]).await;
+        let row = row.map_err(|error| self.error("read the log in", &error))?;
+        row.map(|row| LoadRecord::from_json(row.get(0))).transpose()
     }
 
     async fn current(&self, _: &JobId, output: &str) -> Result<Option<Current>> {
@@ -156,12 +170,12 @@ async fn count(this: &PostgresConnection, session: &Session, sql: &str) -> Resul
 }
 
 /// A table of the target as it is.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 struct Table {
     columns: Vec<TableColumn>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 struct TableColumn {
     name: String,
     /// As the catalog spells it.
@@ -436,7 +450,8 @@ impl Load for PostgresLoad {
         }
         match session.batch_execute("COMMIT").await {
             Ok(()) => CommitOutcome::Committed,
-            Err(error) if error.as_db_error().is_some() => {
+            // The server's own word on this transaction. One on the connection may be a pooler's, and come after the commit.
+            Err(error) if error.code().is_some_and(|code| !is_about_the_connection(code.code())) => {
                 CommitOutcome::Rejected(this.error("commit to", &error))
             }
             Err(error) => self.settle(this.error("commit to", &error)).await,
@@ -449,12 +464,17 @@ impl Load for PostgresLoad {
     }
 }
 
+/// Classes of SQLSTATE that say nothing about the transaction: connection exceptions, operator intervention, system errors.
+fn is_about_the_connection(code: &str) -> bool {
+    ["08", "57", "58", "XX"].iter().any(|class| code.starts_with(class))
+}
+
 impl PostgresLoad {
     /// The answer to the COMMIT was lost: what is true is in the target, once the job's lock is free.
     async fn settle(&self, lost: Error) -> CommitOutcome {
         for attempt in 0..5_u32 {
             runtime::sleep(Duration::from_millis(200 * u64::from(attempt))).await;
-            match self.connection.last_record(&self.job).await {
+            match self.connection.record_at(&self.job, self.attempt.seq).await {
                 Ok(Some(record)) if record.attempt_id == self.attempt.id => return CommitOutcome::Committed,
                 Ok(_) => return CommitOutcome::Rejected(lost.with_kind(ErrorKind::Temporary)),
                 Err(_) => {}
@@ -625,7 +645,20 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
         |error: tokio_postgres::Error| this.error(&format!("write output `{}` to", output.name), &error);
     let execute = async |sql: String| session.batch_execute(&sql).await.map_err(failed);
     let name = table_name(&output.name)?;
-    match Table::of(this, session, &output.name).await? {
+    let there = Table::of(this, session, &output.name).await?;
+    if there.is_some() {
+        // Readers go on; other writers wait, so that what was counted is what is changed.
+        execute(format!("LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")).await?;
+    }
+    let locked = if there.is_some() { Table::of(this, session, &output.name).await? } else { None };
+    if locked != stage.current {
+        return Err(Error::temporary(format!(
+            "the columns of output `{}` were changed by somebody else while this run went on",
+            output.name
+        ))
+        .hint("Nothing was published. Run again."));
+    }
+    match locked {
         None => {
             if let Some((schema, _)) = output.name.split_once('.') {
                 let there = session
@@ -648,8 +681,6 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
             execute(format!("CREATE TABLE {name} ({})", parts.join(", "))).await?;
         }
         Some(current) => {
-            // Readers go on; other writers wait, so that what was counted is what is changed.
-            execute(format!("LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")).await?;
             for field in stage.schema.fields() {
                 let column = quoted(field.name())?;
                 if current.column(field.name()).is_none() {
@@ -676,9 +707,7 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
     let inserted = match output.mode {
         Mode::Merge if !output.rebuild => {
             let on = stage.matches()?;
-            if stage.staged.updated > 0
-                && let Some(changes) = stage.changes()?
-            {
+            if let Some(changes) = stage.changes()? {
                 let set = stage
                     .updatable()
                     .map(|column| Ok(format!("{} = {}", quoted(column)?, stage.value(column)?)))

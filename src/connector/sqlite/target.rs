@@ -76,6 +76,25 @@ impl Target for Arc<SqliteConnection> {
         .await
     }
 
+    async fn record_at(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>> {
+        let (this, job) = (Self::clone(self), job.clone());
+        runtime::blocking(move || {
+            if !this.path.is_file() {
+                return Ok(None);
+            }
+            let database = this.open_to_read()?;
+            let Some(last) = last_record(&this, &database, &job)? else { return Ok(None) };
+            let sql = format!("SELECT record_json FROM {LOG} WHERE project = ?1 AND job = ?2 AND incarnation = ?3 AND seq = ?4");
+            let of = rusqlite::params![job.project, job.job, last.incarnation.to_string(), seq.cast_signed()];
+            let text: Option<String> = database
+                .query_row(&sql, of, |row| row.get(0))
+                .optional()
+                .map_err(|error| this.error("read the log in", &error))?;
+            text.map(|text| LoadRecord::from_json(&text)).transpose()
+        })
+        .await
+    }
+
     async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>> {
         let (this, job, output) = (Self::clone(self), job.clone(), output.to_owned());
         runtime::blocking(move || {
@@ -292,6 +311,7 @@ impl Load for SqliteLoad {
             Some(current) => evolve(output, current, &model)?,
             None => Arc::clone(&model),
         };
+        refuse_retyped(output, current.as_deref(), &schema)?;
         let table = format!("fm_stage_{}", self.stages.len());
         let count = self.fill(&table, rows).await?;
         let columns = model.fields().iter().map(|field| field.name().clone()).collect();
@@ -327,6 +347,24 @@ impl Load for SqliteLoad {
     async fn discard(self: Box<Self>) -> Result<()> {
         // Temporary tables go with the connection.
         Ok(())
+    }
+}
+
+/// SQLite cannot give a column another type, and what it holds would mean something else under the new one.
+fn refuse_retyped(output: &OutputSpec, current: Option<&Schema>, schema: &Schema) -> Result<()> {
+    let retyped = schema.fields().iter().find(|field| {
+        current
+            .and_then(|current| current.field_with_name(field.name()).ok())
+            .is_some_and(|old| !old.data_type().equals_datatype(field.data_type()))
+    });
+    match retyped {
+        Some(field) => Err(Error::data(format!(
+            "output `{}`: SQLite cannot make `{}` wider: its values are kept as they were written",
+            output.name,
+            field.name()
+        ))
+        .hint("Cast it to the old type in the model; or give the output another name and load it there.")),
+        None => Ok(()),
     }
 }
 
@@ -618,7 +656,19 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
 
 /// One row as SQLite's values.
 fn row_values(batch: &RecordBatch, row: usize) -> Result<Vec<Value>> {
-    batch.columns().iter().map(|array| value(array, row)).collect()
+    let named = |(field, array): (&Arc<arrow::datatypes::Field>, &ArrayRef)| {
+        value(array, row).map_err(|error| error.within(&format!("column `{}`", field.name())))
+    };
+    batch.schema_ref().fields().iter().zip(batch.columns()).map(named).collect()
+}
+
+/// SQLite takes what is no number for null.
+fn real(value: f64) -> Result<Value> {
+    if value.is_nan() {
+        return Err(Error::data("a float is NaN, and SQLite would keep it as null")
+            .hint("Decide in the model what it is to be: `nullif(x, 'NaN'::float)`, or a number."));
+    }
+    Ok(Value::Real(value))
 }
 
 fn value(array: &dyn Array, row: usize) -> Result<Value> {
@@ -637,8 +687,8 @@ fn value(array: &dyn Array, row: usize) -> Result<Value> {
         DataType::UInt8 => Value::Integer(array.as_primitive::<UInt8Type>().value(row).into()),
         DataType::UInt16 => Value::Integer(array.as_primitive::<UInt16Type>().value(row).into()),
         DataType::UInt32 => Value::Integer(array.as_primitive::<UInt32Type>().value(row).into()),
-        DataType::Float32 => Value::Real(array.as_primitive::<Float32Type>().value(row).into()),
-        DataType::Float64 => Value::Real(array.as_primitive::<Float64Type>().value(row)),
+        DataType::Float32 => real(array.as_primitive::<Float32Type>().value(row).into())?,
+        DataType::Float64 => real(array.as_primitive::<Float64Type>().value(row))?,
         DataType::Decimal128(..) => Value::Text(array.as_primitive::<Decimal128Type>().value_as_string(row)),
         DataType::Date32 => {
             let day = date32_to_datetime(array.as_primitive::<Date32Type>().value(row)).ok_or_else(far)?;

@@ -1,0 +1,136 @@
+//! Whether a run may follow the last one: the target is still the one that its record tells of, and every mark belongs to what
+//! is read now.
+//!
+//! | found | then |
+//! | --- | --- |
+//! | another incarnation than this machine remembers | refused: another history |
+//! | no record, and an output holds rows | refused: nobody knows what was loaded |
+//! | an output that the record does not know holds rows | refused: they are somebody else's |
+//! | an output holds fewer rows than the record says, and this run writes only what is new | refused: somebody removed them |
+//! | it holds more | said |
+//! | a new output would get only what is new of a source that was read before | refused |
+//! | a source reads something else than its mark is of | refused |
+//! | a new source reads what one that is gone did | it goes on from there, and that is said |
+//!
+//! `--full-refresh` needs no history: it only minds rows that are somebody else's.
+
+use std::collections::BTreeSet;
+
+use uuid::Uuid;
+
+use crate::{
+    connector::{Marks, Target},
+    error::{Error, Result},
+    plan::Plan,
+    record::LoadRecord,
+};
+
+/// How a job is loaded anew.
+const ANEW: &str =
+    "`floodmark run --full-refresh` loads it anew, and shows the old rows until the new ones are audited.";
+
+/// Refuses a target that this job's last release is no longer true of. What is worth a word is said in `warnings`.
+///
+/// # Errors
+///
+/// See the table above.
+pub async fn of_target(
+    plan: &Plan,
+    target: &dyn Target,
+    base: Option<&LoadRecord>,
+    remembered: Option<Uuid>,
+    full_refresh: bool,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
+    if let (Some(base), Some(remembered)) = (base, remembered)
+        && base.incarnation != remembered
+    {
+        return Err(Error::data(format!(
+            "the target of job `{}` is not the one of last time: its history began anew",
+            plan.id
+        ))
+        .note(format!("it is incarnation {}, and the last run here saw {remembered}", base.incarnation))
+        .hint("If that is right, delete `.floodmark/state.db` and run again; if not, mend the connection."));
+    }
+    for output in &plan.outputs {
+        let name = &output.spec.name;
+        let rows = target.current(&plan.id, name).await?.map(|current| current.rows);
+        let Some(before) = base.and_then(|base| base.outputs.get(name)) else {
+            if rows.is_some_and(|rows| rows > 0) {
+                return Err(Error::data(format!(
+                    "output `{name}` holds rows, and no record of job `{}`",
+                    plan.id
+                ))
+                .note(
+                    "floodmark did not write them, or its record was deleted: it cannot know what was loaded",
+                )
+                .hint("Move the old rows away, or give the output another name."));
+            }
+            continue;
+        };
+        let found = rows.unwrap_or(0);
+        if found > before.rows_after {
+            warnings.push(format!(
+                "output `{name}` holds {found} rows, and the last release left {}: somebody else writes there",
+                before.rows_after
+            ));
+        } else if found < before.rows_after && !full_refresh && !output.spec.mode.replaces_all() {
+            let what = if rows.is_none() { "is gone".to_owned() } else { format!("holds {found} rows") };
+            return Err(Error::data(format!(
+                "output `{name}` {what}, and the last release left {}",
+                before.rows_after
+            ))
+            .note("this run would only add what is new, and what is missing would stay missing")
+            .hint(ANEW));
+        }
+    }
+    Ok(())
+}
+
+/// The marks to go on from.
+///
+/// # Errors
+///
+/// If a source reads something else now, or an output would get only a part of what a source has.
+pub fn marks(plan: &Plan, base: Option<&LoadRecord>, warnings: &mut Vec<String>) -> Result<Marks> {
+    let Some(base) = base else { return Ok(Marks::new()) };
+    let mut marks = base.marks();
+    for (name, stream) in plan.streams.iter().filter(|(_, stream)| stream.partial) {
+        let reads = stream.identity();
+        match base.sources.get(name) {
+            Some(known) if known.mark.is_some() && !known.reads.is_empty() && known.reads != reads => {
+                return Err(Error::data(format!(
+                    "source `{name}` reads {reads}, and its watermark is of {}",
+                    known.reads
+                ))
+                .note("the watermark of one says nothing about the other: rows would be left out")
+                .hint(format!(
+                    "Give it another name in the job, so that it is read from its start. {ANEW}"
+                )));
+            }
+            Some(_) => {}
+            None => {
+                let gone = |(other, known): &(&String, &crate::record::SourceRecord)| {
+                    !plan.streams.contains_key(*other) && known.reads == reads && known.mark.is_some()
+                };
+                if let Some((other, known)) = base.sources.iter().find(gone) {
+                    warnings.push(format!(
+                        "source `{name}` reads {reads}, as `{other}` did, and goes on where that ended"
+                    ));
+                    marks.extend(known.mark.clone().map(|mark| (name.clone(), mark)));
+                }
+            }
+        }
+    }
+    for output in plan.outputs.iter().filter(|output| !base.outputs.contains_key(&output.spec.name)) {
+        let upstream: BTreeSet<&str> = plan.upstream(&output.from);
+        if let Some(source) = upstream.iter().find(|source| marks.contains_key(**source)) {
+            return Err(Error::data(format!(
+                "output `{}` is new, and would get only what is new of source `{source}`",
+                output.spec.name
+            ))
+            .hint(ANEW));
+        }
+    }
+    Ok(marks)
+}
