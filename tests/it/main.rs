@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, reason = "a test may print")]
 
 mod example;
+mod history;
 mod mistakes;
 mod platform;
 mod postgres;

@@ -227,6 +227,7 @@ fn mistakes_in_databases() {
         ("sqlite_unknown_cursor", "table: orders, incremental: { cursor: chnged }"),
         ("sqlite_cursor_of_wrong_type", "table: orders, incremental: { cursor: amount }"),
         ("sqlite_undeclared_column", "table: orders, columns: { amuont: \"decimal(18,2)\" }"),
+        ("nulls_appended_every_night", "table: orders, incremental: { cursor: id, on_null: include }"),
         ("overlap_read_twice", "table: orders, incremental: { cursor: id, overlap: 2h }"),
     ];
     for (name, source) in cases {

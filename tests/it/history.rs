@@ -1,0 +1,200 @@
+//! Whether a run may follow the last one: what others did to the target or to the job in between.
+
+use serde_json::Value;
+
+use crate::support::Folder;
+
+/// A project that appends what is new in the table `lines` of a database, by its number, to a table of another.
+fn ledger(job: &str) -> Folder {
+    let folder = Folder::with(&[
+        (
+            "connections.yaml",
+            "erp: { kind: sqlite, path: data/erp.db }\nbooks: { kind: sqlite, path: out/books.db }\nlake: { kind: files, root: out/lake }\n",
+        ),
+        ("jobs/load.yaml", job),
+        ("sql/mappings/load/clean.sql", "SELECT id, amount FROM lines\n"),
+    ]);
+    sql(
+        &folder,
+        "data/erp.db",
+        "CREATE TABLE lines (id INTEGER PRIMARY KEY, amount TEXT); INSERT INTO lines VALUES (1, 'a'), (2, 'b'); CREATE TABLE other AS SELECT * FROM lines",
+    );
+    folder
+}
+
+const JOB: &str = "job: load\nsources:\n  lines: { connection: erp, table: lines, incremental: { cursor: id } }\nmodels:\n  clean:\ntarget:\n  connection: books\n  outputs:\n    lines: { from: clean, mode: append }\n";
+
+fn sql(folder: &Folder, database: &str, sql: &str) {
+    rusqlite::Connection::open(folder.path().join(database)).unwrap().execute_batch(sql).unwrap();
+}
+
+fn ids(folder: &Folder) -> Vec<i64> {
+    let database = rusqlite::Connection::open(folder.path().join("out/books.db")).unwrap();
+    let mut statement = database.prepare("SELECT id FROM lines ORDER BY id").unwrap();
+    statement.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
+}
+
+fn run(folder: &Folder, arguments: &[&str]) -> (i32, Value) {
+    let (code, mut runs) = folder.run(arguments);
+    (code, runs.pop().unwrap())
+}
+
+fn add(folder: &Folder, id: i64) {
+    sql(folder, "data/erp.db", &format!("INSERT INTO lines VALUES ({id}, 'x')"));
+}
+
+/// The first words of what a refused run says.
+fn refused(folder: &Folder) -> String {
+    let before = folder.published();
+    let (code, told) = run(folder, &[]);
+    assert_eq!(code, 3, "{told}");
+    assert_eq!(folder.published(), before, "{told}");
+    told["errors"][0].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn rows_that_others_removed_are_missed_and_a_full_refresh_brings_them_back() {
+    for harm in ["DELETE FROM lines WHERE id = 1", "DELETE FROM lines", "DROP TABLE lines"] {
+        let folder = ledger(JOB);
+        assert_eq!(run(&folder, &[]).0, 0);
+        sql(&folder, "out/books.db", harm);
+        add(&folder, 3);
+        assert!(refused(&folder).contains("the last release left 2"), "{harm}");
+        assert_eq!(run(&folder, &["--full-refresh"]).0, 0, "{harm}");
+        assert_eq!(ids(&folder), [1, 2, 3], "{harm}");
+    }
+    // What replaces everything anyway is not in need of what was there; and it notices that it is gone.
+    let folder =
+        ledger(&JOB.replace(", incremental: { cursor: id }", "").replace("mode: append", "mode: replace"));
+    assert_eq!(run(&folder, &[]).0, 0);
+    assert_eq!(run(&folder, &[]).1["outcome"], "nothing_new");
+    sql(&folder, "out/books.db", "DELETE FROM lines");
+    assert_eq!(run(&folder, &[]).1["outcome"], "published");
+    assert_eq!(ids(&folder), [1, 2]);
+}
+
+#[test]
+fn rows_of_somebody_else_are_not_taken_over() {
+    let folder = ledger(JOB);
+    assert_eq!(run(&folder, &[]).0, 0);
+    sql(
+        &folder,
+        "out/books.db",
+        "CREATE TABLE more (id INTEGER, amount TEXT); INSERT INTO more VALUES (1, 'theirs')",
+    );
+    folder.write("jobs/load.yaml", format!("{JOB}    more: {{ from: clean, mode: append }}\n").as_bytes());
+    assert!(refused(&folder).contains("`more` holds rows"));
+    sql(&folder, "out/books.db", "DROP TABLE more");
+    // A new output of a source that was read before would be a part of it only.
+    assert!(refused(&folder).contains("only what is new of source `lines`"));
+    assert_eq!(run(&folder, &["--full-refresh"]).0, 0);
+    assert_eq!(ids(&folder), [1, 2]);
+    sql(&folder, "out/books.db", "INSERT INTO lines VALUES (9, 'theirs')");
+    let (code, told) = run(&folder, &[]);
+    assert_eq!(code, 0);
+    assert!(told["warnings"][0].as_str().unwrap().contains("somebody else writes there"), "{told}");
+}
+
+#[test]
+fn a_mark_belongs_to_what_it_is_of() {
+    // Another table under the same name.
+    let folder = ledger(JOB);
+    assert_eq!(run(&folder, &[]).0, 0);
+    folder.write("jobs/load.yaml", JOB.replace("table: lines", "table: other").as_bytes());
+    assert!(refused(&folder).contains("its watermark is of table `lines`"));
+
+    // The same table under another name goes on.
+    let renamed = JOB.replace("  lines: { connection: erp", "  entries: { connection: erp");
+    folder.write("jobs/load.yaml", renamed.as_bytes());
+    folder.write("sql/mappings/load/clean.sql", b"SELECT id, amount FROM entries\n");
+    add(&folder, 3);
+    let (code, told) = run(&folder, &[]);
+    assert_eq!(code, 0);
+    assert!(told["warnings"][0].as_str().unwrap().contains("goes on where that ended"), "{told}");
+    assert_eq!(ids(&folder), [1, 2, 3]);
+
+    // A source that is out of the job for a night.
+    let other =
+        JOB.replace("  lines: { connection: erp, table: lines", "  others: { connection: erp, table: other");
+    folder.write("jobs/load.yaml", other.as_bytes());
+    folder.write("sql/mappings/load/clean.sql", b"SELECT id + 100 AS id, amount FROM others\n");
+    assert_eq!(run(&folder, &[]).0, 0);
+    folder.write("jobs/load.yaml", renamed.as_bytes());
+    folder.write("sql/mappings/load/clean.sql", b"SELECT id, amount FROM entries\n");
+    add(&folder, 4);
+    assert_eq!(run(&folder, &[]).0, 0);
+    assert_eq!(ids(&folder), [1, 2, 3, 4, 101, 102]);
+}
+
+#[test]
+fn a_source_that_no_model_asks_for_keeps_its_mark() {
+    let two = JOB.replace(
+        "models:",
+        "  others: { connection: erp, table: other, incremental: { cursor: id } }\nmodels:",
+    );
+    let folder = ledger(&two);
+    assert_eq!(run(&folder, &[]).0, 0);
+    folder.write(
+        "sql/mappings/load/clean.sql",
+        b"SELECT id, amount FROM lines UNION ALL SELECT id + 100 AS id, amount FROM others\n",
+    );
+    assert_eq!(run(&folder, &[]).0, 0);
+    assert_eq!(ids(&folder), [1, 2, 101, 102]);
+}
+
+#[test]
+fn a_file_that_is_delivered_again_as_it_once_was_is_read_again() {
+    let job = "job: load\nsources:\n  lines: { connection: in, files: \"*.csv\" }\nmodels:\n  clean:\ntarget:\n  connection: books\n  outputs:\n    lines: { from: clean, mode: merge, key: [id] }\n";
+    let folder = ledger(job);
+    folder.write(
+        "connections.yaml",
+        b"in: { kind: files, root: in }\nbooks: { kind: sqlite, path: out/books.db }\n",
+    );
+    for (text, expected) in [("1,5", [1, 0]), ("1,6", [0, 1]), ("1,5", [0, 1])] {
+        folder.write("in/lines.csv", format!("id,amount\n{text}\n").as_bytes());
+        let (code, told) = run(&folder, &[]);
+        assert_eq!(code, 0);
+        let output = &told["outputs"]["lines"];
+        assert_eq!([&output["inserted"], &output["updated"]], [expected[0], expected[1]], "{told}");
+    }
+}
+
+#[test]
+fn sqlite_keeps_no_float_as_null_and_no_number_under_another_type() {
+    let folder = ledger(JOB);
+    folder.write("sql/mappings/load/clean.sql", b"SELECT id, 1.5::double AS amount FROM lines\n");
+    assert_eq!(run(&folder, &[]).0, 0);
+    add(&folder, 3);
+    folder.write("sql/mappings/load/clean.sql", b"SELECT id, 'NaN'::double AS amount FROM lines\n");
+    assert!(refused(&folder).contains("NaN"));
+    let widen = JOB.replace("connection: books", "connection: books\n  contract: { type_change: widen }");
+    let folder = ledger(&widen);
+    folder.write("sql/mappings/load/clean.sql", b"SELECT id, id AS amount FROM lines\n");
+    assert_eq!(run(&folder, &[]).0, 0);
+    add(&folder, 3);
+    folder.write(
+        "sql/mappings/load/clean.sql",
+        b"SELECT id, cast(id AS decimal(25, 2)) AS amount FROM lines\n",
+    );
+    assert!(refused(&folder).contains("cannot make `amount` wider"));
+}
+
+#[test]
+fn a_switch_that_was_cut_off_is_repaired_and_never_goes_back() {
+    let folder = ledger(&JOB.replace("connection: books", "connection: lake"));
+    assert_eq!(run(&folder, &[]).0, 0);
+    let current = folder.path().join("out/lake/lines/current");
+    std::fs::remove_file(&current).unwrap();
+    let own = folder.path().join("out/lake/_floodmark/small/load/current");
+    let first = std::fs::read_link(&own).unwrap();
+    add(&folder, 3);
+    assert_eq!(run(&folder, &[]).0, 0);
+    assert!(current.join(".").exists());
+    let second = std::fs::read_link(&own).unwrap();
+    assert_ne!(first, second);
+    // As a run would leave it that was held up between its commit and its switch.
+    std::fs::remove_file(&own).unwrap();
+    std::os::unix::fs::symlink(&first, &own).unwrap();
+    assert_eq!(run(&folder, &[]).1["outcome"], "nothing_new");
+    assert_eq!(std::fs::read_link(&own).unwrap(), second);
+}
