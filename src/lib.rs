@@ -10,6 +10,7 @@
 pub mod check;
 pub mod cli;
 pub mod connector;
+pub mod dimension;
 pub mod error;
 pub mod functions;
 pub mod history;

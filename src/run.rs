@@ -37,6 +37,7 @@ use crate::{
         spec::{Mode, StreamSpec},
         tap::Tap,
     },
+    dimension::Sides,
     error::{Error, ErrorKind, Result},
     history,
     job::parts_per_million,
@@ -469,7 +470,7 @@ impl Release<'_> {
         refuse(&record.checks, &plan.id.job)?;
         let mut written = IndexMap::new();
         for output in &plan.outputs {
-            let (staged, hash) = self.output(&context, output, record).await?;
+            let (staged, hash) = self.output(&context, output, connections, record).await?;
             self.guard(output, &staged)?;
             written.insert(output.spec.name.clone(), (staged, hash));
         }
@@ -631,6 +632,7 @@ impl Release<'_> {
         &mut self,
         context: &SessionContext,
         output: &Output,
+        connections: &Connections,
         record: &mut RunRecord,
     ) -> Result<(Staged, String)> {
         let columns =
@@ -653,11 +655,10 @@ impl Release<'_> {
         let passed = Arc::new(AtomicU64::new(0));
         let counter = Counter::Staged(Arc::clone(&passed));
         self.conductor.progress.watch(&self.plan.id.job, &output.spec.name, counter);
-        let staged = self.load.stage(&output.spec, tee(rows, Arc::clone(&counted), passed)).await.map_err(
-            |error| {
-                error.note(format!("while output `{}` was made from `{}`", output.spec.name, output.from))
-            },
-        )?;
+        let rows = tee(rows, Arc::clone(&counted), passed);
+        let staged = self.stage_output(output, rows, connections).await.map_err(|error| {
+            error.note(format!("while output `{}` was made from `{}`", output.spec.name, output.from))
+        })?;
         info!(
             output = output.spec.name,
             rows = staged.rows,
@@ -682,6 +683,42 @@ impl Release<'_> {
             },
         );
         Ok((staged, hash))
+    }
+
+    /// Stages the rows of a model, or what history and deletes make of them.
+    async fn stage_output(
+        &mut self,
+        output: &Output,
+        rows: SendableRecordBatchStream,
+        connections: &Connections,
+    ) -> Result<Staged> {
+        let dimension = &output.dimension;
+        if !dimension.looks_back() {
+            return self.load.stage(&output.spec, rows).await;
+        }
+        let model = Spool::of(&output.spec.name, rows, &self.attempt.scratch).await?;
+        let target = connections.get(&self.plan.target);
+        let known = self.base.is_some_and(|base| base.outputs.contains_key(&output.spec.name));
+        let sides = Sides {
+            dimension,
+            output: &output.spec,
+            schema: Arc::new(dimension.schema(&output.schema)),
+            model: &model,
+            as_of: self.plan.as_of,
+            scratch: &self.attempt.scratch,
+        };
+        let (rows, gone) = sides.rows(target.filter(|_| known && !output.spec.rebuild)).await?;
+        let written = self.plan.guard.max_deleted.as_deref().unwrap_or("50%");
+        if !gone.is_within(parts_per_million(written).unwrap_or(0)) {
+            return Err(Error::data(format!(
+                "output `{}`: {} of its {} rows are gone from the model, more than {written}",
+                output.spec.name, gone.rows, gone.of
+            ))
+            .note("the target is as it was; a source that was read in part often looks like this")
+            .hint("If that is meant, raise `target: { guard: { max_deleted: … } }` for this run."));
+        }
+        let staged = self.load.stage(&dimension.merge(&output.spec), rows).await?;
+        Ok(Staged { rows: model.rows(), ..staged })
     }
 
     /// Refuses empty and shrunken results.

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use super::{
     Attempt, CommitOutcome, Connection, Load, Marks, RunTime, Snapshot, Staged,
     scan::{POSITION_COLUMN, Scan, with_position},
-    spec::{BadRows, Contract, Mode, OutputSpec, Read, StreamSpec},
+    spec::{BadRows, Contract, GONE, Mode, OutputSpec, Read, StreamSpec},
     tap::Tap,
 };
 use crate::{
@@ -293,7 +293,7 @@ enum End {
     Overtaken,
 }
 
-/// One try at a release.
+/// One try at a release. Targets see no history: here it is a merge with marks, where rows of amount 0 are to be taken out.
 #[derive(Debug, Clone)]
 struct Try {
     mode: Mode,
@@ -309,8 +309,13 @@ fn tries() -> impl Strategy<Value = Vec<Try>> {
         rows.dedup_by_key(|(id, ..)| *id);
         rows
     });
-    let mode =
-        prop_oneof![Just(Mode::Merge), Just(Mode::Replace), Just(Mode::ReplaceRange), Just(Mode::Append)];
+    let mode = prop_oneof![
+        Just(Mode::Merge),
+        Just(Mode::Replace),
+        Just(Mode::ReplaceRange),
+        Just(Mode::Append),
+        Just(Mode::History)
+    ];
     let end = prop_oneof![
         5 => Just(End::Commit),
         1 => Just(End::Discard),
@@ -355,7 +360,7 @@ async fn follow(open: &impl Fn() -> Arc<dyn Connection>, tries: &[Try]) {
         let after = expected(one.mode, &lines, &rows);
         let connection = open();
         let mut release = Release::begin(&*connection, seq).await;
-        let staged = release.load.stage(&output(one.mode), stream(&rows)).await.unwrap();
+        let staged = release.load.stage(&output(one.mode), staged_rows(one.mode, &rows)).await.unwrap();
         assert_eq!(held(open).await, lines, "1: nobody sees what is staged: {one:?}");
         assert_eq!(
             (staged.rows, staged.rows_before, staged.rows_after),
@@ -375,7 +380,7 @@ async fn follow(open: &impl Fn() -> Arc<dyn Connection>, tries: &[Try]) {
             End::Drop => drop(release.load),
             End::Overtaken => {
                 let mut other = Release::begin(&*connection, seq).await;
-                let same = other.load.stage(&output(one.mode), stream(&rows)).await.unwrap();
+                let same = other.load.stage(&output(one.mode), staged_rows(one.mode, &rows)).await.unwrap();
                 assert_eq!(same, staged, "4: what one try stages the other does not see: {one:?}");
                 let record = other.record(&same, one.mode);
                 let outcome = other.load.commit(&record).await;
@@ -403,10 +408,11 @@ fn expected(mode: Mode, before: &[Line], rows: &[Line]) -> Vec<Line> {
     let kept = |line: &&Line| match mode {
         Mode::Append => true,
         Mode::Replace => false,
-        Mode::Merge => rows.iter().all(|(id, ..)| *id != line.0),
+        Mode::Merge | Mode::History => rows.iter().all(|(id, ..)| *id != line.0),
         Mode::ReplaceRange => rows.iter().all(|(_, period, _)| *period != line.1),
     };
-    let mut after: Vec<Line> = before.iter().filter(kept).chain(rows).cloned().collect();
+    let stays = |line: &&Line| mode != Mode::History || line.2 != 0;
+    let mut after: Vec<Line> = before.iter().filter(kept).chain(rows.iter().filter(stays)).cloned().collect();
     after.sort();
     after
 }
@@ -551,16 +557,34 @@ fn job() -> JobId {
     JobId { project: "contract".to_owned(), job: "load".to_owned() }
 }
 
+/// The rows as a target is given them.
+fn staged_rows(mode: Mode, rows: &[Line]) -> SendableRecordBatchStream {
+    if mode != Mode::History {
+        return stream(rows);
+    }
+    let mut fields: Vec<_> = lines_schema().fields().iter().cloned().collect();
+    fields.push(Arc::new(Field::new(GONE, DataType::Boolean, false)));
+    let schema: SchemaRef = Arc::new(Schema::new(fields));
+    let gone: arrow::array::BooleanArray = rows.iter().map(|(.., amount)| Some(*amount == 0)).collect();
+    let (of, gone) = (Arc::clone(&schema), Arc::new(gone));
+    let marked = stream(rows).map(move |batch| {
+        let columns = batch?.columns().iter().cloned().chain([Arc::clone(&gone) as _]).collect();
+        Ok(RecordBatch::try_new(Arc::clone(&of), columns)?)
+    });
+    Box::pin(RecordBatchStreamAdapter::new(schema, marked))
+}
+
 fn output(mode: Mode) -> OutputSpec {
     OutputSpec {
         name: "lines".to_owned(),
-        mode,
+        mode: if mode == Mode::History { Mode::Merge } else { mode },
         key: vec!["id".to_owned()],
         update: Vec::new(),
         range: vec!["period".to_owned()],
         named_ranges: Vec::new(),
         contract: Contract::default(),
         rebuild: false,
+        marked: mode == Mode::History,
     }
 }
 

@@ -3,8 +3,9 @@
 //! Nothing here holds a handle or a secret, and everything serialises, so that a scan can be sent to another
 //! machine as it is.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
+use arrow::datatypes::{Schema, SchemaRef};
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,20 @@ pub struct StreamSpec {
 }
 
 impl StreamSpec {
+    /// All of something, as its connection tells it.
+    pub fn whole(name: &str, read: Read) -> Self {
+        Self {
+            name: name.to_owned(),
+            read,
+            columns: IndexMap::new(),
+            format: None,
+            cursor: None,
+            timezone: None,
+            bad_rows: BadRows::Error,
+            max_bad_rows: 0,
+        }
+    }
+
     /// The declared type of `column`.
     pub fn declared(&self, column: &str) -> Option<ColumnType> {
         self.columns.get(column).and_then(|written| written.parse().ok())
@@ -304,7 +319,25 @@ pub enum Mode {
     Replace,
     /// All rows of the ranges that this run produced are replaced.
     ReplaceRange,
+    /// Every version of a row is kept, with `valid_from` and `valid_to`.
+    History,
 }
+
+/// What becomes of rows that the output holds and the model no longer has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Deletes {
+    /// They stay.
+    #[default]
+    Ignore,
+    /// They stay, and `deleted_at` says since when they are gone.
+    Soft,
+    /// They are deleted; of `history`, their last version ends.
+    KeyCompare,
+}
+
+/// The column by which staged rows of a merge say that their key is to be taken out.
+pub const GONE: &str = "_floodmark_gone";
 
 impl Mode {
     /// Whether this mode needs a model that sees everything.
@@ -327,6 +360,7 @@ impl fmt::Display for Mode {
             Self::Merge => "merge",
             Self::Replace => "replace",
             Self::ReplaceRange => "replace_range",
+            Self::History => "history",
         })
     }
 }
@@ -395,6 +429,22 @@ pub struct OutputSpec {
     pub contract: Contract,
     /// Whether the output's rows are replaced whatever the mode says (`--full-refresh`).
     pub rebuild: bool,
+    /// Whether staged rows of a merge have the column [`GONE`], which is not the output's: where it is true the row with that
+    /// key is deleted.
+    pub marked: bool,
+}
+
+impl OutputSpec {
+    /// A condition on staged rows `s`, in any SQL: the row is to be there. With ` AND ` before it.
+    pub fn and_stays(&self) -> String {
+        if self.marked { format!(" AND NOT s.\"{GONE}\"") } else { String::new() }
+    }
+
+    /// The columns of staged rows that are the output's.
+    pub fn own(&self, staged: &Schema) -> SchemaRef {
+        let own = staged.fields().iter().filter(|field| !self.marked || field.name() != GONE);
+        Arc::new(Schema::new(own.cloned().collect::<Vec<_>>()))
+    }
 }
 
 /// How strong a target's promise is.

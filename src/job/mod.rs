@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::{
-    connector::spec::{ApiRequest, BadRows, Contract, Format, Mode, OnNull},
+    connector::spec::{ApiRequest, BadRows, Contract, Deletes, Format, Mode, OnNull},
     record::totals::TotalsSpec,
     watermark::Overlap,
 };
@@ -299,6 +299,12 @@ pub struct OutputSpecFile {
     /// The columns that identify a row. `merge` needs them.
     #[serde(default)]
     pub key: Vec<String>,
+    /// `history`: the column of the model that says since when a row is so; it becomes `valid_from`. Unless set, the run's `as_of`.
+    pub effective: Option<String>,
+    /// `merge`, `history`: what becomes of rows that the model no longer has. Anything but `ignore` needs a model that sees
+    /// everything.
+    #[serde(default)]
+    pub deletes: Deletes,
     /// The columns that a match may change; unless set, all.
     #[serde(default)]
     pub update: Vec<String>,
@@ -317,6 +323,8 @@ pub struct OutputSpecFile {
 pub struct GuardSpec {
     /// Whether `replace` may leave an output without rows.
     pub allow_empty: bool,
+    /// How much of an output `deletes` may take out in one run, as in `5%`. Unless set, `50%`.
+    pub max_deleted: Option<String>,
     /// How much smaller an output may become in one run, as in `10%`. Unless set, it may.
     pub max_shrink: Option<String>,
 }

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use arrow::datatypes::{DataType, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Schema, SchemaRef, TimeUnit};
 use chrono::{DateTime, Utc};
 use datafusion::{common::tree_node::TreeNodeRecursion, logical_expr::LogicalPlan, prelude::SessionContext};
 use indexmap::IndexMap;
@@ -18,8 +18,9 @@ use crate::{
     connector::{
         Connection, NOTHING_YET,
         scan::{OpenSources, POSITION_COLUMN, Scan, ScanTable, with_position},
-        spec::{ApiRequest, CursorSpec, Guarantee, Mode, OutputSpec, Read, StreamSpec, with_values},
+        spec::{ApiRequest, CursorSpec, Deletes, Guarantee, Mode, OutputSpec, Read, StreamSpec, with_values},
     },
+    dimension::{self, Dimension},
     error::{Error, ErrorKind, Place, Problem, Result, nearest},
     functions::rules,
     job::{
@@ -149,8 +150,10 @@ pub struct Output {
     pub latest_by: Option<String>,
     /// Control totals.
     pub totals: Option<TotalsSpec>,
-    /// Its columns.
+    /// The columns of its model.
     pub schema: SchemaRef,
+    /// What it does beside merging.
+    pub dimension: Dimension,
     /// What the target promises.
     pub guarantee: Guarantee,
 }
@@ -666,6 +669,58 @@ impl Planner<'_> {
         order
     }
 
+    /// What history and deletes need of a model.
+    fn dimension(&mut self, name: &str, dimension: &Dimension, model: &Schema, partial: bool) {
+        let at = |key: &str| self.document.place(&["target", "outputs", name, key]);
+        let mut problems = Vec::new();
+        if dimension.deletes != Deletes::Ignore && partial {
+            problems.push(
+                Problem::new(format!("output `{name}` takes out what its model no longer has, and the model sees only what is new"))
+                    .at(at("deletes"))
+                    .hint("Read the source whole, without `incremental`; or let deleted rows come as rows with a column that says so."),
+            );
+        }
+        if dimension.history && self.request.full_refresh && dimension.effective.is_none() {
+            problems.push(
+                Problem::new(format!("output `{name}` keeps versions that no source has any more, and `--full-refresh` would forget them"))
+                    .at(at("mode"))
+                    .hint("Run without it; or give the output another name, and begin anew there."),
+            );
+        }
+        if let Some(field) =
+            dimension.effective.as_ref().and_then(|column| model.field_with_name(column).ok())
+            && !matches!(
+                field.data_type(),
+                DataType::Date32 | DataType::Timestamp(TimeUnit::Microsecond, Some(_))
+            )
+        {
+            problems.push(
+                Problem::new(format!(
+                    "output `{name}`: `{}` is {}, and no time that a version can begin at",
+                    field.name(),
+                    describe(field.data_type())
+                ))
+                .at(at("effective"))
+                .hint("Name a date, or a timestamp with a zone."),
+            );
+        }
+        let ours = [
+            (dimension.history, dimension::VALID_FROM),
+            (dimension.history, dimension::VALID_TO),
+            (dimension.deletes == Deletes::Soft, dimension::DELETED_AT),
+        ];
+        for (_, column) in ours.iter().filter(|(asked, _)| *asked) {
+            if model.field_with_name(column).is_ok() && dimension.effective.as_deref() != Some(*column) {
+                problems.push(
+                    Problem::new(format!("output `{name}` makes a column `{column}`, and the model has one"))
+                        .at(at("mode"))
+                        .hint("Give the model's column another name."),
+                );
+            }
+        }
+        self.problems.extend(problems);
+    }
+
     async fn checks(
         &mut self,
         context: &SessionContext,
@@ -745,8 +800,13 @@ impl Planner<'_> {
             let Some(schema) = relations.get(&output.from) else { continue };
             *readers.entry(output.from.clone()).or_default() += 1;
             let columns: BTreeSet<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-            for column in
-                output.key.iter().chain(&output.range).chain(&output.update).chain(&output.latest_by)
+            for column in output
+                .key
+                .iter()
+                .chain(&output.range)
+                .chain(&output.update)
+                .chain(&output.latest_by)
+                .chain(&output.effective)
             {
                 if !columns.contains(column.as_str()) {
                     let problem =
@@ -775,6 +835,12 @@ impl Planner<'_> {
                         .hint("Publish the lines with `merge` or `append` in this job, and let a second job read what was published and replace."),
                 );
             }
+            let dimension = Dimension {
+                history: output.mode == Mode::History,
+                effective: output.effective.clone(),
+                deletes: output.deletes,
+            };
+            self.dimension(name, &dimension, schema, partial);
             let kept: Vec<_> =
                 schema.fields().iter().filter(|field| field.name() != POSITION_COLUMN).cloned().collect();
             let spec = OutputSpec {
@@ -790,6 +856,7 @@ impl Planner<'_> {
                 },
                 contract: self.job.target.contract,
                 rebuild: self.request.full_refresh,
+                marked: false,
             };
             let guarantee = target.guarantee(&spec);
             outputs.push(Output {
@@ -798,6 +865,7 @@ impl Planner<'_> {
                 latest_by: output.latest_by.clone(),
                 totals: output.totals.clone(),
                 schema: Arc::new(Schema::new(kept)),
+                dimension,
                 guarantee,
             });
         }
@@ -811,16 +879,7 @@ pub fn scan_table(stream: &Stream, window: Window) -> Arc<ScanTable> {
 }
 
 fn placeholder(name: &str, schema: &SchemaRef) -> Arc<ScanTable> {
-    let stream = StreamSpec {
-        name: name.to_owned(),
-        read: Read::Table(name.to_owned()),
-        columns: IndexMap::new(),
-        format: None,
-        cursor: None,
-        timezone: None,
-        bad_rows: crate::connector::spec::BadRows::Error,
-        max_bad_rows: 0,
-    };
+    let stream = StreamSpec::whole(name, Read::Table(name.to_owned()));
     Arc::new(ScanTable(Scan { stream, schema: Arc::clone(schema), window: Window::Whole }))
 }
 

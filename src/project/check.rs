@@ -8,7 +8,7 @@ use super::{JobDocument, PROJECT_CONNECTION, Project, name_problem, output_name_
 use crate::{
     connector::{
         http::path::JsonPath,
-        spec::{ApiRequest, Method, Mode, OnNull, PageStyle},
+        spec::{ApiRequest, Deletes, Method, Mode, OnNull, PageStyle},
     },
     error::{Problem, nearest},
     job::{CheckSpec, JobFile, OnFail, SourceSpec, micros, parts_per_million},
@@ -428,6 +428,15 @@ impl Job<'_> {
                 "Write it as `10%`.",
             );
         }
+        if let Some(most) = &target.guard.max_deleted
+            && parts_per_million(most).is_none()
+        {
+            self.say(
+                &["target", "guard", "max_deleted"],
+                format!("`{most}` is no part of a whole"),
+                "Write it as `10%`.",
+            );
+        }
         if target.outputs.is_empty() {
             self.say(&["target", "outputs"], "the job has no output", "Name a table or folder and what it holds: `outputs: { journal: { from: journal, mode: merge, key: [id] } }`.");
         }
@@ -448,6 +457,31 @@ impl Job<'_> {
                     &["target", "outputs", name, "mode"],
                     format!("output `{name}` merges rows, and names no `key` to merge them by"),
                     "Add `key: [id]`, or use `mode: append`.",
+                );
+            }
+            let at = |key: &'static str| ["target", "outputs", name.as_str(), key];
+            if output.mode == Mode::History && output.key.is_empty() {
+                self.say(
+                    &at("mode"),
+                    format!("output `{name}` keeps versions of rows, and names no `key` to tell rows by"),
+                    "Add `key: [id]`.",
+                );
+            }
+            if output.effective.is_some() && output.mode != Mode::History {
+                self.say(&at("effective"), "`effective` goes with `mode: history`", "Remove it.");
+            }
+            if output.deletes != Deletes::Ignore && !matches!(output.mode, Mode::Merge | Mode::History) {
+                self.say(
+                    &at("deletes"),
+                    "`deletes` goes with `mode: merge` or `mode: history`",
+                    "Remove it: the other modes keep nothing that the model has not, or everything.",
+                );
+            }
+            if output.deletes == Deletes::Soft && output.mode == Mode::History {
+                self.say(
+                    &at("deletes"),
+                    "history says itself until when a row was there",
+                    "Use `deletes: key_compare`: it ends the last version.",
                 );
             }
             if output.mode == Mode::ReplaceRange && output.range.is_empty() {

@@ -192,6 +192,44 @@ fn a_table_becomes_parquet_and_comes_back() {
 }
 
 #[test]
+fn history_and_deletes_in_a_table() {
+    let shop = Shop::new();
+    let write = |output: &str| {
+        let job = JOB
+            .replace(", incremental: { cursor: changed_at }", "")
+            .replace("mode: merge, key: [id]", output);
+        shop.folder.write("jobs/load.yaml", job.as_bytes());
+    };
+    shop.from.execute("UPDATE orders SET amount = 3 WHERE id = 3");
+    write("mode: history, key: [id], deletes: key_compare");
+    assert_eq!(shop.run(&["--as-of", "2026-10-01"]).0, 0);
+    shop.from.execute("UPDATE orders SET tags = '{c}' WHERE id = 1; DELETE FROM orders WHERE id = 2");
+    let (code, second) = shop.run(&["--as-of", "2026-10-02"]);
+    assert_eq!((code, &second["outputs"]["orders"]["inserted"]), (0, &serde_json::json!(1)));
+    assert_eq!(shop.run(&["--as-of", "2026-10-03"]).1["outcome"], "nothing_new");
+    let versions = "SELECT string_agg(concat_ws(' ', id, tags, valid_from::date, valid_to::date), ';' ORDER BY id, valid_from) FROM orders";
+    assert_eq!(
+        shop.holds(versions),
+        "1 {a,b} 2026-10-01 2026-10-02;1 {c} 2026-10-02;2 2026-10-01 2026-10-02;3 {} 2026-10-01"
+    );
+
+    let shop = Shop { to: Schema::new(), ..shop };
+    shop.connect(CONNECTIONS);
+    std::fs::remove_dir_all(shop.folder.path().join(".floodmark")).unwrap();
+    let job = JOB
+        .replace(", incremental: { cursor: changed_at }", "")
+        .replace("mode: merge, key: [id]", "mode: merge, key: [id], deletes: soft");
+    shop.folder.write("jobs/load.yaml", job.as_bytes());
+    assert_eq!(shop.run(&["--as-of", "2026-10-01"]).0, 0);
+    shop.from.execute("DELETE FROM orders WHERE id = 1");
+    assert_eq!(shop.run(&["--as-of", "2026-10-02"]).0, 0);
+    assert_eq!(
+        shop.holds("SELECT string_agg(concat_ws(' ', id, deleted_at::date), ';' ORDER BY id) FROM orders"),
+        "1 2026-10-02;3"
+    );
+}
+
+#[test]
 fn mistakes_with_a_server() {
     let shop = Shop::new();
     let run = || shop.command(&["run"]);

@@ -238,3 +238,92 @@ fn a_signal_ends_a_run_and_leaves_the_target_as_it_was() {
         assert_eq!(folder.run(&[]).1[0]["outcome"], "nothing_new", "{name}");
     }
 }
+
+/// What history makes of four nights, with versions that begin at the run's own time.
+fn history(folder: &Folder) {
+    let night = |day: &str, rows: &str| load(folder, rows, &["--as-of", day]);
+    let (code, first) = night("2026-10-01", "1,a,1.10\n2,a,2.20\n");
+    assert_eq!((code, counts(&first)), (0, [2, 0, 0, 0, 2]));
+    let (_, same) = night("2026-10-02", "1,a,1.10\n2,a,2.20\n");
+    assert_eq!(same["outcome"], "nothing_new");
+    // One changes, one is gone, one is new.
+    let (_, second) = night("2026-10-03", "1,a,1.15\n3,b,3.30\n");
+    assert_eq!(counts(&second), [2, 2, 0, 0, 4]);
+    // The one that was gone is back.
+    let (_, third) = night("2026-10-04", "1,a,1.15\n2,a,2.20\n3,b,3.30\n");
+    assert_eq!(counts(&third)[0], 1);
+    // Too many are gone at once: a source that was read in part.
+    let (code, refused) = night("2026-10-05", "1,a,1.15\n");
+    assert_eq!(code, 3, "{refused}");
+    let day = |day: u32| format!("2026-10-{day:02}T00:00:00Z");
+    let expected = [
+        format!("1 a 1.10 {} {}", day(1), day(3)),
+        format!("1 a 1.15 {} null", day(3)),
+        format!("2 a 2.20 {} {}", day(1), day(3)),
+        format!("2 a 2.20 {} null", day(4)),
+        format!("3 b 3.30 {} null", day(3)),
+    ];
+    assert_eq!(rows(folder), expected);
+    assert_eq!(folder.run(&["--full-refresh"]).0, 2, "what no source has any more is not forgotten");
+}
+
+#[test]
+fn history_keeps_every_version_of_a_row() {
+    for (name, target) in TARGETS {
+        println!("{name}");
+        history(&project(target, "mode: history, key: [id], deletes: key_compare", ""));
+    }
+}
+
+#[test]
+fn history_goes_by_the_column_that_says_since_when() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: history, key: [id], effective: since", "");
+        folder.write(
+            "sql/mappings/load/clean.sql",
+            b"SELECT id, amount, cast(period AS date) AS since FROM orders\n",
+        );
+        assert_eq!(load(&folder, "1,2026-10-01,1.10\n1,2026-10-05,1.50\n", &[]).0, 0, "{name}");
+        // Late: it lies between the two, and the first one's amount is corrected.
+        let (_, late) = load(&folder, "1,2026-10-03,1.30\n1,2026-10-01,1.15\n", &[]);
+        assert_eq!(counts(&late), [1, 1, 1, 0, 3], "{name}");
+        assert_eq!(
+            rows(&folder),
+            ["1 1.15 2026-10-01 2026-10-03", "1 1.30 2026-10-03 2026-10-05", "1 1.50 2026-10-05 null"],
+            "{name}"
+        );
+        // What equals the version before it is none any more.
+        let (_, back) = load(&folder, "1,2026-10-03,1.15\n", &[]);
+        assert_eq!(counts(&back), [0, 1, 1, 1, 2], "{name}");
+        assert_eq!(rows(&folder), ["1 1.15 2026-10-01 2026-10-05", "1 1.50 2026-10-05 null"], "{name}");
+        assert_eq!(load(&folder, "1,2026-10-03,1.15\n", &["--full-refresh"]).0, 0, "{name}");
+        assert_eq!(rows(&folder), ["1 1.15 2026-10-03 null"], "{name}");
+    }
+}
+
+#[test]
+fn rows_that_are_gone_are_deleted_or_marked() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: merge, key: [id], deletes: key_compare", "");
+        load(&folder, "1,a,1.10\n2,a,2.20\n3,b,3.30\n", &[]);
+        let (_, run) = load(&folder, "1,a,1.15\n3,b,3.30\n", &[]);
+        assert_eq!(counts(&run), [0, 1, 1, 1, 2], "{name}");
+        assert_eq!(rows(&folder), ["1 a 1.15", "3 b 3.30"], "{name}");
+        let (code, refused) = load(&folder, "", &[]);
+        assert_eq!(code, 3, "{name}: {refused}");
+
+        let folder = project(target, "mode: merge, key: [id], deletes: soft", "");
+        load(&folder, "1,a,1.10\n2,a,2.20\n", &["--as-of", "2026-10-01"]);
+        let (_, run) = load(&folder, "1,a,1.10\n", &["--as-of", "2026-10-02"]);
+        assert_eq!(counts(&run), [0, 1, 1, 0, 2], "{name}");
+        assert_eq!(rows(&folder), ["1 a 1.10 null", "2 a 2.20 2026-10-02T00:00:00Z"], "{name}");
+        // It stays gone since then, and is there again when it comes back.
+        assert_eq!(
+            load(&folder, "1,a,1.10\n", &["--as-of", "2026-10-03"]).1["outcome"],
+            "nothing_new",
+            "{name}"
+        );
+        load(&folder, "1,a,1.10\n2,a,2.50\n", &["--as-of", "2026-10-04"]);
+        assert_eq!(rows(&folder), ["1 a 1.10 null", "2 a 2.50 null"], "{name}");
+    }
+}

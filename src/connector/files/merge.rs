@@ -19,7 +19,10 @@ use datafusion::{
 
 use super::{FilesConnection, parquet};
 use crate::{
-    connector::{Attempt, Staged, spec::OutputSpec},
+    connector::{
+        Attempt, Staged,
+        spec::{GONE, OutputSpec},
+    },
     error::{Error, Result},
     names::{quoted, quoted_list},
     record::DataFile,
@@ -171,16 +174,20 @@ impl Staging<'_> {
             none if none.is_empty() => "false".to_owned(),
             different => different,
         };
+        let stays = self.output.and_stays();
         let before: u64 = self.base.iter().map(|file| file.rows).sum();
         let mut staged = Staged { rows: rows.rows(), rows_before: before, ..Staged::default() };
         let mut files = Vec::new();
         for file in self.base.clone() {
             context.register_table("f", self.table(std::slice::from_ref(&file))?)?;
-            let sql = format!("SELECT count(*), count(*) FILTER (WHERE {changed}) FROM s JOIN f ON {on}");
-            let [matched, different] = counts(&context, &sql).await?;
+            let sql = format!(
+                "SELECT count(*), count(*) FILTER (WHERE true{stays}), count(*) FILTER (WHERE ({changed}){stays}) FROM s JOIN f ON {on}"
+            );
+            let [all, matched, different] = counts(&context, &sql).await?;
             staged.updated += different;
             staged.unchanged += matched - different;
-            if different > 0 || self.evolved {
+            staged.deleted += all - matched;
+            if different > 0 || all > matched || self.evolved {
                 let columns = self
                     .schema
                     .fields()
@@ -197,7 +204,12 @@ impl Staging<'_> {
                     })
                     .collect::<Result<Vec<_>>>()?
                     .join(", ");
-                let sql = format!("SELECT {columns} FROM s RIGHT JOIN f ON {on}");
+                let there = if self.output.marked {
+                    format!(" WHERE s.{first} IS NULL OR NOT s.{}", quoted(GONE)?)
+                } else {
+                    String::new()
+                };
+                let sql = format!("SELECT {columns} FROM s RIGHT JOIN f ON {on}{there}");
                 let merged = session::conform(
                     context.sql(&sql).await?.execute_stream().await?,
                     Arc::clone(&self.schema),
@@ -222,14 +234,15 @@ impl Staging<'_> {
             })
             .collect::<Result<Vec<_>>>()?
             .join(", ");
-        let sql = format!("SELECT {columns} FROM s LEFT ANTI JOIN f ON {on}");
+        let sql = format!("SELECT {columns} FROM s LEFT ANTI JOIN f ON {on} WHERE true{stays}");
         let new =
             session::conform(context.sql(&sql).await?.execute_stream().await?, Arc::clone(&self.schema));
         let new = self.write(new).await?;
         staged.inserted = new.as_ref().map_or(0, |file| file.rows);
         files.extend(new);
-        staged.rows_after = before + staged.inserted;
-        if staged.inserted + staged.updated + staged.unchanged != staged.rows {
+        staged.rows_after = before + staged.inserted - staged.deleted;
+        let [staying] = counts(&context, &format!("SELECT count(*) FROM s WHERE true{stays}")).await?;
+        if staged.inserted + staged.updated + staged.unchanged != staying {
             return Err(Error::failed(format!(
                 "output `{}`: {} rows were to be merged, and {} found their place",
                 self.output.name,

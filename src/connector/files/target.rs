@@ -163,7 +163,7 @@ impl Load for FilesLoad {
             .and_then(|record| record.outputs.get(&output.name))
             .map(crate::record::OutputRecord::schema)
             .transpose()?;
-        let model = rows.schema();
+        let model = output.own(&rows.schema());
         let schema = match &current {
             Some(current) if !output.rebuild => evolve(output, current, &model)?,
             _ => Arc::clone(&model),
@@ -187,7 +187,7 @@ impl Load for FilesLoad {
             Mode::Replace | Mode::Append => {
                 staging.replace(session::conform(rows, Arc::clone(&schema))).await?
             }
-            Mode::Merge => {
+            Mode::Merge | Mode::History => {
                 let spool = Spool::of(&output.name, rows, &attempt.scratch).await?;
                 if output.rebuild {
                     // Against nothing: keys are checked, and every row is new.

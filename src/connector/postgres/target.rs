@@ -31,7 +31,7 @@ use crate::{
         Attempt, CommitOutcome, Current, Load, Staged, Target,
         evolve::evolve,
         quarantined_schema,
-        spec::{Guarantee, Mode, OutputSpec},
+        spec::{GONE, Guarantee, Mode, OutputSpec},
     },
     error::{Error, ErrorKind, Result},
     load::refuse_keys,
@@ -416,7 +416,7 @@ impl PostgresLoad {
 #[async_trait]
 impl Load for PostgresLoad {
     async fn stage(&mut self, output: &OutputSpec, rows: SendableRecordBatchStream) -> Result<Staged> {
-        let model = rows.schema();
+        let model = output.own(&rows.schema());
         let current = Table::of(&self.connection, &self.session, &output.name).await?;
         let schema = match &current {
             Some(current) => evolve(output, &current.schema(Some(&model)), &model)?,
@@ -566,13 +566,10 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
         refuse_keys(output, null_keys, twice)?;
     }
     fits(this, session, stage).await?;
+    let stays = output.and_stays();
+    let staying = counted(format!("SELECT count(*) FROM {table} AS s WHERE true{stays}")).await?;
     if stage.current.is_none() {
-        return Ok(Staged {
-            rows: staged_rows,
-            inserted: staged_rows,
-            rows_after: staged_rows,
-            ..Staged::default()
-        });
+        return Ok(Staged { rows: staged_rows, inserted: staying, rows_after: staying, ..Staged::default() });
     }
     let name = table_name(&output.name)?;
     let before = counted(format!("SELECT count(*) FROM {name}")).await?;
@@ -588,7 +585,8 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
             let on = stage.matches()?;
             let changed = stage.changes()?.unwrap_or_else(|| "false".to_owned());
             let sql = format!(
-                "SELECT count(*), count(*) FILTER (WHERE {changed}) FROM {table} AS s JOIN {name} AS t ON {on}"
+                "SELECT count(*) FILTER (WHERE true{stays}), count(*) FILTER (WHERE ({changed}){stays}), count(*)
+                     FROM {table} AS s JOIN {name} AS t ON {on}"
             );
             let row =
                 session.query_one(&sql, &[]).await.map_err(|error| this.error("compare with", &error))?;
@@ -596,12 +594,13 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
             let matched = number(0);
             staged.updated = number(1);
             staged.unchanged = matched - staged.updated;
-            staged.inserted = staged_rows.checked_sub(matched).ok_or_else(|| {
+            staged.deleted = number(2) - matched;
+            staged.inserted = staying.checked_sub(matched).ok_or_else(|| {
                 Error::failed(format!("output `{}` holds the same key more than once", output.name))
                     .hint("Load it anew with `--full-refresh`.")
             })?;
         }
-        _ => (staged.deleted, staged.inserted) = (before, staged_rows),
+        _ => (staged.deleted, staged.inserted) = (before, staying),
     }
     staged.rows_after = before - staged.deleted + staged.inserted;
     Ok(staged)
@@ -701,24 +700,30 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
         .map(|field| stage.value(field.name()))
         .collect::<Result<Vec<_>>>()?
         .join(", ");
-    let table = &stage.table;
+    let (table, stays) = (&stage.table, output.and_stays());
     let run = async |sql: String| session.execute(&sql, &[]).await.map_err(failed);
     let (mut deleted, mut updated) = (0, 0);
     let inserted = match output.mode {
         Mode::Merge if !output.rebuild => {
             let on = stage.matches()?;
+            if output.marked {
+                let gone = quoted(GONE)?;
+                deleted = run(format!("DELETE FROM {name} AS t USING {table} AS s WHERE {on} AND s.{gone}"))
+                    .await?;
+            }
             if let Some(changes) = stage.changes()? {
                 let set = stage
                     .updatable()
                     .map(|column| Ok(format!("{} = {}", quoted(column)?, stage.value(column)?)))
                     .collect::<Result<Vec<_>>>()?
                     .join(", ");
-                updated =
-                    run(format!("UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({changes})"))
-                        .await?;
+                updated = run(format!(
+                    "UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({changes}){stays}"
+                ))
+                .await?;
             }
             run(format!(
-                "INSERT INTO {name} ({columns}) SELECT {values} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on})"
+                "INSERT INTO {name} ({columns}) SELECT {values} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on}){stays}"
             ))
             .await?
         }
@@ -728,7 +733,8 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
             } else if mode != Mode::Append || output.rebuild {
                 deleted = run(format!("DELETE FROM {name}")).await?;
             }
-            run(format!("INSERT INTO {name} ({columns}) SELECT {values} FROM {table} AS s")).await?
+            run(format!("INSERT INTO {name} ({columns}) SELECT {values} FROM {table} AS s WHERE true{stays}"))
+                .await?
         }
     };
     let announced = (stage.staged.inserted, stage.staged.updated, stage.staged.deleted);

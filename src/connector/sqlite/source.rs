@@ -228,16 +228,7 @@ pub(super) fn discover(this: &SqliteConnection) -> Result<Vec<CatalogTable>> {
     table_names(this, &database)?
         .into_iter()
         .map(|name| {
-            let stream = StreamSpec {
-                name: name.clone(),
-                read: Read::Table(name.clone()),
-                columns: indexmap::IndexMap::new(),
-                format: None,
-                cursor: None,
-                timezone: None,
-                bad_rows: crate::connector::spec::BadRows::Error,
-                max_bad_rows: 0,
-            };
+            let stream = StreamSpec::whole(&name, Read::Table(name.clone()));
             let columns = columns(this, &database, &stream)?;
             let columns = columns.into_iter().map(|(name, column)| (name, column.to_string())).collect();
             Ok(CatalogTable { name, columns })

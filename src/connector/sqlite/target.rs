@@ -29,7 +29,7 @@ use crate::{
         Attempt, CommitOutcome, Current, Load, Staged, Target,
         evolve::evolve,
         quarantined_schema,
-        spec::{Guarantee, Mode, OutputSpec},
+        spec::{GONE, Guarantee, Mode, OutputSpec},
     },
     error::{Error, ErrorKind, Result},
     names::{JobId, quoted, quoted_list},
@@ -304,7 +304,7 @@ impl SqliteLoad {
 #[async_trait]
 impl Load for SqliteLoad {
     async fn stage(&mut self, output: &OutputSpec, rows: SendableRecordBatchStream) -> Result<Staged> {
-        let model = rows.schema();
+        let model = output.own(&rows.schema());
         let (job, name) = (self.job.clone(), output.name.clone());
         let current = self.with(move |this, database| table_schema(this, database, &job, &name)).await?;
         let schema = match &current {
@@ -388,13 +388,11 @@ fn announce(this: &SqliteConnection, database: &Sqlite, stage: &Stage) -> Result
         )?;
         crate::load::refuse_keys(output, null_keys, twice)?;
     }
+    let stays = output.and_stays();
     if stage.current.is_none() {
-        return Ok(Staged {
-            rows: staged_rows,
-            inserted: staged_rows,
-            rows_after: staged_rows,
-            ..Staged::default()
-        });
+        let inserted =
+            count(this, database, &format!("SELECT count(*) FROM {table} AS s WHERE true{stays}"))?;
+        return Ok(Staged { rows: staged_rows, inserted, rows_after: inserted, ..Staged::default() });
     }
     let name = quoted(&output.name)?;
     let before = count(this, database, &format!("SELECT count(*) FROM {name}"))?;
@@ -411,26 +409,41 @@ fn announce(this: &SqliteConnection, database: &Sqlite, stage: &Stage) -> Result
         }
         Mode::Merge if !output.rebuild => {
             let on = matches(stage)?;
-            let matched = count(
+            let all = count(
                 this,
                 database,
                 &format!("SELECT count(*) FROM {table} AS s JOIN {name} AS t ON {on}"),
             )?;
+            let (staying, matched) = if output.marked {
+                let staying =
+                    count(this, database, &format!("SELECT count(*) FROM {table} AS s WHERE true{stays}"))?;
+                let matched =
+                    format!("SELECT count(*) FROM {table} AS s JOIN {name} AS t ON {on} WHERE true{stays}");
+                (staying, count(this, database, &matched)?)
+            } else {
+                (staged_rows, all)
+            };
+            staged.deleted = all - matched;
             staged.updated = match differs(stage)? {
                 Some(differs) => count(
                     this,
                     database,
-                    &format!("SELECT count(*) FROM {table} AS s JOIN {name} AS t ON {on} WHERE {differs}"),
+                    &format!(
+                        "SELECT count(*) FROM {table} AS s JOIN {name} AS t ON {on} WHERE ({differs}){stays}"
+                    ),
                 )?,
                 None => 0,
             };
             staged.unchanged = matched - staged.updated;
-            staged.inserted = staged_rows.checked_sub(matched).ok_or_else(|| {
+            staged.inserted = staying.checked_sub(matched).ok_or_else(|| {
                 Error::failed(format!("output `{}` holds the same key more than once", output.name))
                     .hint("Load it anew with `--full-refresh`.")
             })?;
         }
-        _ => (staged.deleted, staged.inserted) = (before, staged_rows),
+        _ => {
+            let inserted = format!("SELECT count(*) FROM {table} AS s WHERE true{stays}");
+            (staged.deleted, staged.inserted) = (before, count(this, database, &inserted)?);
+        }
     }
     staged.rows_after = before - staged.deleted + staged.inserted;
     Ok(staged)
@@ -607,12 +620,18 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
         }
     }
     let columns = quoted_list(stage.columns.iter().map(String::as_str))?;
-    let table = &stage.table;
+    let (table, stays) = (&stage.table, output.and_stays());
     let run = |sql: &str| database.execute(sql, []).map(|changed| changed as u64).map_err(failed);
     let (mut deleted, mut updated) = (0, 0);
     let inserted = match output.mode {
         Mode::Merge if !output.rebuild => {
             let on = matches(stage)?;
+            if output.marked {
+                let gone = quoted(GONE)?;
+                deleted = run(&format!(
+                    "DELETE FROM {name} AS t WHERE EXISTS (SELECT 1 FROM {table} AS s WHERE {on} AND s.{gone})"
+                ))?;
+            }
             if let Some(differs) = differs(stage)? {
                 let set = updatable(stage)
                     .into_iter()
@@ -623,11 +642,11 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
                     .collect::<Result<Vec<_>>>()?
                     .join(", ");
                 updated = run(&format!(
-                    "UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({differs})"
+                    "UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({differs}){stays}"
                 ))?;
             }
             run(&format!(
-                "INSERT INTO {name} ({columns}) SELECT {columns} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on})"
+                "INSERT INTO {name} ({columns}) SELECT {columns} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on}){stays}"
             ))?
         }
         mode => {
@@ -636,7 +655,9 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
             } else if mode != Mode::Append || output.rebuild {
                 deleted = run(&format!("DELETE FROM {name}"))?;
             }
-            run(&format!("INSERT INTO {name} ({columns}) SELECT {columns} FROM {table}"))?
+            run(&format!(
+                "INSERT INTO {name} ({columns}) SELECT {columns} FROM {table} AS s WHERE true{stays}"
+            ))?
         }
     };
     let announced = (stage.staged.inserted, stage.staged.updated, stage.staged.deleted);
