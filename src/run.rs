@@ -183,7 +183,13 @@ impl Conductor {
         let Some(other) = self.project.jobs.get(other) else { return false };
         job.job.sources.values().any(|source| {
             source.connection.as_ref() == Some(&other.job.target.connection)
-                && source.table.as_ref().is_some_and(|table| other.job.target.outputs.contains_key(table))
+                && source.table.iter().chain(&source.tables).any(|table| {
+                    let like = |output: &String| {
+                        // Which tables a pattern stands for is known when it is planned.
+                        output.contains('*') || source.tables.is_some()
+                    };
+                    other.job.target.outputs.contains_key(table) || other.job.target.outputs.keys().any(like)
+                })
         })
     }
 
@@ -209,10 +215,11 @@ impl Conductor {
             match planned {
                 Ok(plan) => {
                     for output in &plan.outputs {
-                        promised.insert(
-                            (plan.target.clone(), output.spec.name.clone()),
-                            Arc::clone(&output.schema),
-                        );
+                        let will_be = plan::PromisedOutput {
+                            schema: Arc::new(output.dimension.schema(&output.schema)),
+                            key: output.spec.key.clone(),
+                        };
+                        promised.insert((plan.target.clone(), output.spec.name.clone()), will_be);
                     }
                     plans.insert(name.clone(), plan);
                 }
@@ -844,6 +851,7 @@ impl Release<'_> {
                 rows_after: staged.rows_after,
                 rowhash: hash.clone(),
                 columns: columns_of(&output.schema),
+                key: output.spec.key.clone(),
                 files: Vec::new(),
             };
             Some((output.spec.name.clone(), record))

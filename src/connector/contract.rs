@@ -530,6 +530,7 @@ impl Release {
             rows_after: staged.rows_after,
             rowhash: String::new(),
             columns: columns_of(&lines_schema()),
+            key: Vec::new(),
             files: Vec::new(),
         };
         LoadRecord {

@@ -210,8 +210,39 @@ pub struct Identity {
 pub struct CatalogTable {
     /// Its name, as a job would write it.
     pub name: String,
-    /// Its columns and their types.
+    /// The schema that it is in, where there are schemas.
+    pub schema: Option<String>,
+    /// Whether it is a view.
+    pub view: bool,
+    /// Its columns and their types, in the source's own words.
     pub columns: Vec<(String, String)>,
+    /// The columns of its primary key.
+    pub key: Vec<String>,
+    /// About how many rows it has, if the source keeps count.
+    pub rows: Option<u64>,
+}
+
+impl CatalogTable {
+    /// Columns that may grow with every change: what `incremental` could go by, the likeliest first.
+    pub fn cursors(&self) -> Vec<&str> {
+        const WORDS: [&str; 8] =
+            ["updated", "modified", "changed", "last_", "mtime", "created", "inserted", "loaded"];
+        let time = |of: &str| of.starts_with("timestamp") || of.starts_with("datetime");
+        let likely = |name: &str| WORDS.iter().position(|word| name.to_lowercase().contains(word));
+        let mut found: Vec<(usize, &str)> = self
+            .columns
+            .iter()
+            .filter(|(_, of)| time(&of.to_lowercase()))
+            .filter_map(|(name, _)| Some((likely(name)?, name.as_str())))
+            .collect();
+        found.sort_unstable();
+        let number = |of: &str| of.to_lowercase().contains("int");
+        let counted = match self.key.as_slice() {
+            [one] => self.columns.iter().find(|(name, of)| name == one && number(of)),
+            _ => None,
+        };
+        found.into_iter().map(|(_, name)| name).chain(counted.map(|(name, _)| name.as_str())).collect()
+    }
 }
 
 /// A system, reached by one connection of the project.

@@ -347,6 +347,11 @@ impl Mode {
 }
 
 impl Mode {
+    /// Whether rows are told apart by a key.
+    pub fn needs_key(self) -> bool {
+        matches!(self, Self::Merge | Self::History)
+    }
+
     /// Whether nothing stays of what was there before.
     pub fn replaces_all(self) -> bool {
         self == Self::Replace

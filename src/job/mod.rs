@@ -61,6 +61,15 @@ pub struct SourceSpec {
     pub connection: Option<String>,
     /// A table or view; in a folder, an output that a job published there.
     pub table: Option<String>,
+    /// Tables by pattern, such as `gl.*`: each becomes a source of its own name, and each output that is made `from` this one and
+    /// has a `*` in its name becomes one for each table.
+    pub tables: Option<String>,
+    /// With `tables`: those that are left out.
+    #[serde(default)]
+    pub except: Vec<String>,
+    /// With `tables`: what holds for single ones, by their names.
+    #[serde(default)]
+    pub each: IndexMap<String, EachSpec>,
     /// A file with a SELECT in the source's own dialect.
     pub query: Option<String>,
     /// One file, read whole on every run.
@@ -90,6 +99,20 @@ pub struct SourceSpec {
     pub max_bad_rows: Option<u64>,
     /// Control totals of what was read.
     pub totals: Option<TotalsSpec>,
+}
+
+/// What holds for one of several tables; it wins over what holds for all.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EachSpec {
+    /// The columns that identify a row; unless set, the primary key.
+    pub key: Vec<String>,
+    /// Types that are declared.
+    pub columns: IndexMap<String, String>,
+    /// Reads only what is new, by a cursor.
+    pub incremental: Option<IncrementalSpec>,
+    /// The zone of timestamps that have none.
+    pub timezone: Option<String>,
 }
 
 /// How often a file is read.

@@ -37,6 +37,7 @@ use crate::{
     watermark::{Overlap, Window},
 };
 
+pub mod replicate;
 pub mod sql;
 
 /// What the command line says about a run.
@@ -160,7 +161,16 @@ pub struct Output {
 
 /// Columns of outputs that jobs of this project publish, by connection and output: what a job sees that is planned
 /// before the other has run.
-pub type Promised = HashMap<(String, String), SchemaRef>;
+pub type Promised = HashMap<(String, String), PromisedOutput>;
+
+/// An output that another job will have published by the time.
+#[derive(Debug, Clone)]
+pub struct PromisedOutput {
+    /// Its columns.
+    pub schema: SchemaRef,
+    /// The columns that identify a row.
+    pub key: Vec<String>,
+}
 
 /// Plans one job.
 ///
@@ -175,9 +185,10 @@ pub async fn plan(
     connections: &BTreeMap<String, Arc<dyn Connection>>,
     scratch: &Scratch,
 ) -> Result<Plan> {
+    let expanded = replicate::expand(&job.job, &job.document, connections, promised).await?;
     Planner {
         project,
-        job: &job.job,
+        job: expanded.as_ref().unwrap_or(&job.job),
         document: &job.document,
         request,
         promised,
@@ -422,7 +433,7 @@ impl Planner<'_> {
             };
             let described = match (readable.describe(&spec).await, promised) {
                 (Ok(schema), _) => Ok(schema),
-                (Err(_), Some(schema)) => Ok(Arc::clone(schema)),
+                (Err(_), Some(promised)) => Ok(Arc::clone(&promised.schema)),
                 (Err(error), None) => Err(error),
             };
             let schema = match described {

@@ -141,6 +141,7 @@ impl Job<'_> {
         let at = ["sources", name];
         let given = [
             ("table", &source.table),
+            ("tables", &source.tables),
             ("query", &source.query),
             ("file", &source.file),
             ("files", &source.files),
@@ -153,7 +154,7 @@ impl Job<'_> {
             [] => self.say(
                 &at,
                 format!("source `{name}` says nothing about what to read"),
-                "Add one of `table`, `query`, `file`, `files`, `request`.",
+                "Add one of `table`, `tables`, `query`, `file`, `files`, `request`.",
             ),
             [_, second, ..] => {
                 self.say(
@@ -168,7 +169,11 @@ impl Job<'_> {
                 let place = self.document.place(&["sources", name, "connection"]);
                 self.problems.push(unknown("connection", connection, self.project.connections.keys(), place));
             }
-            None if source.table.is_some() || source.query.is_some() || source.request.is_some() => {
+            None if source.table.is_some()
+                || source.tables.is_some()
+                || source.query.is_some()
+                || source.request.is_some() =>
+            {
                 self.say(
                     &at,
                     format!("source `{name}` has no connection"),
@@ -192,6 +197,10 @@ impl Job<'_> {
         self.once(&source.key, &["sources", name, "key"]);
         if let Some(incremental) = &source.incremental {
             self.once(&incremental.cursor.to_vec(), &["sources", name, "incremental", "cursor"]);
+        }
+        if source.tables.is_none() && (!source.except.is_empty() || !source.each.is_empty()) {
+            let key = if source.except.is_empty() { "each" } else { "except" };
+            self.say(&["sources", name, key], format!("`{key}` goes with `tables`"), "Remove it.");
         }
         if source.read.is_some() && source.files.is_none() {
             self.say(
@@ -441,8 +450,19 @@ impl Job<'_> {
             self.say(&["target", "outputs"], "the job has no output", "Name a table or folder and what it holds: `outputs: { journal: { from: journal, mode: merge, key: [id] } }`.");
         }
         for (name, output) in &target.outputs {
-            self.problems
-                .extend(output_name_problem(name, self.document.key_place(&["target", "outputs", name])));
+            let place = self.document.key_place(&["target", "outputs", name]);
+            let of_tables = self.job.sources.get(&output.from).is_some_and(|source| source.tables.is_some());
+            if of_tables && name.matches('*').count() != 1 {
+                self.problems.push(
+                    Problem::new(format!(
+                        "output `{name}` is made from several tables, and its name says not where theirs go"
+                    ))
+                    .at(place.clone())
+                    .hint("Write one `*` for the table's name: `\"*\"`, or `\"copy.*\"`."),
+                );
+            }
+            let named = if of_tables { name.replacen('*', "x", 1) } else { name.clone() };
+            self.problems.extend(output_name_problem(&named, place));
             if !self.relations().contains(&&output.from) {
                 let place = self.document.place(&["target", "outputs", name, "from"]);
                 let relations = self.relations();
@@ -452,7 +472,7 @@ impl Job<'_> {
             {
                 self.once(columns, &["target", "outputs", name, key]);
             }
-            if output.mode == Mode::Merge && output.key.is_empty() {
+            if output.mode == Mode::Merge && output.key.is_empty() && !of_tables {
                 self.say(
                     &["target", "outputs", name, "mode"],
                     format!("output `{name}` merges rows, and names no `key` to merge them by"),
@@ -460,7 +480,7 @@ impl Job<'_> {
                 );
             }
             let at = |key: &'static str| ["target", "outputs", name.as_str(), key];
-            if output.mode == Mode::History && output.key.is_empty() {
+            if output.mode == Mode::History && output.key.is_empty() && !of_tables {
                 self.say(
                     &at("mode"),
                     format!("output `{name}` keeps versions of rows, and names no `key` to tell rows by"),

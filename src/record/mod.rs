@@ -102,6 +102,9 @@ pub struct OutputRecord {
     pub rowhash: String,
     /// Its columns.
     pub columns: Vec<ColumnRecord>,
+    /// The columns that identify a row.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub key: Vec<String>,
     /// The live files, for folders.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<DataFile>,

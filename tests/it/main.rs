@@ -7,6 +7,7 @@ mod history;
 mod mistakes;
 mod platform;
 mod postgres;
+mod replicate;
 #[path = "../services/mod.rs"]
 #[expect(unreachable_pub, dead_code, reason = "shared with the unit tests, which use the rest")]
 mod services;

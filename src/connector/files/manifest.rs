@@ -27,6 +27,7 @@ use super::{
     place::{Listed, Place},
 };
 use crate::{
+    connector::CatalogTable,
     error::{Error, Result},
     names::JobId,
     record::{DataFile, LoadRecord, OutputRecord},
@@ -88,6 +89,26 @@ impl FilesConnection {
             Some(newest) => switch_current(root, job, &newest),
             None => Ok(()),
         }
+    }
+
+    /// The outputs that jobs published here.
+    pub(super) fn outputs(&self) -> Result<Vec<CatalogTable>> {
+        let mut tables = Vec::new();
+        for job in self.jobs()? {
+            for (name, output) in self.newest(&job)?.into_iter().flat_map(|record| record.outputs) {
+                let columns =
+                    output.columns.iter().map(|column| (column.name.clone(), column.r#type.clone()));
+                tables.push(CatalogTable {
+                    name,
+                    schema: None,
+                    view: false,
+                    columns: columns.collect(),
+                    key: output.key,
+                    rows: Some(output.rows_after),
+                });
+            }
+        }
+        Ok(tables)
     }
 
     /// The jobs that published into this place.

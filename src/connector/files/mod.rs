@@ -212,15 +212,26 @@ impl Connection for Arc<FilesConnection> {
     }
 
     async fn discover(&self) -> Result<Vec<CatalogTable>> {
+        let this = Self::clone(self);
+        let published = crate::runtime::blocking(move || this.outputs()).await?;
+        let plain = |path: &str| {
+            !path.starts_with("_floodmark/")
+                && !published.iter().any(|table| path.starts_with(&format!("{}/", table.name)))
+        };
         let files = self.matching("**").await?;
-        Ok(files
+        let files: Vec<CatalogTable> = files
             .into_iter()
-            .filter(|file| !file.path.starts_with("_floodmark/"))
+            .filter(|file| plain(&file.path))
             .map(|file| CatalogTable {
                 name: file.path,
+                schema: None,
+                view: true,
                 columns: vec![("bytes".to_owned(), file.size.to_string())],
+                key: Vec::new(),
+                rows: None,
             })
-            .collect())
+            .collect();
+        Ok(published.into_iter().chain(files).collect())
     }
 
     fn source(&self) -> Option<&dyn Source> {

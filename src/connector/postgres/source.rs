@@ -351,30 +351,48 @@ async fn refused(this: &PostgresConnection, stream: &StreamSpec, error: &tokio_p
     }
 }
 
-/// The tables and views of the database, with their columns.
+/// The tables and views of the database, with their columns, keys and the planner's idea of their size.
 pub(super) async fn discover(this: &PostgresConnection) -> Result<Vec<CatalogTable>> {
     let session = this.transaction("READ ONLY").await?;
     let sql = "
-        SELECT CASE WHEN n.nspname = current_schema() THEN c.relname ELSE n.nspname || '.' || c.relname END,
-               a.attname, format_type(a.atttypid, a.atttypmod)
+        SELECT CASE WHEN n.nspname = current_schema() THEN c.relname ELSE n.nspname || '.' || c.relname END, n.nspname::text,
+               c.relkind IN ('v', 'm'), c.reltuples::int8, a.attname::text, format_type(a.atttypid, a.atttypmod),
+               array_position(i.indkey::int2[], a.attnum)
         FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
         LEFT JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        LEFT JOIN pg_index AS i ON i.indrelid = c.oid AND i.indisprimary
         WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition AND n.nspname !~ '^pg_'
           AND n.nspname <> 'information_schema' AND c.relname !~ '^floodmark_(state|log|quarantine)$'
           AND has_schema_privilege(n.oid, 'USAGE')
         ORDER BY n.nspname, c.relname, a.attnum";
     let rows = session.query(sql, &[]).await.map_err(|error| this.error("list the tables of", &error))?;
-    let mut tables: Vec<CatalogTable> = Vec::new();
+    let mut tables: Vec<(CatalogTable, Vec<(i32, String)>)> = Vec::new();
     for row in rows {
         let name: String = row.get(0);
-        if tables.last().is_none_or(|last| last.name != name) {
-            tables.push(CatalogTable { name, columns: Vec::new() });
+        if tables.last().is_none_or(|(last, _)| last.name != name) {
+            let table = CatalogTable {
+                name,
+                schema: Some(row.get(1)),
+                view: row.get(2),
+                columns: Vec::new(),
+                key: Vec::new(),
+                rows: u64::try_from(row.get::<_, i64>(3)).ok(),
+            };
+            tables.push((table, Vec::new()));
         }
-        if let (Some(table), Some(column)) = (tables.last_mut(), row.get::<_, Option<String>>(1)) {
-            table.columns.push((column, row.get(2)));
+        if let (Some((table, key)), Some(column)) = (tables.last_mut(), row.get::<_, Option<String>>(4)) {
+            if let Some(at) = row.get::<_, Option<i32>>(6) {
+                key.push((at, column.clone()));
+            }
+            table.columns.push((column, row.get(5)));
         }
     }
-    Ok(tables)
+    let ordered = |(mut table, mut key): (CatalogTable, Vec<(i32, String)>)| {
+        key.sort_unstable();
+        table.key = key.into_iter().map(|(_, column)| column).collect();
+        table
+    };
+    Ok(tables.into_iter().map(ordered).collect())
 }
 
 /// One scan: the columns that are built, those that only place a row, and what is counted.

@@ -216,7 +216,7 @@ fn observed_type(this: &SqliteConnection, database: &Sqlite, sql: &str, column: 
 
 fn table_names(this: &SqliteConnection, database: &Sqlite) -> Result<Vec<String>> {
     let mut statement = database
-        .prepare("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name")
+        .prepare("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' AND name NOT LIKE 'floodmark\\_%' ESCAPE '\\' ORDER BY name")
         .map_err(|error| this.error("read", &error))?;
     let names = statement.query_map([], |row| row.get(0)).and_then(Iterator::collect);
     names.map_err(|error| this.error("read", &error))
@@ -231,7 +231,17 @@ pub(super) fn discover(this: &SqliteConnection) -> Result<Vec<CatalogTable>> {
             let stream = StreamSpec::whole(&name, Read::Table(name.clone()));
             let columns = columns(this, &database, &stream)?;
             let columns = columns.into_iter().map(|(name, column)| (name, column.to_string())).collect();
-            Ok(CatalogTable { name, columns })
+            let failed = |error: rusqlite::Error| this.error("read", &error);
+            let mut key = database
+                .prepare("SELECT name FROM pragma_table_info(?1) WHERE pk > 0 ORDER BY pk")
+                .map_err(failed)?;
+            let key = key.query_map([&name], |row| row.get(0)).and_then(Iterator::collect).map_err(failed)?;
+            let view = database
+                .query_row("SELECT type = 'view' FROM sqlite_schema WHERE name = ?1", [&name], |row| {
+                    row.get(0)
+                })
+                .map_err(failed)?;
+            Ok(CatalogTable { name, schema: None, view, columns, key, rows: None })
         })
         .collect()
 }

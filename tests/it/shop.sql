@@ -1,0 +1,24 @@
+-- A shop: ten tables with keys of one and of several columns, a tree, and a column of nearly every kind.
+CREATE TYPE mood AS ENUM ('glad', 'plain', 'cross');
+CREATE TABLE categories (category_id int PRIMARY KEY, parent_id int REFERENCES categories, name text NOT NULL);
+CREATE TABLE products (sku varchar(20) PRIMARY KEY, category_id int REFERENCES categories, name text, price numeric(12,2), weight real, active boolean, tags text[], made date);
+CREATE TABLE customers (customer_id bigint PRIMARY KEY, name text NOT NULL, email text, born date, mood mood, joined timestamptz, settings jsonb, token uuid);
+CREATE TABLE addresses (customer_id bigint, kind text, line text, PRIMARY KEY (customer_id, kind));
+CREATE TABLE employees (employee_id smallint PRIMARY KEY, boss_id smallint, name text, salary numeric(10,2), photo bytea, works_from time);
+CREATE TABLE orders (order_id bigint PRIMARY KEY, customer_id bigint, ordered_at timestamptz, shipped_at timestamp, total numeric(14,2), note text);
+CREATE TABLE order_lines (order_id bigint, line_no smallint, sku varchar(20), quantity int, price numeric(12,2), discount double precision, PRIMARY KEY (order_id, line_no));
+CREATE TABLE payments (payment_id bigint PRIMARY KEY, order_id bigint, amount numeric(14,2), paid_at timestamptz, rate numeric);
+CREATE TABLE stock (warehouse char(3), sku varchar(20), pieces int, counted_at timestamptz, PRIMARY KEY (warehouse, sku));
+CREATE TABLE empty_table (id int PRIMARY KEY, nothing text);
+CREATE TABLE audit_log (at timestamptz, what text);
+CREATE VIEW open_orders AS SELECT * FROM orders WHERE shipped_at IS NULL;
+INSERT INTO categories SELECT i, nullif(i / 3, 0), 'category ' || i FROM generate_series(1, 30) AS i;
+INSERT INTO products SELECT 'SKU-' || lpad(i::text, 5, '0'), 1 + i % 30, 'prodüct ' || i, (i * 7 % 10000) / 100.0, i / 8.0, i % 3 > 0, ARRAY['t' || i % 5, NULL, 'x'], date '2020-01-01' + i FROM generate_series(1, 500) AS i;
+INSERT INTO customers SELECT i, 'customer ' || i, nullif('c' || i || '@example.com', 'c7@example.com'), date '1950-01-01' + i * 17, (ARRAY['glad','plain','cross'])[1 + i % 3]::mood, timestamptz '2024-01-01 00:00:00.123456+00' + i * interval '1 hour', jsonb_build_object('n', i, 'deep', jsonb_build_array(i, NULL, 'a"b')), md5(i::text)::uuid FROM generate_series(1, 1000) AS i;
+INSERT INTO addresses SELECT i, kind, E'line\n' || i FROM generate_series(1, 600) AS i, unnest(ARRAY['home', 'work']) AS kind;
+INSERT INTO employees SELECT i, nullif(i / 5, 0), 'employee ' || i, 1000 + i * 33.33, decode(md5(i::text), 'hex'), time '08:00' + i * interval '1 minute' FROM generate_series(1, 100) AS i;
+INSERT INTO orders SELECT i, 1 + i % 1000, timestamptz '2025-01-01 00:00+00' + i * interval '7 minutes', CASE WHEN i % 4 > 0 THEN timestamp '2025-01-02' + i * interval '7 minutes' END, (i * 13 % 100000) / 100.0, nullif(repeat('n', i % 9), '') FROM generate_series(1, 5000) AS i;
+INSERT INTO order_lines SELECT o, n, 'SKU-' || lpad((1 + (o * n) % 500)::text, 5, '0'), n, (o * n % 999) / 100.0, n / 3.0 FROM generate_series(1, 5000) AS o, generate_series(1, 4) AS n;
+INSERT INTO payments SELECT i, i, (i * 13 % 100000) / 100.0, timestamptz '2025-01-03 00:00+00' + i * interval '7 minutes', i / 7.0 FROM generate_series(1, 4000) AS i;
+INSERT INTO stock SELECT w, 'SKU-' || lpad(i::text, 5, '0'), i % 40, timestamptz '2025-06-01 00:00+00' FROM generate_series(1, 500) AS i, unnest(ARRAY['BER', 'TYO', 'NYC']) AS w;
+INSERT INTO audit_log SELECT now(), 'x' FROM generate_series(1, 10);
