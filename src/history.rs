@@ -50,7 +50,10 @@ pub async fn of_target(
             plan.id
         ))
         .note(format!("it is incarnation {}, and the last run here saw {remembered}", base.incarnation))
-        .hint("If that is right, delete `.floodmark/state.db` and run again; if not, mend the connection."));
+        .hint(format!(
+            "If that is right, go on with it: `floodmark state adopt {}`; if not, mend the connection.",
+            plan.id.job
+        )));
     }
     for output in &plan.outputs {
         let name = &output.spec.name;
@@ -81,7 +84,7 @@ pub async fn of_target(
                 before.rows_after
             ))
             .note("this run would only add what is new, and what is missing would stay missing")
-            .hint(ANEW));
+            .hint(format!("{ANEW} `floodmark state adopt {}` takes it as it is.", plan.id.job)));
         }
     }
     Ok(())

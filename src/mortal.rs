@@ -224,7 +224,13 @@ async fn night(folder: &Path, environment: Option<&str>, touches: u32) -> Result
         opener,
     };
     let jobs: Vec<String> = conductor.project.jobs.keys().cloned().collect();
-    let request = Request { as_of, params: Default::default(), full_refresh: false, ranges: Vec::new() };
+    let request = Request {
+        as_of,
+        params: Default::default(),
+        full_refresh: false,
+        ranges: Vec::new(),
+        backfill: None,
+    };
     let done = conductor.run_all(&conductor.waves(&jobs)?, &request).await?;
     done.into_iter()
         .map(|(record, error)| match error {

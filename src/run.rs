@@ -42,7 +42,7 @@ use crate::{
     history,
     job::parts_per_million,
     names::quoted,
-    plan::{self, Output, Plan, Promised, Request, scan_table, typed},
+    plan::{self, Backfill, Output, Plan, Promised, Request, scan_table, typed},
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::{
         ColumnRecord, LoadRecord, OutputRecord, RECORD_VERSION, SourceRecord, columns_of,
@@ -53,7 +53,7 @@ use crate::{
     secret, session,
     spool::{Scratch, Spool, SpoolWriter},
     state::Store,
-    watermark::Window,
+    watermark::{Position, Window},
 };
 
 /// What the renderer looks at while runs go on: the sources and outputs of each job, and their counters.
@@ -356,6 +356,9 @@ impl Conductor {
             .flatten();
         let (anew, warnings) = (request.full_refresh, &mut record.warnings);
         history::of_target(&plan, target, base.as_ref(), remembered, anew, warnings).await?;
+        if let Some(backfill) = &request.backfill {
+            refuse_backfill(&plan, backfill, base.as_ref())?;
+        }
         let marks = if anew { Marks::new() } else { history::marks(&plan, base.as_ref(), warnings)? };
         let attempt = Attempt {
             id: Uuid::now_v7(),
@@ -405,6 +408,40 @@ impl Conductor {
         }
         Ok(if changed { Outcome::Published } else { Outcome::NothingNew })
     }
+}
+
+/// Refuses a backfill that would hold rows twice, or that has nothing to stand on.
+fn refuse_backfill(plan: &Plan, backfill: &Backfill, base: Option<&LoadRecord>) -> Result<()> {
+    let by_cursor = |name: &String| plan.streams.get(name).is_some_and(|stream| stream.spec.cursor.is_some());
+    let wrong = |what: String, hint: &str| Err(Error::configuration(what).hint(hint));
+    match &backfill.source {
+        Some(source) if !by_cursor(source) => {
+            return wrong(
+                format!("job `{}` has no source `{source}` that is read by a cursor", plan.id.job),
+                "`floodmark plan` lists its sources.",
+            );
+        }
+        None if !plan.streams.keys().any(by_cursor) => {
+            return wrong(
+                format!("job `{}` reads no source by a cursor", plan.id.job),
+                "Other sources are read whole on every run; files by `state reset`.",
+            );
+        }
+        _ => {}
+    }
+    if let Some(output) = plan.outputs.iter().find(|output| output.spec.mode == Mode::Append) {
+        return wrong(
+            format!("output `{}` appends, and would hold the rows of the range twice", output.spec.name),
+            "Use `mode: merge` with a `key`, or load anew with `--full-refresh`.",
+        );
+    }
+    if base.is_none() {
+        return wrong(
+            format!("job `{}` has not run yet", plan.id.job),
+            "Run it first: its first run reads everything.",
+        );
+    }
+    Ok(())
 }
 
 /// The exit code of an error.
@@ -534,7 +571,10 @@ impl Release<'_> {
                 .get(name)
                 .and_then(|connection| connection.source())
                 .ok_or_else(|| Error::bug("a source is not open"))?;
-            let fixed = source.bounds(&streams, marks, time).await?;
+            let mut fixed = source.bounds(&streams, marks, time).await?;
+            if let Some(backfill) = &self.request.backfill {
+                self.backfill(backfill, &streams, &mut fixed)?;
+            }
             for warning in &fixed.warnings {
                 warn!("{warning}");
             }
@@ -565,6 +605,27 @@ impl Release<'_> {
             }
         }
         Ok((open, windows))
+    }
+
+    /// Puts the range of a backfill in the place of what is new. Sources without a cursor are read as ever; of files, none.
+    fn backfill(&self, backfill: &Backfill, streams: &[StreamSpec], fixed: &mut Bounds) -> Result<()> {
+        for stream in streams.iter().filter_map(|spec| self.plan.streams.get(&spec.name)) {
+            let name = &stream.spec.name;
+            let window = match (stream.again(backfill)?, fixed.windows.get(name)) {
+                (Some(window), _) => window,
+                // Nothing of it: the next run reads what is new.
+                (None, Some(Window::Cursor { lo, .. })) => {
+                    let at = lo.clone().unwrap_or(Position(Vec::new()));
+                    Window::Cursor { lo: Some(at.clone()), from: Some(at.clone()), hi: at }
+                }
+                (None, Some(Window::Files { seen, at, .. })) => {
+                    Window::Files { new: Vec::new(), seen: seen.clone(), at: *at }
+                }
+                (None, _) => Window::Whole,
+            };
+            fixed.windows.insert(name.clone(), window);
+        }
+        Ok(())
     }
 
     /// A file that was read and has changed would be appended a second time.
@@ -798,8 +859,9 @@ impl Release<'_> {
                 },
             );
             let before = base.and_then(|base| base.sources.get(name));
-            // What nobody asked for was not read: its mark does not move.
-            let read = if tap.is_started() { &window } else { &Window::Whole };
+            // What nobody asked for was not read: its mark does not move. Nor does that of a range that was read again.
+            let moves = tap.is_started() && self.request.backfill.is_none();
+            let read = if moves { &window } else { &Window::Whole };
             let reads = stream.identity();
             sources.insert(name.clone(), SourceRecord::of(read, reads, counts, before));
         }

@@ -15,9 +15,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    connector::{CONNECTORS, Connector, spec::Mode},
+    connector::{CONNECTORS, CatalogTable, Connector, spec::Mode},
     error::{Error, ErrorKind, Result},
-    plan::Request,
+    plan::{Backfill, Request},
     project::{self, Project},
     run::{Conductor, Progress, exit_code, find_project},
     runtime::{self, Clock, SystemClock},
@@ -30,6 +30,7 @@ mod init;
 mod preview;
 mod quarantine;
 mod render;
+mod state;
 
 /// Batch data integration that is exact, audited before it is published, and never counts twice.
 #[derive(Debug, Parser)]
@@ -134,6 +135,29 @@ enum Verb {
         #[command(subcommand)]
         verb: StateVerb,
     },
+    /// Read a range of a source again, and merge it. The watermarks stay where they are.
+    Backfill {
+        /// The job.
+        job: String,
+        /// Where to begin: a value of the cursors of the job's sources.
+        #[arg(long, env = "FLOODMARK_FROM", value_name = "VALUE")]
+        from: String,
+        /// Where to end, before this value.
+        #[arg(long, env = "FLOODMARK_TO", value_name = "VALUE")]
+        to: String,
+        /// Only this source; unless given, every one that is read by a cursor.
+        #[arg(long, env = "FLOODMARK_SOURCE", value_name = "NAME")]
+        source: Option<String>,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Show what a connection offers: tables, columns, keys, sizes, candidates for cursors.
+    Discover {
+        /// The connection.
+        connection: String,
+        /// Only tables like this; of a single one, its columns.
+        table: Option<String>,
+    },
     /// Look at connections.
     Connections {
         #[command(subcommand)]
@@ -177,6 +201,23 @@ enum StateVerb {
     Show {
         /// The job; all, unless given.
         job: Option<String>,
+    },
+    /// Take a target as it is: rows that others added or removed there belong to it now. The watermarks stay.
+    Adopt {
+        /// The job.
+        job: String,
+    },
+    /// Forget how far a job's sources were read: the next run reads everything, and merges it.
+    Reset {
+        /// The job.
+        job: String,
+    },
+    /// Go on with the history of a job that had another name.
+    Rename {
+        /// The name that it had.
+        old: String,
+        /// The name that it has now.
+        new: String,
     },
 }
 
@@ -314,6 +355,42 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
             select(&project, std::slice::from_ref(&job), &[])?;
             renderer.rows(&quarantine::rows(&project, &job, release, limit).await?)?;
         }
+        Verb::State { verb: StateVerb::Adopt { job } } => {
+            let project = open()?;
+            select(&project, std::slice::from_ref(&job), &[])?;
+            let record = state::adopt(&project, &job).await?;
+            renderer.state(&[(job, Some(record))]);
+        }
+        Verb::State { verb: StateVerb::Reset { job } } => {
+            let project = open()?;
+            select(&project, std::slice::from_ref(&job), &[])?;
+            let record = state::reset(&project, &job).await?;
+            renderer.state(&[(job, Some(record))]);
+        }
+        Verb::State { verb: StateVerb::Rename { old, new } } => {
+            let project = open()?;
+            select(&project, std::slice::from_ref(&new), &[])?;
+            let record = state::rename(&project, &old, &new).await?;
+            renderer.state(&[(new, Some(record))]);
+        }
+        Verb::Backfill { job, from, to, source, how } => {
+            let (conductor, mut request) = conductor(open()?, &how, false, Vec::new())?;
+            request.backfill = Some(Backfill { from, to, source });
+            return run(&conductor, renderer, &[job], &[], &request, None).await;
+        }
+        Verb::Discover { connection, table } => {
+            let project = open()?;
+            let known: Vec<&str> = project.connections.keys().map(String::as_str).collect();
+            if !known.contains(&connection.as_str()) {
+                let error = Error::configuration(format!("there is no connection `{connection}`"));
+                return Err(match crate::error::nearest(&connection, known.iter().copied()) {
+                    Some(near) => error.hint(format!("Did you mean `{near}`?")),
+                    None => error.hint(format!("There are: {}.", known.join(", "))),
+                });
+            }
+            let tables = project.connection(&connection)?.discover().await?;
+            renderer.tables(&discovered(tables, table.as_deref(), &connection)?);
+        }
         Verb::State { verb: StateVerb::Show { job } } => {
             let project = open()?;
             let jobs = select(&project, &job.into_iter().collect::<Vec<_>>(), &[])?;
@@ -405,7 +482,31 @@ fn conductor(
         stop: CancellationToken::new(),
         opener: crate::run::Opener::default(),
     };
-    Ok((conductor, Request { as_of, params, full_refresh, ranges }))
+    Ok((conductor, Request { as_of, params, full_refresh, ranges, backfill: None }))
+}
+
+/// The tables whose names are like `wanted`.
+fn discovered(
+    tables: Vec<CatalogTable>,
+    wanted: Option<&str>,
+    connection: &str,
+) -> Result<Vec<CatalogTable>> {
+    let Some(wanted) = wanted else { return Ok(tables) };
+    let glob = globset::Glob::new(wanted).map_err(|error| {
+        Error::configuration(format!("`{wanted}` is no pattern"))
+            .note(error.to_string())
+            .hint("Such as `gl.*`.")
+    })?;
+    let glob = glob.compile_matcher();
+    let (found, others): (Vec<_>, Vec<_>) = tables.into_iter().partition(|table| glob.is_match(&table.name));
+    if found.is_empty() {
+        let error = Error::configuration(format!("connection `{connection}` has no table `{wanted}`"));
+        return Err(match crate::error::nearest(wanted, others.iter().map(|table| table.name.as_str())) {
+            Some(near) => error.hint(format!("Did you mean `{near}`?")),
+            None => error.hint(format!("`floodmark discover {connection}` lists them.")),
+        });
+    }
+    Ok(found)
 }
 
 /// The jobs that names and tags select.

@@ -20,7 +20,7 @@ use tracing_subscriber::{
 };
 
 use crate::{
-    connector::Identity,
+    connector::{CatalogTable, Identity},
     error::{Error, Problem, Result, without_values},
     plan::Plan,
     project::Project,
@@ -462,6 +462,45 @@ impl Renderer {
             ]);
         }
         table.print();
+    }
+
+    /// What a connection offers; of a single table, its columns.
+    pub(super) fn tables(&self, tables: &[CatalogTable]) {
+        if self.json {
+            let list: Vec<_> = tables
+                .iter()
+                .map(|table| {
+                    let columns: Vec<_> =
+                        table.columns.iter().map(|(name, of)| json!({ "column": name, "type": of })).collect();
+                    json!({ "table": table.name, "schema": table.schema, "view": table.view, "rows": table.rows, "key": table.key, "cursors": table.cursors(), "columns": columns })
+                })
+                .collect();
+            return self.json(&json!({ "tables": list }));
+        }
+        if let [table] = tables {
+            let mut listed = Table::new(&["column", "type", ""]);
+            let cursors = table.cursors();
+            for (name, of) in &table.columns {
+                let mut notes = Vec::new();
+                notes.extend(table.key.contains(name).then_some("key"));
+                notes.extend(cursors.contains(&name.as_str()).then_some("may be a cursor"));
+                listed.row([name.clone(), of.clone(), notes.join(", ")]);
+            }
+            listed.print();
+            return;
+        }
+        let mut listed = Table::new(&["table", "kind", "rows, about", "key", "may be a cursor", "columns"]);
+        for table in tables {
+            listed.row([
+                table.name.clone(),
+                if table.view { "view" } else { "table" }.to_owned(),
+                table.rows.map(thousands).unwrap_or_default(),
+                table.key.join(", "),
+                table.cursors().join(", "),
+                table.columns.len().to_string(),
+            ]);
+        }
+        listed.print();
     }
 
     pub(super) fn reached(&self, name: &str, answer: &Result<Identity>) {

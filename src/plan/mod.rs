@@ -16,7 +16,7 @@ use indexmap::IndexMap;
 use crate::{
     check::Check,
     connector::{
-        Connection, NOTHING_YET,
+        Connection, NOTHING_YET, columns,
         scan::{OpenSources, POSITION_COLUMN, Scan, ScanTable, with_position},
         spec::{ApiRequest, CursorSpec, Deletes, Guarantee, Mode, OutputSpec, Read, StreamSpec, with_values},
     },
@@ -34,7 +34,7 @@ use crate::{
     session,
     spool::Scratch,
     types::describe,
-    watermark::{Overlap, Window},
+    watermark::{CursorValue, Overlap, Position, Window},
 };
 
 pub mod replicate;
@@ -51,6 +51,19 @@ pub struct Request {
     pub full_refresh: bool,
     /// Ranges that `replace_range` also deletes.
     pub ranges: Vec<String>,
+    /// A range that is read again instead of what is new.
+    pub backfill: Option<Backfill>,
+}
+
+/// A range of cursors that is read again. The watermarks stay.
+#[derive(Debug, Clone)]
+pub struct Backfill {
+    /// Where it begins.
+    pub from: String,
+    /// Where it ends, before this value.
+    pub to: String,
+    /// The source; unless named, every one that is read by a cursor.
+    pub source: Option<String>,
 }
 
 /// A job, ready to run.
@@ -112,6 +125,51 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// The window of a backfill, if this stream has one.
+    ///
+    /// # Errors
+    ///
+    /// If its ends are no values of the cursor, or stand the wrong way round.
+    pub fn again(&self, backfill: &Backfill) -> Result<Option<Window>> {
+        let Some(first) = self.spec.cursor.as_ref().and_then(|cursor| cursor.columns.first()) else {
+            return Ok(None);
+        };
+        if backfill.source.as_ref().is_some_and(|source| *source != self.spec.name) {
+            return Ok(None);
+        }
+        let of = self.schema.field_with_name(first)?.data_type().clone();
+        let zone = self.spec.timezone.as_deref().map(columns::zone).transpose()?;
+        let value = |written: &str| -> Result<Position> {
+            let wrong = || {
+                Error::configuration(format!("`{written}` is no value of the cursor `{first}`, which is {}", describe(&of)))
+                    .hint("Such as `2026-10-01`, `2026-10-01T08:00:00Z`, or a number; `floodmark state show` tells where the watermark is.")
+            };
+            Ok(Position::of(match &of {
+                DataType::Utf8 => CursorValue::Text(written.to_owned()),
+                DataType::Date32 => columns::date(written, None)
+                    .ok()
+                    .and_then(chrono::NaiveDate::from_epoch_days)
+                    .map(CursorValue::Date)
+                    .ok_or_else(wrong)?,
+                DataType::Timestamp(..) => columns::instant(written, None, zone.or(Some(chrono_tz::UTC)))
+                    .ok()
+                    .and_then(DateTime::from_timestamp_micros)
+                    .map(CursorValue::instant)
+                    .ok_or_else(wrong)?,
+                _ => CursorValue::Int(written.parse().map_err(|_| wrong())?),
+            }))
+        };
+        let (from, to) = (value(&backfill.from)?, value(&backfill.to)?);
+        if from >= to {
+            return Err(Error::configuration(format!(
+                "nothing lies between `{}` and `{}`",
+                backfill.from, backfill.to
+            ))
+            .hint("`--from` comes before `--to`."));
+        }
+        Ok(Some(Window::Cursor { lo: Some(from.clone()), from: Some(from), hi: to }))
+    }
+
     /// What is read, in words that change only if a mark of it would mean something else.
     pub fn identity(&self) -> String {
         let what = match &self.spec.read {

@@ -198,3 +198,111 @@ fn a_switch_that_was_cut_off_is_repaired_and_never_goes_back() {
     assert_eq!(run(&folder, &[]).1["outcome"], "nothing_new");
     assert_eq!(std::fs::read_link(&own).unwrap(), second);
 }
+
+fn told(folder: &Folder, arguments: &[&str]) -> (i32, String) {
+    let output = folder.floodmark(arguments);
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    println!("{text}");
+    (output.status.code().unwrap(), text)
+}
+
+#[test]
+fn a_target_can_be_taken_as_it_is() {
+    let folder = ledger(&JOB.replace("mode: append", "mode: merge, key: [id]"));
+    assert_eq!(run(&folder, &[]).0, 0);
+    sql(&folder, "out/books.db", "DELETE FROM lines WHERE id = 1");
+    add(&folder, 3);
+    assert!(refused(&folder).contains("the last release left 2"));
+    assert_eq!(told(&folder, &["state", "adopt", "load"]).0, 0);
+    assert_eq!(run(&folder, &[]).0, 0);
+    assert_eq!(ids(&folder), [2, 3], "the watermark stayed");
+    // What is read from its start again is merged.
+    assert_eq!(told(&folder, &["state", "reset", "load"]).0, 0);
+    assert_eq!(run(&folder, &[]).0, 0);
+    assert_eq!(ids(&folder), [1, 2, 3]);
+    // Rows that no record knows.
+    sql(&folder, "out/books.db", "DELETE FROM floodmark_state; DELETE FROM floodmark_log");
+    std::fs::remove_dir_all(folder.path().join(".floodmark")).unwrap();
+    assert!(refused(&folder).contains("no record of job"));
+    assert_eq!(told(&folder, &["state", "adopt", "load"]).0, 0);
+    let (code, run) = run(&folder, &[]);
+    assert_eq!((code, &run["outputs"]["lines"]["unchanged"]), (0, &3.into()));
+}
+
+#[test]
+fn a_job_with_another_name_goes_on_with_its_history() {
+    for target in ["books", "lake"] {
+        let job = JOB.replace("connection: books", &format!("connection: {target}"));
+        let folder = ledger(&job);
+        assert_eq!(run(&folder, &[]).0, 0);
+        folder.write(
+            "jobs/load.yaml",
+            job.replace("job: load", "job: ledger")
+                .replace("  clean:", "  clean: sql/mappings/load/clean.sql")
+                .as_bytes(),
+        );
+        add(&folder, 3);
+        assert!(refused(&folder).contains("no record of job"), "{target}");
+        assert_eq!(told(&folder, &["state", "rename", "load", "ledger"]).0, 0, "{target}");
+        let (code, run) = run(&folder, &[]);
+        let lines = &run["outputs"]["lines"];
+        assert_eq!((code, &lines["inserted"], &lines["rows_after"]), (0, &1.into(), &3.into()), "{target}");
+        let (code, again) = told(&folder, &["state", "rename", "load", "ledger"]);
+        assert_eq!(code, 3, "{target}: {again}");
+    }
+}
+
+#[test]
+fn a_range_is_read_again_and_the_watermark_stays() {
+    let job = JOB.replace("mode: append", "mode: merge, key: [id]");
+    let folder = ledger(&job);
+    for id in 3..=20 {
+        add(&folder, id);
+    }
+    assert_eq!(run(&folder, &[]).0, 0);
+    sql(&folder, "data/erp.db", "UPDATE lines SET amount = 'corrected' WHERE id IN (4, 5, 15)");
+    let (_, before) = told(&folder, &["state", "show", "load", "--output", "json"]);
+    let output = folder.floodmark(&["backfill", "load", "--from", "4", "--to", "10", "--output", "json"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let document: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    assert_eq!(document["sources"]["lines"]["counts"]["extracted"], 6, "{document}");
+    assert_eq!(document["outputs"]["lines"]["updated"], 2, "{document}");
+    let (_, after) = told(&folder, &["state", "show", "load", "--output", "json"]);
+    let mark =
+        |text: &str| text.split("\"mark\"").nth(1).map(|text| text.chars().take(80).collect::<String>());
+    assert_eq!(mark(&before), mark(&after));
+    add(&folder, 21);
+    let (_, next) = run(&folder, &[]);
+    assert_eq!(next["sources"]["lines"]["counts"]["extracted"], 1, "only what is new: {next}");
+
+    for (arguments, expected) in [
+        (["backfill", "load", "--from", "x", "--to", "10"], "no value of the cursor"),
+        (["backfill", "load", "--from", "10", "--to", "4"], "nothing lies between"),
+    ] {
+        let (code, text) = told(&folder, &arguments);
+        assert!(code == 2 && text.contains(expected), "{text}");
+    }
+    folder.write("jobs/load.yaml", JOB.as_bytes());
+    let (code, text) = told(&folder, &["backfill", "load", "--from", "4", "--to", "10"]);
+    assert!(code == 2 && text.contains("appends"), "{text}");
+}
+
+#[test]
+fn what_a_connection_offers_is_shown() {
+    let folder = ledger(JOB);
+    sql(
+        &folder,
+        "data/erp.db",
+        "CREATE TABLE docs (kind TEXT, no INTEGER, updated_at TIMESTAMP, PRIMARY KEY (kind, no)); CREATE VIEW seen AS SELECT * FROM docs",
+    );
+    let (code, text) = told(&folder, &["discover", "erp"]);
+    assert_eq!(code, 0);
+    for expected in ["docs", "kind, no", "updated_at", "view", "lines"] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    let (_, text) = told(&folder, &["discover", "erp", "docs"]);
+    assert!(text.contains("may be a cursor") && text.contains("key"), "{text}");
+    let (code, text) = told(&folder, &["discover", "erp", "dosc"]);
+    assert!(code == 2 && text.contains("docs"), "{text}");
+}
