@@ -1,6 +1,7 @@
 //! Bounds that floodmark keeps, measured on the binary: `cargo bench --bench bounds`.
 //!
 //! * A job of ten rows ends within 100 ms of its start, whether it publishes or finds nothing new.
+//! * A million rows are merged from PostgreSQL into PostgreSQL within 300 MiB of memory.
 //! * A CSV file of 1 GB becomes Parquet within 300 MiB of memory.
 //!
 //! A number, `cargo bench --bench bounds -- 100000000`, is another size of the file. Exits with 1 if a bound is broken.
@@ -22,11 +23,15 @@ use std::{
 
 use nix::sys::resource::{UsageWho, getrusage};
 
+#[path = "../tests/services/mod.rs"]
+#[expect(unreachable_pub, dead_code, reason = "shared with the tests, which use the rest")]
+mod services;
+
 const START: Duration = Duration::from_millis(100);
 const MEMORY_KIB: i64 = 300 << 10;
 
 fn main() -> ExitCode {
-    let kept = [ten_rows(), large_file()];
+    let kept = [ten_rows(), large_merge(), large_file()];
     ExitCode::from(u8::from(kept.contains(&false)))
 }
 
@@ -78,6 +83,7 @@ fn run(folder: &Path) -> Duration {
     let status = Command::new(env!("CARGO_BIN_EXE_floodmark"))
         .args(["run", "--project"])
         .arg(folder)
+        .env("PASSWORD", services::postgres().password.as_str())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status()
@@ -104,6 +110,51 @@ fn ten_rows() -> bool {
         println!("ten rows, {what}: median {median:.1?}, worst {worst:.1?}; bound {START:?}");
     }
     kept
+}
+
+fn large_merge() -> bool {
+    const ROWS: u32 = 1_000_000;
+    let (from, to) = (services::Schema::new(), services::Schema::new());
+    from.execute(&format!(
+        "CREATE TABLE lines (id bigint PRIMARY KEY, account text, posted date, amount numeric(18,2), note text, changed_at timestamptz);
+         INSERT INTO lines SELECT i, 'account ' || i % 997, date '2026-01-01' + i % 300, i * 7919 % 10000000 / 100.0, 'line ' || i || ' of the ledger',
+             timestamptz '2026-01-01 00:00+00' + i * interval '1 second' FROM generate_series(1, {ROWS}) AS i",
+    ));
+    let folder = tempfile::tempdir().unwrap();
+    project(folder.path());
+    let server = services::postgres();
+    let connection = |name: &str, schema: &services::Schema| {
+        format!(
+            "{name}: {{ kind: postgres, host: localhost, port: {}, database: postgres, user: admin, password: \"${{env:PASSWORD}}\", sslmode: disable, schema: {} }}\n",
+            server.port, schema.name
+        )
+    };
+    fs::write(folder.path().join("connections.yaml"), connection("erp", &from) + &connection("dw", &to))
+        .unwrap();
+    fs::write(
+        folder.path().join("jobs/load.yaml"),
+        "job: load\nsources:\n  lines: { connection: erp, table: lines }\ntarget:\n  connection: dw\n  outputs: { lines: { from: lines, mode: merge, key: [id] } }\n",
+    )
+    .unwrap();
+    let first = run(folder.path());
+    from.execute("UPDATE lines SET amount = amount + 1 WHERE id % 10 = 0");
+    let again = run(folder.path());
+    let changed: i64 = to.with(|client| {
+        client
+            .query_one("SELECT count(*) FROM lines WHERE amount <> id * 7919 % 10000000 / 100.0", &[])
+            .unwrap()
+            .get(0)
+    });
+    assert_eq!(changed, i64::from(ROWS) / 10);
+    let peak = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap().max_rss();
+    println!(
+        "{ROWS} rows merged from PostgreSQL to PostgreSQL: peak {} MiB of memory; bound {} MiB; {:.1} s inserted, {:.1} s with a tenth changed",
+        peak >> 10,
+        MEMORY_KIB >> 10,
+        first.as_secs_f64(),
+        again.as_secs_f64()
+    );
+    peak < MEMORY_KIB
 }
 
 fn large_file() -> bool {

@@ -26,6 +26,7 @@ use crate::{
 };
 use render::Renderer;
 
+mod adhoc;
 mod init;
 mod preview;
 mod quarantine;
@@ -151,6 +152,36 @@ enum Verb {
         #[command(flatten)]
         how: How,
     },
+    /// Ask without a project: tables are places in quotes, such as `'a.csv'`, `'data/*.parquet'` or `'sqlite:erp.db#orders'`.
+    Sql {
+        /// The SELECT.
+        query: String,
+        /// How many rows.
+        #[arg(long, env = "FLOODMARK_LIMIT", default_value_t = 1000, value_name = "ROWS")]
+        limit: usize,
+    },
+    /// Copy without a project: from a file or a database, into a Parquet file, a folder, a bucket or a database.
+    Copy {
+        /// Where from: a file, a pattern of files, or a URL.
+        from: String,
+        /// Where to: a file `….parquet`, or a URL.
+        to: String,
+        /// The table to copy.
+        #[arg(long, env = "FLOODMARK_TABLE", value_name = "NAME")]
+        table: Option<String>,
+        /// A SELECT in the source's own dialect.
+        #[arg(long, env = "FLOODMARK_QUERY", value_name = "SQL", conflicts_with = "table")]
+        query: Option<String>,
+        /// What it is called there; unless given, as here.
+        #[arg(long, env = "FLOODMARK_TO_TABLE", value_name = "NAME")]
+        to_table: Option<String>,
+        /// How rows become visible there.
+        #[arg(long, env = "FLOODMARK_MODE", default_value = "replace", value_name = "MODE")]
+        mode: CopyMode,
+        /// With `--mode merge`: the columns that tell rows apart.
+        #[arg(long, env = "FLOODMARK_KEY", value_delimiter = ',', value_name = "COLUMN")]
+        key: Vec<String>,
+    },
     /// Show what a connection offers: tables, columns, keys, sizes, candidates for cursors.
     Discover {
         /// The connection.
@@ -233,6 +264,16 @@ enum ConnectionsVerb {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum CopyMode {
+    /// What was there is replaced.
+    Replace,
+    /// Rows are added.
+    Append,
+    /// Rows are inserted, or updated by key.
+    Merge,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum SchemaKind {
     /// `jobs/*.yaml`
     Job,
@@ -242,7 +283,7 @@ enum SchemaKind {
     Connections,
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 struct How {
     /// A parameter's value. `FLOODMARK_PARAM_<NAME>` in the environment is the same.
     #[arg(long = "param", value_name = "NAME=VALUE")]
@@ -377,6 +418,31 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
             let (conductor, mut request) = conductor(open()?, &how, false, Vec::new())?;
             request.backfill = Some(Backfill { from, to, source });
             return run(&conductor, renderer, &[job], &[], &request, None).await;
+        }
+        Verb::Sql { query, limit } => {
+            let mut adhoc = adhoc::Adhoc::new()?;
+            adhoc.of_query(&query)?;
+            let (conductor, request) = conductor(adhoc.load()?, &How::default(), false, Vec::new())?;
+            let rows = preview::preview(&conductor, adhoc::JOB, None, limit, &request).await;
+            renderer.rows(&rows.map_err(adhoc::plain)?)?;
+        }
+        Verb::Copy { from, to, table, query, to_table, mode, key } => {
+            let mode = match mode {
+                CopyMode::Replace => Mode::Replace,
+                CopyMode::Append => Mode::Append,
+                CopyMode::Merge => Mode::Merge,
+            };
+            let copy = adhoc::Copy { from, to, table, query, to_table, mode, key };
+            let mut adhoc = adhoc::Adhoc::new()?;
+            let file = adhoc.of_copy(&copy)?;
+            let (conductor, request) = conductor(adhoc.load()?, &How::default(), false, Vec::new())?;
+            let Some(file) = file else {
+                return run(&conductor, renderer, &[], &[], &request, None).await.map_err(adhoc::plain);
+            };
+            let rows = preview::stream(&conductor, adhoc::JOB, &request).await.map_err(adhoc::plain)?;
+            let (count, bytes) =
+                crate::connector::files::write_parquet(&file, rows).await.map_err(adhoc::plain)?;
+            renderer.copied(&copy.to, count, bytes);
         }
         Verb::Discover { connection, table } => {
             let project = open()?;

@@ -1,8 +1,9 @@
-//! `floodmark preview`: rows of a source or model, nothing written, no mark moved.
+//! Rows of a source or model, nothing written, no mark moved: `preview`, and `sql` and `copy` without a project.
 
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
+use datafusion::{physical_plan::SendableRecordBatchStream, prelude::SessionContext};
 
 use crate::{
     connector::{
@@ -26,6 +27,27 @@ pub(super) async fn preview(
     limit: usize,
     request: &Request,
 ) -> Result<Vec<RecordBatch>> {
+    let (context, relation) = relations(conductor, job, relation, request).await?;
+    Ok(context.sql(&format!("SELECT * FROM {} LIMIT {limit}", quoted(&relation)?)).await?.collect().await?)
+}
+
+/// All rows of what the first output of a job holds.
+pub(super) async fn stream(
+    conductor: &Conductor,
+    job: &str,
+    request: &Request,
+) -> Result<SendableRecordBatchStream> {
+    let (context, relation) = relations(conductor, job, None, request).await?;
+    Ok(context.sql(&format!("SELECT * FROM {}", quoted(&relation)?)).await?.execute_stream().await?)
+}
+
+/// A session that knows a job's sources and models; and the relation, or what the first output holds.
+async fn relations(
+    conductor: &Conductor,
+    job: &str,
+    relation: Option<&str>,
+    request: &Request,
+) -> Result<(SessionContext, String)> {
     let document = conductor.project.jobs.get(job).ok_or_else(|| Error::bug("no such job"))?;
     let connections = conductor.connections(document)?;
     let plan = plan::plan(
@@ -90,5 +112,5 @@ pub(super) async fn preview(
             context.register_table(name, view.into_view())?;
         }
     }
-    Ok(context.sql(&format!("SELECT * FROM {} LIMIT {limit}", quoted(relation)?)).await?.collect().await?)
+    Ok((context, relation.to_owned()))
 }

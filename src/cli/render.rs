@@ -464,6 +464,14 @@ impl Renderer {
         table.print();
     }
 
+    /// A file that was made.
+    pub(super) fn copied(&self, file: &str, rows: u64, bytes: u64) {
+        if self.json {
+            return self.json(&json!({ "file": file, "rows": rows, "bytes": bytes }));
+        }
+        say!("{file}: {} rows, {} bytes", thousands(rows), thousands(bytes));
+    }
+
     /// What a connection offers; of a single table, its columns.
     pub(super) fn tables(&self, tables: &[CatalogTable]) {
         if self.json {

@@ -157,7 +157,7 @@ fn parser_problem(error: &ParserError, file: &Arc<SourceText>) -> Problem {
 }
 
 /// Where names and types can be looked up.
-const LOOK_UP: &str =
+pub(crate) const LOOK_UP: &str =
     "`floodmark plan JOB --output json` lists the columns and types of every source and model.";
 
 /// An error of DataFusion's planner as a mistake in the file.

@@ -77,6 +77,15 @@ impl Project {
     ///
     /// Everything that is wrong with it, as one error.
     pub fn load(root: &Path, environment: Option<&str>) -> Result<Self> {
+        Self::load_with(root, environment, &[])
+    }
+
+    /// The same, with connections beside those of the project: names and URLs.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::load`].
+    pub fn load_with(root: &Path, environment: Option<&str>, given: &[(String, String)]) -> Result<Self> {
         let mut problems = Vec::new();
         if !root.join("floodmark.yaml").is_file() {
             return Err(Error::configuration(format!("there is no project in `{}`", root.display()))
@@ -110,6 +119,14 @@ impl Project {
                         .while_doing(format!("the variable `{variable}` gives no connection"))
                         .into_problems(),
                 ),
+            }
+        }
+        for (name, url) in given {
+            match Connector::of_url(url) {
+                Ok((connector, options)) => {
+                    connections.insert(name.clone(), ConnectionFile { connector, options, place: None });
+                }
+                Err(error) => problems.extend(error.into_problems()),
             }
         }
         let mut jobs: IndexMap<String, JobDocument> = IndexMap::new();
@@ -216,7 +233,12 @@ impl Project {
         }
         let at = |error: Error| match &file.place {
             Some(place) => error.at(place.clone()),
-            None => error.note(format!("`FLOODMARK_CONN_{}` gives this connection", name.to_uppercase())),
+            None => match format!("FLOODMARK_CONN_{}", name.to_uppercase()) {
+                set if variable(&self.root, &set).is_some() => {
+                    error.note(format!("`{set}` gives this connection"))
+                }
+                _ => error,
+            },
         };
         if file.place.is_some() {
             resolve(&mut values, &self.root)

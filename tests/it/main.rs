@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic")]
 #![expect(clippy::print_stdout, reason = "a test may print")]
 
+mod adhoc;
 mod example;
 mod history;
 mod mistakes;

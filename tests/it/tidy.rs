@@ -166,6 +166,8 @@ fn the_readme_lists_what_there_is() {
     let page = fs::read_to_string("README.md").unwrap();
     let connectors: Vec<&str> = section(&page, "Connectors")
         .lines()
+        .skip_while(|line| !line.starts_with('|'))
+        .take_while(|line| line.starts_with('|'))
         .filter_map(|line| quoted(line.strip_prefix("| ")?.split('|').next()?).next())
         .collect();
     assert_eq!(

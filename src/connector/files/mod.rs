@@ -59,6 +59,26 @@ const ROW_GROUP_ROWS: usize = 1 << 20;
 /// Encoded bytes after which a row group is closed, unless an option says otherwise.
 const ROW_GROUP_BYTES: usize = 48 << 20;
 
+/// Writes rows into one Parquet file, whole or not at all; how many, and its bytes.
+///
+/// # Errors
+///
+/// If a type has no place in Parquet, or the disk fails.
+pub async fn write_parquet(
+    path: &std::path::Path,
+    rows: datafusion::physical_plan::SendableRecordBatchStream,
+) -> Result<(u64, u64)> {
+    let connection = Arc::new(FilesConnection {
+        name: "copy".to_owned(),
+        shown: path.display().to_string(),
+        place: Place::Folder(path.parent().map(std::path::Path::to_path_buf).unwrap_or_default()),
+        row_group_rows: ROW_GROUP_ROWS,
+        row_group_bytes: ROW_GROUP_BYTES,
+    });
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(parquet::write_file(&connection, name, rows, true, |_| Ok(())).await?.unwrap_or_default())
+}
+
 /// A folder of files.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

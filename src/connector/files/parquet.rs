@@ -281,13 +281,27 @@ pub(super) async fn write(
     connection: &Arc<FilesConnection>,
     output: &str,
     name: &str,
-    mut rows: SendableRecordBatchStream,
-    mut each: impl FnMut(&RecordBatch) -> Result<()>,
+    rows: SendableRecordBatchStream,
+    each: impl FnMut(&RecordBatch) -> Result<()>,
 ) -> Result<Option<DataFile>> {
     let relative = format!("data/{name}");
-    let path = format!("{output}/{relative}");
+    let written = write_file(connection, format!("{output}/{relative}"), rows, false, each).await?;
+    Ok(written.map(|(rows, bytes)| DataFile { path: relative, rows, bytes }))
+}
+
+/// Writes all rows into one file and makes it durable; its rows and bytes. Without rows there is none, unless `even_empty`.
+pub(super) async fn write_file(
+    connection: &Arc<FilesConnection>,
+    path: String,
+    mut rows: SendableRecordBatchStream,
+    even_empty: bool,
+    mut each: impl FnMut(&RecordBatch) -> Result<()>,
+) -> Result<Option<(u64, u64)>> {
     let limits = (connection.row_group_rows, connection.row_group_bytes);
     let (schema, mut writer, mut count) = (rows.schema(), None, 0_u64);
+    let new = move |path: &str, schema: SchemaRef, connection: &Arc<FilesConnection>| {
+        Writer::new(connection.place.new_file(path)?, path, schema, limits)
+    };
     while let Some(batch) = rows.next().await {
         let batch = batch?;
         if batch.num_rows() == 0 {
@@ -300,7 +314,7 @@ pub(super) async fn write(
             runtime::blocking(move || {
                 let mut writer = match writer {
                     Some(writer) => writer,
-                    None => Writer::new(connection.place.new_file(&path)?, &path, schema, limits)?,
+                    None => new(&path, schema, &connection)?,
                 };
                 writer.write(&batch).map_err(failed(&path))?;
                 Ok(writer)
@@ -308,12 +322,18 @@ pub(super) async fn write(
             .await?,
         );
     }
-    let Some(mut writer) = writer else { return Ok(None) };
+    if writer.is_none() && !even_empty {
+        return Ok(None);
+    }
+    let connection = Arc::clone(connection);
     runtime::blocking(move || {
+        let mut writer = match writer {
+            Some(writer) => writer,
+            None => new(&path, schema, &connection)?,
+        };
         writer.close_group().map_err(failed(&path))?;
         let file = writer.file.into_inner().map_err(failed(&path))?;
-        let bytes = file.finish()?;
-        Ok(Some(DataFile { path: relative, rows: count, bytes }))
+        Ok(Some((count, file.finish()?)))
     })
     .await
 }

@@ -221,6 +221,21 @@ async fn read(
     Ok((schema, rows.try_collect().await?))
 }
 
+#[test]
+fn the_readme_says_of_every_type_what_becomes_of_it() {
+    let readme = std::fs::read_to_string("README.md").unwrap();
+    for (written, ..) in TYPES {
+        // The database's own types stand there by their kind.
+        if matches!(*written, "mood" | "amount" | "point2")
+            || written.ends_with("[]") && !written.contains("[][]")
+        {
+            continue;
+        }
+        let bare = written.split('(').next().unwrap();
+        assert!(readme.contains(&format!("`{bare}")), "the README's table lacks {written}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_type_goes_out_and_comes_back_as_it_was() {
     let schema = with_types();
