@@ -74,6 +74,8 @@ impl Adhoc {
             .split_once(':')
             .map(|(scheme, _)| scheme)
             .filter(|scheme| scheme.len() > 1 && scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()));
+        let absolute = absolute(written);
+        let written = absolute.as_str();
         let (url, file) = match scheme {
             Some("s3" | "gs" | "az" | "file") => {
                 let (plain, options) =
@@ -87,7 +89,7 @@ impl Adhoc {
                     (written.to_owned(), None)
                 }
             }
-            Some(_) => (absolute(written)?, None),
+            Some(_) => (written.to_owned(), None),
             None => {
                 let path = std::env::current_dir().unwrap_or_default().join(written);
                 let wild = |part: &std::path::Component<'_>| {
@@ -264,13 +266,13 @@ fn quoted(text: &str) -> String {
 }
 
 /// A URL of a file-like system with its relative path made absolute: the project lies elsewhere.
-fn absolute(url: &str) -> Result<String> {
+fn absolute(url: &str) -> String {
     match url.split_once(':') {
-        Some(("sqlite", path)) if !path.starts_with('/') => {
+        Some((scheme @ ("sqlite" | "file"), path)) if !path.starts_with('/') => {
             let full = std::env::current_dir().unwrap_or_default().join(path);
-            Ok(format!("sqlite://{}", full.display()))
+            format!("{scheme}://{}", full.display())
         }
-        _ => Ok(url.to_owned()),
+        _ => url.to_owned(),
     }
 }
 

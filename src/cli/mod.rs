@@ -136,7 +136,7 @@ enum Verb {
         #[command(subcommand)]
         verb: StateVerb,
     },
-    /// Read a range of a source again, and merge it. The watermarks stay where they are.
+    /// Read a range of sources again; the watermarks stay.
     Backfill {
         /// The job.
         job: String,
@@ -152,7 +152,9 @@ enum Verb {
         #[command(flatten)]
         how: How,
     },
-    /// Ask without a project: tables are places in quotes, such as `'a.csv'`, `'data/*.parquet'` or `'sqlite:erp.db#orders'`.
+    /// Ask files and databases without a project.
+    ///
+    /// Tables are places in quotes: `'a.csv'`, `'data/*.parquet'`, `'s3://bucket/a.json'`, `'sqlite:erp.db#orders'`.
     Sql {
         /// The SELECT.
         query: String,
@@ -160,7 +162,9 @@ enum Verb {
         #[arg(long, env = "FLOODMARK_LIMIT", default_value_t = 1000, value_name = "ROWS")]
         limit: usize,
     },
-    /// Copy without a project: from a file or a database, into a Parquet file, a folder, a bucket or a database.
+    /// Copy a file or a table without a project.
+    ///
+    /// Into a Parquet file, a folder, a bucket or a database.
     Copy {
         /// Where from: a file, a pattern of files, or a URL.
         from: String,
@@ -182,7 +186,7 @@ enum Verb {
         #[arg(long, env = "FLOODMARK_KEY", value_delimiter = ',', value_name = "COLUMN")]
         key: Vec<String>,
     },
-    /// Show what a connection offers: tables, columns, keys, sizes, candidates for cursors.
+    /// Show what a connection offers.
     Discover {
         /// The connection.
         connection: String,
@@ -233,12 +237,12 @@ enum StateVerb {
         /// The job; all, unless given.
         job: Option<String>,
     },
-    /// Take a target as it is: rows that others added or removed there belong to it now. The watermarks stay.
+    /// Take a target as it is now; the watermarks stay.
     Adopt {
         /// The job.
         job: String,
     },
-    /// Forget how far a job's sources were read: the next run reads everything, and merges it.
+    /// Forget how far a job's sources were read.
     Reset {
         /// The job.
         job: String,

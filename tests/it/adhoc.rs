@@ -68,6 +68,15 @@ fn copy_carries_a_table_to_a_file_a_folder_and_a_database() {
     let again = copy(&["a.csv", "sqlite:books.db", "--to-table", "amounts"]);
     assert!(again.0 == 0 && again.1.contains("nothing new"), "{}", again.1);
 
+    assert_eq!(copy(&["out.parquet", "file:lake", "--to-table", "lines"]).0, 0);
+    let (_, back) = said(&folder.floodmark(&[
+        "sql",
+        "SELECT count(*) AS n FROM 'lake/lines/current/*.parquet'",
+        "--output",
+        "json",
+    ]));
+    assert_eq!(back, "{\"n\":\"2\"}\n");
+
     let (server, schema) = (postgres(), Schema::new());
     let url = format!(
         "postgres://admin@localhost:{}/postgres?schema={}&sslrootcert={}",
