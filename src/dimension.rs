@@ -389,6 +389,7 @@ mod tests {
             update: Vec::new(),
             range: Vec::new(),
             named_ranges: Vec::new(),
+            partition_by: Vec::new(),
             contract: Default::default(),
             rebuild: false,
             marked: false,

@@ -114,6 +114,10 @@ impl Target for Mortal {
         self.0.target().map_or(Guarantee::AtLeastOnce, |target| target.guarantee(output))
     }
 
+    fn has_folders(&self) -> bool {
+        self.0.target().is_some_and(Target::has_folders)
+    }
+
     async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>> {
         self.call(self.inner_target()?.last_record(job)).await
     }

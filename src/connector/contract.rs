@@ -475,7 +475,13 @@ pub(crate) async fn publish(
 ) -> Result<Staged> {
     let job = JobId { project: "contract".to_owned(), job: name.to_owned() };
     let mut release = Release::of(connection, job, None).await;
-    let output = OutputSpec { name: name.to_owned(), key: Vec::new(), range: Vec::new(), ..output(mode) };
+    let output = OutputSpec {
+        name: name.to_owned(),
+        key: Vec::new(),
+        range: Vec::new(),
+        partition_by: Vec::new(),
+        ..output(mode)
+    };
     let rows = futures::stream::iter(batches.into_iter().map(Ok));
     let rows = RecordBatchStreamAdapter::new(Arc::clone(schema), rows);
     let staged = release.load.stage(&output, Box::pin(rows)).await?;
@@ -583,6 +589,8 @@ fn output(mode: Mode) -> OutputSpec {
         update: Vec::new(),
         range: vec!["period".to_owned()],
         named_ranges: Vec::new(),
+        // Tables take no notice of it.
+        partition_by: vec!["period".to_owned()],
         contract: Contract::default(),
         rebuild: false,
         marked: mode == Mode::History,

@@ -374,6 +374,10 @@ pub trait Source: Send + Sync {
 pub trait Target: Send + Sync {
     /// What is promised for this output.
     fn guarantee(&self, output: &OutputSpec) -> Guarantee;
+    /// Whether outputs are files that `partition_by` can lay into folders.
+    fn has_folders(&self) -> bool {
+        false
+    }
     /// The newest record of the job: the truth about what was loaded.
     async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>>;
     /// The record of one release of the job: whether an attempt whose answer was lost has landed, also if others did since.

@@ -430,6 +430,8 @@ pub struct OutputSpec {
     pub range: Vec<String>,
     /// Range values named on the command line, deleted also where the run produced no row for them.
     pub named_ranges: Vec<String>,
+    /// The columns by whose values files are laid into folders.
+    pub partition_by: Vec<String>,
     /// What the table may become.
     pub contract: Contract,
     /// Whether the output's rows are replaced whatever the mode says (`--full-refresh`).

@@ -336,6 +336,9 @@ pub struct OutputSpecFile {
     /// The columns whose values make a range. `replace_range` needs them.
     #[serde(default)]
     pub range: Vec<String>,
+    /// In folders and buckets: files are laid into one folder for each value of these columns, as `period=2026-10/`.
+    #[serde(default)]
+    pub partition_by: Vec<String>,
     /// Control totals of what was written.
     pub totals: Option<TotalsSpec>,
 }

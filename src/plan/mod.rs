@@ -876,6 +876,7 @@ impl Planner<'_> {
                 .chain(&output.update)
                 .chain(&output.latest_by)
                 .chain(&output.effective)
+                .chain(&output.partition_by)
             {
                 if !columns.contains(column.as_str()) {
                     let problem =
@@ -910,6 +911,13 @@ impl Planner<'_> {
                 deletes: output.deletes,
             };
             self.dimension(name, &dimension, schema, partial);
+            if !output.partition_by.is_empty() && !target.has_folders() {
+                self.problems.push(
+                    Problem::new(format!("output `{name}` is a table, and has no folders to lay files into"))
+                        .at(self.document.place(&["target", "outputs", name, "partition_by"]))
+                        .hint("Remove `partition_by`; it is for files in folders and buckets."),
+                );
+            }
             let kept: Vec<_> =
                 schema.fields().iter().filter(|field| field.name() != POSITION_COLUMN).cloned().collect();
             let spec = OutputSpec {
@@ -923,6 +931,7 @@ impl Planner<'_> {
                 } else {
                     Vec::new()
                 },
+                partition_by: output.partition_by.clone(),
                 contract: self.job.target.contract,
                 rebuild: self.request.full_refresh,
                 marked: false,

@@ -468,8 +468,12 @@ impl Job<'_> {
                 let relations = self.relations();
                 self.problems.push(unknown("source or model", &output.from, relations.into_iter(), place));
             }
-            for (columns, key) in [(&output.key, "key"), (&output.range, "range"), (&output.update, "update")]
-            {
+            for (columns, key) in [
+                (&output.key, "key"),
+                (&output.range, "range"),
+                (&output.update, "update"),
+                (&output.partition_by, "partition_by"),
+            ] {
                 self.once(columns, &["target", "outputs", name, key]);
             }
             if output.mode == Mode::Merge && output.key.is_empty() && !of_tables {

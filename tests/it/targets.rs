@@ -327,3 +327,63 @@ fn rows_that_are_gone_are_deleted_or_marked() {
         assert_eq!(rows(&folder), ["1 a 1.10 null", "2 a 2.50 null"], "{name}");
     }
 }
+
+#[test]
+fn files_are_laid_into_folders_by_the_values_of_columns() {
+    let folder = project(TARGETS[0].1, "mode: merge, key: [id], partition_by: [period]", "");
+    let laid = || -> Vec<String> {
+        let current = folder.path().join("out/orders/current/");
+        let mut found: Vec<String> = std::fs::read_dir(current)
+            .unwrap()
+            .map(|entry| entry.unwrap())
+            .map(|entry| {
+                format!(
+                    "{} {}",
+                    entry.file_name().to_str().unwrap(),
+                    std::fs::read_dir(entry.path()).unwrap().count()
+                )
+            })
+            .collect();
+        found.sort();
+        found
+    };
+    assert_eq!(
+        load(&folder, "1,2026-10,1.10\n2,2026-11,2.20\n3,a/../b,3.30\n4,,4.40\n5,2026-10,5.50\n", &[]).0,
+        0
+    );
+    assert_eq!(
+        laid(),
+        [
+            "period=2026-10 1",
+            "period=2026-11 1",
+            "period=__HIVE_DEFAULT_PARTITION__ 1",
+            "period=a%2F..%2Fb 1"
+        ]
+    );
+    // A row moves to another folder, and nothing is left of it where it was.
+    let (_, run) = load(&folder, "2,2026-10,2.20\n6,2026-12,6.60\n", &[]);
+    assert_eq!(counts(&run), [1, 1, 0, 0, 6]);
+    assert_eq!(
+        laid(),
+        [
+            "period=2026-10 2",
+            "period=2026-12 1",
+            "period=__HIVE_DEFAULT_PARTITION__ 1",
+            "period=a%2F..%2Fb 1"
+        ]
+    );
+    assert_eq!(
+        rows(&folder),
+        [
+            "1 2026-10 1.10",
+            "2 2026-10 2.20",
+            "3 a/../b 3.30",
+            "4 null 4.40",
+            "5 2026-10 5.50",
+            "6 2026-12 6.60"
+        ]
+    );
+    let folder = project(TARGETS[1].1, "mode: append, partition_by: [period]", "");
+    folder.write("data/orders.csv", b"id,period,amount\n1,a,1\n");
+    assert_eq!(folder.run(&[]).0, 2);
+}

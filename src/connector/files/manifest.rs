@@ -150,7 +150,10 @@ fn switch_current(root: &Path, job: &JobId, record: &LoadRecord) -> Result<()> {
             durable::make_folder(&links)?;
             for file in &written.files {
                 let data = root.join(output).join(&file.path);
-                let link = links.join(Path::new(&file.path).file_name().unwrap_or_default());
+                let link = links.join(file.path.strip_prefix("data/").unwrap_or(&file.path));
+                if let Some(folder) = link.parent() {
+                    durable::make_folder(folder)?;
+                }
                 match fs::hard_link(&data, &link) {
                     Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                         return Err(Error::io("link", link.display(), error));

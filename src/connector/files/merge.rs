@@ -74,18 +74,37 @@ pub(super) struct Staging<'a> {
 }
 
 impl Staging<'_> {
-    async fn write(&mut self, rows: SendableRecordBatchStream) -> Result<Option<DataFile>> {
+    /// Writes rows into as many files as their partitions and their size need.
+    async fn write(&mut self, rows: SendableRecordBatchStream) -> Result<Vec<DataFile>> {
         let incarnation = self.attempt.incarnation.simple().to_string();
         let attempt = self.attempt.id.simple().to_string();
-        let name = format!(
-            "{}-{:08}-{}-{:04}.parquet",
+        let prefix = format!(
+            "{}-{:08}-{}",
             incarnation.get(..8).unwrap_or_default(),
             self.attempt.seq,
             attempt.get(attempt.len().saturating_sub(12)..).unwrap_or_default(),
-            self.parts
         );
-        self.parts += 1;
-        parquet::write(self.connection, &self.output.name, &name, rows, |_| Ok(())).await
+        let partition_by = &self.output.partition_by;
+        let rows = if partition_by.is_empty() { rows } else { self.sorted(rows).await? };
+        let parts = &mut self.parts;
+        let name = || {
+            let name = format!("{prefix}-{:04}.parquet", *parts);
+            *parts += 1;
+            name
+        };
+        parquet::write_parts(self.connection, &self.output.name, name, rows, partition_by).await
+    }
+
+    /// The rows in the order of their partitions, so that one file is open at a time.
+    async fn sorted(&self, rows: SendableRecordBatchStream) -> Result<SendableRecordBatchStream> {
+        let schema = rows.schema();
+        let spool = Spool::of(&self.output.name, rows, &self.attempt.scratch).await?;
+        let context = session::internal(&self.attempt.scratch, true);
+        context.register_table("s", spool.table()?)?;
+        let columns = quoted_list(self.output.partition_by.iter().map(String::as_str))?;
+        let sorted =
+            context.sql(&format!("SELECT * FROM s ORDER BY {columns}")).await?.execute_stream().await?;
+        Ok(session::conform(sorted, schema))
     }
 
     fn table(&self, files: &[DataFile]) -> Result<Arc<StreamingTable>> {
@@ -104,7 +123,7 @@ impl Staging<'_> {
         rows: SendableRecordBatchStream,
     ) -> Result<(Vec<DataFile>, Staged)> {
         let before: u64 = self.base.iter().map(|file| file.rows).sum();
-        let files: Vec<DataFile> = self.write(rows).await?.into_iter().collect();
+        let files = self.write(rows).await?;
         let after = files.iter().map(|file| file.rows).sum();
         let staged = Staged {
             rows: after,
@@ -125,7 +144,7 @@ impl Staging<'_> {
         let before: u64 = self.base.iter().map(|file| file.rows).sum();
         let mut files = self.conformed().await?;
         let new = self.write(rows).await?;
-        let inserted = new.as_ref().map_or(0, |file| file.rows);
+        let inserted = new.iter().map(|file| file.rows).sum();
         files.extend(new);
         let staged = Staged {
             rows: inserted,
@@ -238,7 +257,7 @@ impl Staging<'_> {
         let new =
             session::conform(context.sql(&sql).await?.execute_stream().await?, Arc::clone(&self.schema));
         let new = self.write(new).await?;
-        staged.inserted = new.as_ref().map_or(0, |file| file.rows);
+        staged.inserted = new.iter().map(|file| file.rows).sum();
         files.extend(new);
         staged.rows_after = before + staged.inserted - staged.deleted;
         let [staying] = counts(&context, &format!("SELECT count(*) FROM s WHERE true{stays}")).await?;

@@ -276,6 +276,119 @@ fn failed(path: &str) -> impl Fn(::parquet::errors::ParquetError) -> Error {
     }
 }
 
+/// Bytes after which a file is closed and the next one begun.
+const FILE_BYTES: usize = 512 << 20;
+
+/// What a folder is called whose value is null, as Hive calls it.
+const NULL_PARTITION: &str = "__HIVE_DEFAULT_PARTITION__";
+
+/// Writes rows, which are sorted by `partition_by`, into files `data/<folder>/<name>` of an output: a folder for each of these
+/// columns' values, a new file where one is large enough. The columns stay in the files.
+pub(super) async fn write_parts(
+    connection: &Arc<FilesConnection>,
+    output: &str,
+    mut name: impl FnMut() -> String,
+    mut rows: SendableRecordBatchStream,
+    partition_by: &[String],
+) -> Result<Vec<DataFile>> {
+    let limits = (connection.row_group_rows, connection.row_group_bytes);
+    let (schema, mut files) = (rows.schema(), Vec::new());
+    let mut open: Option<(String, DataFile, Writer)> = None;
+    while let Some(batch) = rows.next().await {
+        for (folder, part) in partitions(&batch?, partition_by)? {
+            let (folder, file, writer) = match open.take() {
+                Some((current, file, writer))
+                    if current == folder && writer.file.bytes_written() < FILE_BYTES =>
+                {
+                    (current, file, Some(writer))
+                }
+                other => {
+                    if let Some((_, file, writer)) = other {
+                        files.push(close(output, file, writer).await?);
+                    }
+                    let path = format!("data/{folder}{}", name());
+                    (folder, DataFile { path, rows: 0, bytes: 0 }, None)
+                }
+            };
+            let path = format!("{output}/{}", file.path);
+            let file = DataFile { rows: file.rows + part.num_rows() as u64, ..file };
+            let (connection, schema) = (Arc::clone(connection), Arc::clone(&schema));
+            let writer = runtime::blocking(move || {
+                let mut writer = match writer {
+                    Some(writer) => writer,
+                    None => Writer::new(connection.place.new_file(&path)?, &path, schema, limits)?,
+                };
+                writer.write(&part).map_err(failed(&path))?;
+                Ok(writer)
+            })
+            .await?;
+            open = Some((folder, file, writer));
+        }
+    }
+    if let Some((_, file, writer)) = open {
+        files.push(close(output, file, writer).await?);
+    }
+    Ok(files)
+}
+
+async fn close(output: &str, file: DataFile, mut writer: Writer) -> Result<DataFile> {
+    let path = format!("{output}/{}", file.path);
+    runtime::blocking(move || {
+        writer.close_group().map_err(failed(&path))?;
+        let bytes = writer.file.into_inner().map_err(failed(&path))?.finish()?;
+        Ok(DataFile { bytes, ..file })
+    })
+    .await
+}
+
+/// The parts of a batch whose rows lie in one folder each.
+fn partitions(batch: &RecordBatch, partition_by: &[String]) -> Result<Vec<(String, RecordBatch)>> {
+    if batch.num_rows() == 0 {
+        return Ok(Vec::new());
+    }
+    if partition_by.is_empty() {
+        return Ok(vec![(String::new(), batch.clone())]);
+    }
+    let columns = partition_by
+        .iter()
+        .map(|name| {
+            batch.column_by_name(name).cloned().ok_or_else(|| Error::bug("a partition column is missing"))
+        })
+        .collect::<Result<Vec<ArrayRef>>>()?;
+    let options = FormatOptions::new();
+    let texts = columns
+        .iter()
+        .map(|array| ArrayFormatter::try_new(array, &options))
+        .collect::<Result<Vec<_>, _>>()?;
+    let ranges = arrow::compute::partition(&columns)?.ranges();
+    Ok(ranges
+        .into_iter()
+        .map(|range| {
+            let folder: String = partition_by
+                .iter()
+                .zip(columns.iter().zip(&texts))
+                .map(|(name, (array, text))| {
+                    let value = match array.is_null(range.start) {
+                        true => NULL_PARTITION.to_owned(),
+                        false => folder_of(&text.value(range.start).to_string()),
+                    };
+                    format!("{}={value}/", folder_of(name))
+                })
+                .collect();
+            (folder, batch.slice(range.start, range.len()))
+        })
+        .collect())
+}
+
+/// A value as a part of a path: what is not a letter, a digit, `_`, `-` or `.` is written `%xx`.
+fn folder_of(value: &str) -> String {
+    const PLAIN: &percent_encoding::AsciiSet =
+        &percent_encoding::NON_ALPHANUMERIC.remove(b'_').remove(b'-').remove(b'.');
+    let encoded = percent_encoding::utf8_percent_encode(value, PLAIN).to_string();
+    // Neither an empty name nor one that is a way.
+    if encoded.bytes().all(|byte| byte == b'.') { encoded.replace('.', "%2E") } else { encoded }
+}
+
 /// Writes all rows into the file `data/<name>` of an output and makes it durable; `None` where there is no row.
 pub(super) async fn write(
     connection: &Arc<FilesConnection>,

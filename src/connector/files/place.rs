@@ -187,7 +187,7 @@ impl Bucket {
         let failed = |error| self.error("write", "_floodmark/probe", error);
         let first = self.put_new(&path, b"probe").map_err(failed)?;
         let second = self.put_new(&path, b"again").map_err(failed)?;
-        wait(async { drop(self.store.delete(&path.as_str().into()).await) });
+        wait(async { drop(self.store.delete(&object(&path)).await) });
         if !first || second {
             return Err(Error::configuration(format!(
                 "the store of `{}` ignores conditional puts, and two runs could publish the same release",
@@ -203,7 +203,7 @@ impl Bucket {
     /// Puts a small object, whatever has its name.
     pub(super) fn overwrite(&self, path: &str, content: &str) -> Result<()> {
         let payload = PutPayload::from(content.as_bytes().to_vec());
-        wait(self.store.put(&path.into(), payload))
+        wait(self.store.put(&object(path), payload))
             .map(drop)
             .map_err(|error| self.error("write", path, error))
     }
@@ -212,7 +212,7 @@ impl Bucket {
     fn put_new(&self, path: &str, content: &[u8]) -> Result<bool, object_store::Error> {
         let options = PutOptions { mode: PutMode::Create, ..Default::default() };
         let payload = PutPayload::from(content.to_vec());
-        match wait(self.store.put_opts(&path.into(), payload, options)) {
+        match wait(self.store.put_opts(&object(path), payload, options)) {
             Ok(_) => Ok(true),
             Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
                 Ok(false)
@@ -260,7 +260,7 @@ impl Bucket {
     fn read_from(&self, file: &Listed) -> Result<Box<dyn Read + Send>> {
         let etag = file.version.clone().filter(|version| version.starts_with('"'));
         let options = GetOptions { if_match: etag, ..Default::default() };
-        let object = wait(self.store.get_opts(&file.path.as_str().into(), options))
+        let object = wait(self.store.get_opts(&object(&file.path), options))
             .map_err(|error| self.error("read", &file.path, error))?;
         if file.is_not(object.meta.size) {
             return Err(Error::temporary(format!("`{}` changed while it was read", file.path))
@@ -279,6 +279,11 @@ fn root_cause(error: &object_store::Error) -> String {
     }
     let said = cause.to_string();
     said.rsplit_once("HTTP error: ").map_or(said.clone(), |(_, last)| last.to_owned())
+}
+
+/// A path as the store takes it: names are kept as they are written where they can be.
+fn object(path: &str) -> object_store::path::Path {
+    object_store::path::Path::parse(path).unwrap_or_else(|_| path.into())
 }
 
 /// The code that a store's answer names, such as `NoSuchKey`.
@@ -348,7 +353,7 @@ impl Place {
                 Err(error) => Err(Error::io("read", path, error)),
             },
             Self::Bucket(bucket) => {
-                let read = wait(async { bucket.store.get(&path.into()).await?.bytes().await });
+                let read = wait(async { bucket.store.get(&object(path)).await?.bytes().await });
                 match read {
                     Ok(bytes) => String::from_utf8(bytes.to_vec())
                         .map(Some)
@@ -406,7 +411,7 @@ impl Place {
                 }
             }
             Self::Bucket(bucket) => {
-                let listed = wait(bucket.store.list_with_delimiter(Some(&folder.into())))
+                let listed = wait(bucket.store.list_with_delimiter(Some(&object(folder))))
                     .map_err(|error| bucket.error("list", folder, error))?;
                 let name = |path: &object_store::path::Path| path.filename().unwrap_or_default().to_owned();
                 files.extend(listed.objects.iter().map(|object| name(&object.location)));
@@ -430,7 +435,7 @@ impl Place {
                 let store = bucket.store();
                 runtime::detached(async move {
                     for path in paths {
-                        drop(store.delete(&path.as_str().into()).await);
+                        drop(store.delete(&object(&path)).await);
                     }
                 });
             }
@@ -442,7 +447,7 @@ impl Place {
         match self {
             Self::Folder(root) => NewFile::create(&root.join(path)).map(Sink::File),
             Self::Bucket(bucket) => {
-                let writer = BufWriter::with_capacity(bucket.store(), path.into(), PART_BYTES)
+                let writer = BufWriter::with_capacity(bucket.store(), object(path), PART_BYTES)
                     .with_max_concurrency(PARTS_AT_ONCE);
                 Ok(Sink::Object(Box::new(Upload {
                     bridge: Some(SyncIoBridge::new(writer)),
@@ -488,7 +493,7 @@ impl Sink {
                     bridge.shutdown().map_err(failed)?;
                 }
                 upload.bridge = None;
-                let there = wait(upload.store.head(&upload.path.as_str().into()))
+                let there = wait(upload.store.head(&object(&upload.path)))
                     .map_err(|error| Error::io("look at", &upload.path, io::Error::other(error)))?;
                 if there.size != upload.written {
                     return Err(Error::failed(format!(

@@ -31,6 +31,10 @@ impl Target for Arc<FilesConnection> {
         Guarantee::ExactlyOnce
     }
 
+    fn has_folders(&self) -> bool {
+        true
+    }
+
     async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>> {
         let (this, job) = (Self::clone(self), job.clone());
         runtime::blocking(move || this.newest(&job)).await
