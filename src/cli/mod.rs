@@ -71,6 +71,12 @@ enum Verb {
         /// Its folder.
         #[arg(default_value = ".")]
         folder: PathBuf,
+        /// Make a job in the project instead, which loads the tables of this connection of its.
+        #[arg(long, env = "FLOODMARK_FROM", value_name = "CONNECTION")]
+        from: Option<String>,
+        /// With `--from`: only tables like this.
+        #[arg(long, env = "FLOODMARK_TABLES", value_name = "PATTERN")]
+        tables: Option<String>,
     },
     /// Parse, resolve, connect and type-check; read no rows.
     Check {
@@ -343,7 +349,10 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
         Project::load(&root, arguments.env.as_deref())
     };
     match arguments.verb {
-        Verb::Init { folder } => renderer.created(&init::init(&folder)?),
+        Verb::Init { from: Some(connection), tables, .. } => {
+            renderer.created(&init::job_from(&open()?, &connection, tables.as_deref()).await?);
+        }
+        Verb::Init { folder, .. } => renderer.created(&init::init(&folder)?),
         Verb::Schema { kind } => renderer.json(&schema(kind)),
         Verb::Completions { shell } => {
             let mut text = Vec::new();

@@ -306,3 +306,25 @@ fn what_a_connection_offers_is_shown() {
     let (code, text) = told(&folder, &["discover", "erp", "dosc"]);
     assert!(code == 2 && text.contains("docs"), "{text}");
 }
+
+#[test]
+fn a_job_is_made_from_a_connection_and_runs() {
+    let folder = ledger(JOB);
+    std::fs::remove_file(folder.path().join("jobs/load.yaml")).unwrap();
+    sql(
+        &folder,
+        "data/erp.db",
+        "CREATE TABLE \"odd name\" (\"a b\" INTEGER PRIMARY KEY, v TEXT); INSERT INTO \"odd name\" VALUES (1, 'x')",
+    );
+    assert_eq!(told(&folder, &["init", "--from", "erp"]).0, 0);
+    let (code, made) = run(&folder, &[]);
+    assert_eq!(
+        (code, &made["outputs"]["lines"]["inserted"], &made["outputs"]["odd_name"]["inserted"]),
+        (0, &2.into(), &1.into())
+    );
+    assert_eq!(made["outputs"]["other"]["mode"], "replace", "it has no key");
+    let (code, text) = told(&folder, &["init", "--from", "erp"]);
+    assert!(code == 2 && text.contains("already"), "{text}");
+    let (code, text) = told(&folder, &["init", "--from", "epr"]);
+    assert!(code == 2 && text.contains("Did you mean `erp`?"), "{text}");
+}
