@@ -1,6 +1,11 @@
 //! Jobs on a real PostgreSQL: the binary as users meet it.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use crate::{
     mistakes::answered,
@@ -227,6 +232,38 @@ fn history_and_deletes_in_a_table() {
         shop.holds("SELECT string_agg(concat_ws(' ', id, deleted_at::date), ';' ORDER BY id) FROM orders"),
         "1 2026-10-02;3"
     );
+}
+
+#[test]
+fn an_interrupted_run_ends_its_query_on_the_server() {
+    let shop = Shop::new();
+    let job = JOB.replace(
+        "table: orders, incremental: { cursor: changed_at }, totals: { sum: [amount] }",
+        "query: sql/slow.sql",
+    );
+    shop.folder.write("jobs/load.yaml", job.as_bytes());
+    // The name of the schema tells this query from those of other tests.
+    let slow =
+        format!("SELECT id, customer, amount, tags, pg_sleep(300)::text AS {} FROM orders", shop.from.name);
+    shop.folder.write("sql/slow.sql", slow.as_bytes());
+    let active = || -> i64 {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'COPY%' || $1 || '%'";
+        shop.from.with(|client| client.query_one(sql, &[&shop.from.name]).unwrap().get(0))
+    };
+    let until = |expected: i64| {
+        for _ in 0..600 {
+            if active() == expected {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        panic!("the server never had {expected} such queries");
+    };
+    let mut running = shop.command(&["run"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    until(1);
+    kill(Pid::from_raw(running.id().cast_signed()), Signal::SIGINT).unwrap();
+    assert_eq!(running.wait().unwrap().code(), Some(130));
+    until(0);
 }
 
 #[test]
