@@ -79,6 +79,8 @@ impl Dimension {
         let mut merge = OutputSpec { mode: Mode::Merge, marked: true, ..output.clone() };
         if self.history {
             merge.key.push(VALID_FROM.to_owned());
+        } else if self.deletes == Deletes::Soft && !merge.update.is_empty() {
+            merge.update.push(DELETED_AT.to_owned());
         }
         merge
     }
@@ -130,8 +132,11 @@ impl Sides<'_> {
             Some(target) => Some(self.held(target).await?),
             None => None,
         };
-        let context = session::for_models(self.scratch, self.as_of, Arc::default());
+        let context = self.context(Arc::default());
         context.register_table("m", self.model.table()?)?;
+        if self.dimension.history {
+            self.refuse_keys(&context).await?;
+        }
         match &held {
             Some(held) => context.register_table("t", held.table()?)?,
             None => {
@@ -151,10 +156,33 @@ impl Sides<'_> {
         Ok((session::conform(rows, Arc::new(Schema::new(fields))), gone))
     }
 
+    /// A session for joins with the model's rows: when they are many it sorts, so that it can spill.
+    fn context(&self, sources: Arc<OpenSources>) -> SessionContext {
+        let many = self.model.rows() > (self.scratch.limits.memory_bytes / 400) as u64;
+        session::for_joins(self.scratch, self.as_of, sources, !many)
+    }
+
+    /// Refuses two versions of one key that begin at once, and keys that are null: nobody knows which is meant.
+    async fn refuse_keys(&self, context: &SessionContext) -> Result<()> {
+        let columns = self.output.key.iter().chain(&self.dimension.effective).map(String::as_str);
+        let columns = quoted_list(columns)?;
+        let nulls = self.output.key.iter().map(|column| Ok(format!("{} IS NULL", quoted(column)?)));
+        let nulls = nulls.collect::<Result<Vec<_>>>()?.join(" OR ");
+        let count = async |sql: String| -> Result<u64> { Ok(context.sql(&sql).await?.count().await? as u64) };
+        let null_keys = count(format!("SELECT 1 FROM m WHERE {nulls}")).await?;
+        let twice = count(format!("SELECT 1 FROM m GROUP BY {columns} HAVING count(*) > 1")).await?;
+        crate::load::refuse_keys(self.output, null_keys, twice)
+    }
+
     /// The rows of `t` that are there now, as a table.
     fn there(&self) -> String {
         match (self.dimension.history, self.dimension.deletes) {
-            (true, _) => format!("(SELECT * FROM t WHERE {VALID_TO} IS NULL)"),
+            // A version that is still to begin is no row yet.
+            (true, _) => {
+                let since = self.schema.field_with_name(VALID_FROM).map(|field| self.now(field.data_type()));
+                let now = since.unwrap_or_else(|_| "NULL".to_owned());
+                format!("(SELECT * FROM t WHERE {VALID_TO} IS NULL AND {VALID_FROM} < {now})")
+            }
             (false, Deletes::Soft) => format!("(SELECT * FROM t WHERE {DELETED_AT} IS NULL)"),
             _ => "t".to_owned(),
         }
@@ -183,7 +211,7 @@ impl Sides<'_> {
         let snapshot: Snapshot = source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await?;
         let open = OpenSource { connection: Arc::clone(target), snapshot, tap: Arc::default() };
         let sources = OpenSources([(name.to_owned(), open)].into_iter().collect());
-        let context = session::for_models(self.scratch, self.as_of, Arc::new(sources));
+        let context = self.context(Arc::new(sources));
         let scan = Scan { stream, schema: Arc::clone(&schema), window: Window::Whole };
         context.register_table("t", Arc::new(ScanTable(scan)))?;
         context.register_table("m", self.model.table()?)?;
@@ -273,7 +301,7 @@ impl Sides<'_> {
         })?;
         let before = list(&|field| {
             let name = quoted(field.name())?;
-            Ok(format!("lag({name}) OVER w AS {}", quoted(&format!("_before_{}", field.name()))?))
+            Ok(format!("lag({name}) OVER w AS {}", quoted(&format!("_floodmark_before_{}", field.name()))?))
         })?;
         let differs = values
             .iter()
@@ -281,7 +309,7 @@ impl Sides<'_> {
                 Ok(format!(
                     "({} IS DISTINCT FROM {})",
                     quoted(field.name())?,
-                    quoted(&format!("_before_{}", field.name()))?
+                    quoted(&format!("_floodmark_before_{}", field.name()))?
                 ))
             })
             .collect::<Result<Vec<_>>>()?
@@ -297,10 +325,26 @@ impl Sides<'_> {
             // Keys whose last version is open, and which the model no longer has.
             let on = self.same_key("m", "c")?;
             format!(
-                "UNION ALL SELECT {key}{nulls}, {} AS {VALID_FROM}, 3 AS pass, true AS ended
+                "UNION ALL SELECT {key}{nulls}, {} AS {VALID_FROM}, 3 AS _floodmark_pass, true AS _floodmark_ended
                      FROM (SELECT c.* FROM m RIGHT ANTI JOIN {} AS c ON {on})",
                 self.now(since),
                 self.there()
+            )
+        };
+        let back = if self.dimension.deletes == Deletes::Ignore || self.dimension.effective.is_none() {
+            String::new()
+        } else {
+            // Keys whose last version has _floodmark_ended, and which the model has again with nothing newer than that end.
+            let on = self.same_key("m", "c")?;
+            let of_m = list(&|field| Ok(format!("m.{}", quoted(field.name())?)))?;
+            let key_of_m = self.output.key.iter().map(|column| Ok(format!("m.{}", quoted(column)?)));
+            let key_of_m = key_of_m.collect::<Result<Vec<_>>>()?.join(", ");
+            format!(
+                "UNION ALL SELECT {key_of_m}{of_m}, {} AS {VALID_FROM}, 0 AS _floodmark_pass, false AS _floodmark_ended
+                     FROM (SELECT * FROM (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY {effective} DESC) AS _floodmark_nth FROM m) WHERE _floodmark_nth = 1) AS m
+                     JOIN (SELECT {key}, max({VALID_TO}) AS _floodmark_last FROM t GROUP BY {key} HAVING count(*) = count({VALID_TO})) AS c ON {on}
+                     WHERE m.{effective} < c._floodmark_last",
+                self.now(since)
             )
         };
         let all = quoted_list(self.schema.fields().iter().map(|field| field.name().as_str()))?;
@@ -309,24 +353,25 @@ impl Sides<'_> {
         // At one instant what comes in wins over what is there, and that over an end.
         Ok(format!(
             "WITH points AS (
-                 SELECT {key}{plain}, {effective} AS {VALID_FROM}, 0 AS pass, false AS ended FROM m
-                 UNION ALL SELECT {key}{plain}, {VALID_FROM}, 1 AS pass, false AS ended FROM t
-                 UNION ALL SELECT {key}{nulls}, {VALID_TO} AS {VALID_FROM}, 2 AS pass, true AS ended FROM t WHERE {VALID_TO} IS NOT NULL
+                 SELECT {key}{plain}, {effective} AS {VALID_FROM}, 0 AS _floodmark_pass, false AS _floodmark_ended FROM m
+                 UNION ALL SELECT {key}{plain}, {VALID_FROM}, 1 AS _floodmark_pass, false AS _floodmark_ended FROM t
+                 UNION ALL SELECT {key}{nulls}, {VALID_TO} AS {VALID_FROM}, 2 AS _floodmark_pass, true AS _floodmark_ended FROM t WHERE {VALID_TO} IS NOT NULL
                  {ended}
+                 {back}
              ),
              instants AS (
-                 SELECT * FROM (SELECT *, row_number() OVER (PARTITION BY {key}, {VALID_FROM} ORDER BY pass) AS nth FROM points) WHERE nth = 1
+                 SELECT * FROM (SELECT *, row_number() OVER (PARTITION BY {key}, {VALID_FROM} ORDER BY _floodmark_pass) AS _floodmark_nth FROM points) WHERE _floodmark_nth = 1
              ),
              steps AS (
-                 SELECT *, lag(ended) OVER w AS ended_before{before} FROM instants WINDOW w AS (PARTITION BY {key} ORDER BY {VALID_FROM})
+                 SELECT *, lag(_floodmark_ended) OVER w AS _floodmark_ended_before{before} FROM instants WINDOW w AS (PARTITION BY {key} ORDER BY {VALID_FROM})
              ),
              changes AS (
-                 SELECT * FROM steps WHERE CASE WHEN ended THEN NOT coalesce(ended_before, true) ELSE coalesce(ended_before, true) OR {differs} END
+                 SELECT * FROM steps WHERE CASE WHEN _floodmark_ended THEN NOT coalesce(_floodmark_ended_before, true) ELSE coalesce(_floodmark_ended_before, true) OR {differs} END
              ),
              versions AS (
-                 SELECT {key}{plain}, {VALID_FROM}, lead({VALID_FROM}) OVER (PARTITION BY {key} ORDER BY {VALID_FROM}) AS {VALID_TO}, ended FROM changes
+                 SELECT {key}{plain}, {VALID_FROM}, lead({VALID_FROM}) OVER (PARTITION BY {key} ORDER BY {VALID_FROM}) AS {VALID_TO}, _floodmark_ended FROM changes
              ),
-             live AS (SELECT {all} FROM versions WHERE NOT ended)
+             live AS (SELECT {all} FROM versions WHERE NOT _floodmark_ended)
              SELECT {all}, false AS {mark} FROM live
              UNION ALL SELECT {all}, true AS {mark} FROM (SELECT t.* FROM live AS v RIGHT ANTI JOIN t ON {same} AND t.{VALID_FROM} = v.{VALID_FROM})"
         ))
@@ -502,5 +547,24 @@ mod tests {
             shown(&held),
             ["1 Bonn 1..2", "1 Kiel 2..4", "1 Ulm 4..…", "2 Bergen 1..…", "3 Rome 1..2", "3 Rome 4..…"]
         );
+    }
+
+    /// A source that was read in part for one night: the key comes back as it was, and is there again.
+    #[tokio::test]
+    async fn a_key_that_comes_back_as_it_was_is_there_again() {
+        let dimension =
+            Dimension { history: true, effective: Some("since".to_owned()), deletes: Deletes::KeyCompare };
+        let mut held = Versions::new();
+        let all = [(1, "Bonn", 1), (3, "Rome", 1), (4, "Riga", 9)];
+        night(&mut held, &dimension, &all, 2).await;
+        night(&mut held, &dimension, &[(1, "Bonn", 1)], 3).await;
+        // What is still to begin is no row yet, and is not ended.
+        assert_eq!(shown(&held), ["1 Bonn 1..…", "3 Rome 1..3", "4 Riga 9..…"]);
+        for _ in 0..2 {
+            night(&mut held, &dimension, &all, 4).await;
+            assert_eq!(shown(&held), ["1 Bonn 1..…", "3 Rome 1..3", "3 Rome 4..…", "4 Riga 9..…"]);
+        }
+        night(&mut held, &dimension, &all, 5).await;
+        assert_eq!(shown(&held), ["1 Bonn 1..…", "3 Rome 1..3", "3 Rome 4..…", "4 Riga 9..…"]);
     }
 }

@@ -127,7 +127,9 @@ pub fn marks(plan: &Plan, base: Option<&LoadRecord>, warnings: &mut Vec<String>)
     }
     for output in plan.outputs.iter().filter(|output| !base.outputs.contains_key(&output.spec.name)) {
         let upstream: BTreeSet<&str> = plan.upstream(&output.from);
-        if let Some(source) = upstream.iter().find(|source| marks.contains_key(**source)) {
+        if let Some(source) = upstream.iter().find(|source| {
+            marks.contains_key(**source) && plan.streams.get(**source).is_some_and(|stream| stream.partial)
+        }) {
             return Err(Error::data(format!(
                 "output `{}` is new, and would get only what is new of source `{source}`",
                 output.spec.name

@@ -708,7 +708,9 @@ impl Release<'_> {
         let from = quoted(&output.from)?;
         let sql = match &output.latest_by {
             Some(latest) => {
-                let key = crate::names::quoted_list(output.spec.key.iter().map(String::as_str))?;
+                // Of a history every version has a latest row of its own.
+                let key = output.spec.key.iter().chain(&output.dimension.effective);
+                let key = crate::names::quoted_list(key.map(String::as_str))?;
                 let latest = quoted(latest)?;
                 format!(
                     "SELECT {columns} FROM (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY {latest} DESC NULLS LAST) AS _nth FROM {from}) WHERE _nth = 1"
@@ -867,7 +869,9 @@ impl Release<'_> {
         }
         // A source that is not in the job now may come back.
         for (name, known) in base.iter().flat_map(|base| &base.sources) {
-            if known.mark.is_some() && !sources.contains_key(name) {
+            // Nor is it kept for one that another source goes on with.
+            let taken = self.plan.streams.values().any(|stream| stream.identity() == known.reads);
+            if known.mark.is_some() && !taken && !sources.contains_key(name) {
                 sources.insert(
                     name.clone(),
                     SourceRecord { extracted: 0, passed: 0, filtered: 0, rejected: 0, ..known.clone() },
@@ -918,6 +922,10 @@ impl Release<'_> {
             };
             Some((output.spec.name.clone(), record))
         });
+        // Outputs that the job no longer has stay as they were.
+        let gone = self.base.iter().flat_map(|base| &base.outputs);
+        let gone = gone.filter(|(name, _)| !written.contains_key(*name));
+        let gone = gone.map(|(name, before)| (name.clone(), before.clone()));
         LoadRecord {
             v: RECORD_VERSION,
             project: self.plan.id.project.clone(),
@@ -932,7 +940,7 @@ impl Release<'_> {
             engine: concat!("floodmark ", env!("CARGO_PKG_VERSION")).to_owned(),
             mapping_fp: self.plan.mapping_fp.clone(),
             sources,
-            outputs: outputs.collect(),
+            outputs: outputs.chain(gone).collect(),
             quarantined,
             quarantine_files: Vec::new(),
         }

@@ -195,11 +195,21 @@ pub fn spawn(work: impl Future<Output = ()> + Send + 'static) -> TaskGuard {
     TaskGuard(task)
 }
 
-/// Starts a task that nobody waits for: tidying up that may as well not happen. Does nothing where there is no runtime.
+/// Tidying up that is under way.
+static TIDYING: std::sync::LazyLock<tokio_util::task::TaskTracker> =
+    std::sync::LazyLock::new(tokio_util::task::TaskTracker::new);
+
+/// Starts a task that nobody waits for: tidying up. Does nothing where there is no runtime.
 pub fn detached(work: impl Future<Output = ()> + Send + 'static) {
     if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-        drop(runtime.spawn(work));
+        drop(TIDYING.spawn_on(work, &runtime));
     }
+}
+
+/// Waits until everything is tidied up, but not for long.
+pub async fn tidied() {
+    TIDYING.close();
+    drop(tokio::time::timeout(std::time::Duration::from_secs(5), TIDYING.wait()).await);
 }
 
 /// A running task; dropping it aborts the task.

@@ -28,7 +28,17 @@ use crate::{
 
 /// A session for models and checks.
 pub fn for_models(scratch: &Scratch, as_of: DateTime<Utc>, sources: Arc<OpenSources>) -> SessionContext {
-    let mut config = config(true);
+    for_joins(scratch, as_of, sources, true)
+}
+
+/// The same for joins of many rows, which are sorted rather than hashed.
+pub fn for_joins(
+    scratch: &Scratch,
+    as_of: DateTime<Utc>,
+    sources: Arc<OpenSources>,
+    hash_joins: bool,
+) -> SessionContext {
+    let mut config = partitioned(hash_joins);
     config.set_extension(sources);
     let state = SessionStateBuilder::new()
         .with_config(config)
@@ -70,8 +80,11 @@ pub async fn plan_of(
 /// A session for connectors' own work, with SQL of ours. Without hash joins tables are sorted and merged, which can spill;
 /// DataFusion plans that over two partitions or more, so that rows have no order then.
 pub fn internal(scratch: &Scratch, hash_joins: bool) -> SessionContext {
-    let config = config(hash_joins).with_target_partitions(if hash_joins { 1 } else { 2 });
-    SessionContext::new_with_config_rt(config, Arc::clone(&scratch.environment))
+    SessionContext::new_with_config_rt(partitioned(hash_joins), Arc::clone(&scratch.environment))
+}
+
+fn partitioned(hash_joins: bool) -> SessionConfig {
+    config(hash_joins).with_target_partitions(if hash_joins { 1 } else { 2 })
 }
 
 fn config(hash_joins: bool) -> SessionConfig {

@@ -10,7 +10,9 @@ use std::{
 };
 
 use indexmap::IndexMap;
-use sqlparser::ast::{Ident, ObjectName, ObjectNamePart, Query, SetExpr, Statement, visit_relations_mut};
+use sqlparser::ast::{
+    Ident, ObjectName, ObjectNamePart, Query, Statement, Visit as _, Visitor, visit_relations_mut,
+};
 
 use crate::{
     connector::spec::Mode,
@@ -105,10 +107,19 @@ impl Adhoc {
                 (format!("file://{}", fixed.display()), Some(file))
             }
         };
+        Ok(Found { connection: self.connection(url), file })
+    }
+
+    /// The connection of a whole place: a folder, a bucket, a database.
+    fn whole(&mut self, written: &str) -> String {
+        self.connection(absolute(written))
+    }
+
+    fn connection(&mut self, url: String) -> String {
         let known = self.connections.iter().find(|(_, known)| **known == url).map(|(name, _)| name.clone());
-        let connection = known.unwrap_or_else(|| format!("{PLACE}{}", self.connections.len() + 1));
-        self.connections.insert(connection.clone(), url);
-        Ok(Found { connection, file })
+        let name = known.unwrap_or_else(|| format!("{PLACE}{}", self.connections.len() + 1));
+        self.connections.insert(name.clone(), url);
+        name
     }
 
     /// The project of a SELECT whose tables are places.
@@ -132,7 +143,7 @@ impl Adhoc {
                 relation.0.iter().filter_map(ObjectNamePart::as_ident).map(|part| part.value.clone());
             let written = written.collect::<Vec<_>>().join(".");
             if !own.contains(&written) {
-                let next = format!("t{}", places.len() + 1);
+                let next = format!("_{PLACE}{}", places.len() + 1);
                 let name = places.entry(written).or_insert(next).clone();
                 *relation = ObjectName(vec![ObjectNamePart::Identifier(Ident::new(name))]);
             }
@@ -199,7 +210,17 @@ impl Adhoc {
             (None, Some(table)) => table.clone(),
             (None, None) => stem(&copy.from),
         };
-        let to = self.place(&copy.to)?;
+        let last = copy.to.rsplit('/').next().unwrap_or_default().split('?').next().unwrap_or_default();
+        let is_file = [".parquet", ".csv", ".json", ".jsonl", ".gz", ".zst"]
+            .iter()
+            .any(|ending| last.ends_with(ending));
+        if is_file && !copy.to.starts_with("sqlite:") {
+            return Err(Error::configuration(
+                "a copy into a folder or a bucket is an output with a manifest, and no single file",
+            )
+            .hint("Name the folder, and the output with `--to-table`; or a local file `….parquet`."));
+        }
+        let to = self.whole(&copy.to);
         let job = source.replacen(
             JOB,
             &format!("copy_{}", name.to_lowercase().replace(|c: char| !c.is_ascii_alphanumeric(), "_")),
@@ -208,7 +229,7 @@ impl Adhoc {
         let key: Vec<String> = copy.key.iter().map(|column| quoted(column)).collect();
         self.project(&format!(
             "{job}target:\n  connection: {}\n  outputs:\n    {}: {{ from: data, mode: {}, key: [{}] }}\n",
-            to.connection,
+            to,
             quoted(&name),
             copy.mode,
             key.join(", ")
@@ -282,17 +303,27 @@ fn hidden(place: &str) -> String {
     scheme.map_or_else(|| place.to_owned(), |scheme| format!("{scheme}://…"))
 }
 
-/// The names that a SELECT gives to parts of itself.
+/// A name as SQL compares it.
+fn folded(name: &Ident) -> String {
+    if name.quote_style.is_some() { name.value.clone() } else { name.value.to_lowercase() }
+}
+
+/// The names that a SELECT gives to parts of itself, wherever they stand.
 fn ctes(query: &Query) -> Vec<String> {
-    let mut names = Vec::new();
-    if let Some(with) = &query.with {
-        for table in &with.cte_tables {
-            names.push(table.alias.name.value.clone());
-            names.extend(ctes(&table.query));
+    struct Names(Vec<String>);
+
+    impl Visitor for Names {
+        type Break = ();
+
+        fn pre_visit_query(&mut self, query: &Query) -> std::ops::ControlFlow<()> {
+            let tables = query.with.iter().flat_map(|with| &with.cte_tables);
+            self.0.extend(tables.map(|table| folded(&table.alias.name)));
+            std::ops::ControlFlow::Continue(())
         }
     }
-    if let SetExpr::Query(inner) = query.body.as_ref() {
-        names.extend(ctes(inner));
-    }
-    names
+
+    let mut names = Names(Vec::new());
+    let walk = query.visit(&mut names);
+    debug_assert!(walk.is_continue());
+    names.0
 }

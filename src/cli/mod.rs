@@ -321,7 +321,9 @@ pub fn main() -> ExitCode {
     let code = match runtime {
         Ok(runtime) => {
             let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                runtime.block_on(Box::pin(execute(arguments, &renderer)))
+                let code = runtime.block_on(Box::pin(execute(arguments, &renderer)));
+                runtime.block_on(runtime::tidied());
+                code
             }));
             runtime.shutdown_background();
             code.unwrap_or(Ok(70))

@@ -90,6 +90,16 @@ pub(super) async fn adopt(project: &Project, job: &str) -> Result<LoadRecord> {
     let opened = Opened::new(project, job)?;
     let (target, id) = (opened.target()?, opened.id(job));
     let base = target.last_record(&id).await?;
+    if base.is_none() {
+        for (name, _) in
+            opened.document.job.target.outputs.iter().filter(|(_, output)| output.mode == Mode::Append)
+        {
+            if target.current(&id, name).await?.is_some_and(|current| current.rows > 0) {
+                return Err(Error::data(format!("output `{name}` appends, and nobody knows which rows it holds: the next run would append them again"))
+                    .hint("Move its rows away and load anew; or use `mode: merge` with a `key`."));
+            }
+        }
+    }
     let mut record = following(&id, base.as_ref());
     let declared = opened.document.job.target.outputs.keys().filter(|name| !name.contains('*'));
     let names: indexmap::IndexSet<String> = record.outputs.keys().chain(declared).cloned().collect();
@@ -123,7 +133,10 @@ pub(super) async fn adopt(project: &Project, job: &str) -> Result<LoadRecord> {
             rows_after: current.rows,
             rowhash: String::new(),
             columns,
-            key: spec.map(|spec| spec.key.clone()).unwrap_or_default(),
+            key: spec
+                .map(|spec| spec.key.clone())
+                .or(known.as_ref().map(|known| known.key.clone()))
+                .unwrap_or_default(),
             files: known.map(|known| known.files).unwrap_or_default(),
         };
         record.outputs.insert(name, adopted);

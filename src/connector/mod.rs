@@ -69,6 +69,8 @@ pub struct Connector {
     pub schemes: &'static [&'static str],
     /// Variables of the environment that give an option where the project does not: the variable and the option.
     pub variables: &'static [(&'static str, &'static str)],
+    /// Options that say together who asks: if the project gives one of them, variables give none.
+    pub credentials: &'static [&'static str],
     /// The options that such a URL stands for, without those behind its `?`.
     pub from_url: fn(&Url) -> Result<serde_json::Map<String, serde_json::Value>>,
     /// Checks the options and opens nothing.

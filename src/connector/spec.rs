@@ -142,6 +142,10 @@ pub struct Pages {
     pub size_param: Option<String>,
     /// `page`: the first page's number; by default 1.
     pub first: Option<u64>,
+    /// `cursor`, `next_url`: whether an answer that lacks even the place where `next` would stand ends the list. Unless set, only null,
+    /// an empty text or a missing last name does: a path that is misspelt would end every list with its first page.
+    #[serde(default)]
+    pub lenient: bool,
     /// `offset`, `page`: whether the list keeps still while it is read. Unless set, it is read until two readings are equal, since
     /// a row that comes or goes moves others from one page to another.
     #[serde(default)]

@@ -749,11 +749,15 @@ impl Planner<'_> {
                     .hint("Read the source whole, without `incremental`; or let deleted rows come as rows with a column that says so."),
             );
         }
-        if dimension.history && self.request.full_refresh && dimension.effective.is_none() {
+        let remembers =
+            dimension.history && dimension.effective.is_none() || dimension.deletes == Deletes::Soft;
+        if remembers && self.request.full_refresh {
             problems.push(
-                Problem::new(format!("output `{name}` keeps versions that no source has any more, and `--full-refresh` would forget them"))
-                    .at(at("mode"))
-                    .hint("Run without it; or give the output another name, and begin anew there."),
+                Problem::new(format!(
+                    "output `{name}` keeps what no source has any more, and `--full-refresh` would forget it"
+                ))
+                .at(at("mode"))
+                .hint("Run without it; or give the output another name, and begin anew there."),
             );
         }
         if let Some(field) =

@@ -10,10 +10,10 @@ use indexmap::IndexMap;
 
 use crate::{
     connector::{CatalogTable, Connection},
-    error::{Error, Problem, Result, nearest},
+    error::{Error, Place, Problem, Result, nearest},
     job::{JobFile, SourceSpec},
     plan::Promised,
-    project::yaml::Document,
+    project::{output_name_problem, yaml::Document},
 };
 
 /// The job with its patterns replaced by what they match; `None` if it has none.
@@ -102,7 +102,7 @@ pub async fn expand(
                     });
                 }
                 for table in found {
-                    if let Err(problem) = one(job, &mut expanded, name, source, table) {
+                    if let Err(problem) = one(job, &mut expanded, name, source, table, &place) {
                         problems.push(problem.at(place.clone()));
                     }
                 }
@@ -153,6 +153,7 @@ fn one(
     pattern: &str,
     shared: &SourceSpec,
     table: &CatalogTable,
+    place: &Place,
 ) -> Result<(), Problem> {
     let table_name = bare(&table.name);
     let name: String = table_name
@@ -197,7 +198,15 @@ fn one(
             return Err(Problem::new(format!("source `{pattern}`: table `{table_name}` has no primary key, and `mode: {}` needs one", spec.mode))
                 .hint(format!("Name columns that tell its rows apart: `each: {{ {table_name}: {{ key: [id] }} }}`; or leave it out with `except:`.")));
         }
-        expanded.target.outputs.insert(output.replacen('*', table_name, 1), spec);
+        let named = output.replacen('*', table_name, 1);
+        if let Some(problem) = output_name_problem(&named, place.clone()) {
+            return Err(problem
+                .note(format!("it would be made from table `{table_name}`; leave that out with `except:`")));
+        }
+        if expanded.target.outputs.insert(named.clone(), spec).is_some() {
+            return Err(Problem::new(format!("source `{pattern}`: table `{table_name}` would become output `{named}`, and there is one of that name"))
+                .hint("Leave the table out with `except:`, or give one of the outputs another name."));
+        }
     }
     Ok(())
 }

@@ -244,7 +244,12 @@ impl Project {
             resolve(&mut values, &self.root)
                 .map_err(|error| at(error.while_doing(format!("connection `{name}` cannot be used"))))?;
         }
+        let who = file.connector.credentials;
+        let said = who.iter().any(|option| file.options.get(option).is_some());
         for (variable_name, option) in file.connector.variables {
+            if said && who.contains(option) {
+                continue;
+            }
             if let (Some(object), None) = (values.as_object_mut(), file.options.get(option))
                 && let Some(value) = variable(&self.root, variable_name)
             {

@@ -33,6 +33,8 @@ fn sql_asks_files_and_databases_by_their_places() {
     assert_eq!(ask("SELECT sum(amount) AS s FROM 'a.csv'"), (0, "{\"s\":\"0.30\"}\n".to_owned()));
     let joined = "WITH x AS (SELECT id FROM 'more/*.csv') SELECT a.id, l.amount FROM 'a.csv' AS a JOIN 'sqlite:erp.db#lines' AS l ON l.id = a.id WHERE a.id NOT IN (SELECT id FROM x)";
     assert_eq!(ask(joined), (0, "{\"id\":\"1\",\"amount\":\"7.07\"}\n".to_owned()));
+    let named = "WITH T1 AS (SELECT 9 AS id) SELECT a.id FROM 'a.csv' AS a WHERE a.id IN (WITH x AS (SELECT 1 AS id) SELECT id FROM x UNION ALL SELECT id FROM t1)";
+    assert_eq!(ask(named), (0, "{\"id\":\"1\"}\n".to_owned()));
     for (sql, expected) in [
         ("SELECT * FROM 'b.csv'", "there is no file `b.csv`"),
         ("SELECT nothing FROM 'a.csv'", "column 'nothing' not found"),
@@ -95,6 +97,7 @@ fn copy_carries_a_table_to_a_file_a_folder_and_a_database() {
     for (arguments, expected) in [
         (&["sqlite:erp.db", "out.parquet"][..], "nothing says what to copy"),
         (&["a.csv", "out.txt"], "is no place to copy to"),
+        (&["a.csv", "file:lake/out.parquet"], "no single file"),
         (&["sqlite:erp.db", "out.parquet", "--table", "linse"], "Did you mean `lines`?"),
         (&["a.csv", "sqlite:erp.db", "--to-table", "lines"], "holds rows, and no record"),
     ] {

@@ -113,6 +113,15 @@ fn a_mark_belongs_to_what_it_is_of() {
     assert!(told["warnings"][0].as_str().unwrap().contains("goes on where that ended"), "{told}");
     assert_eq!(ids(&folder), [1, 2, 3]);
 
+    // Taken back, it does not go back to where it once was.
+    folder.write("jobs/load.yaml", JOB.as_bytes());
+    folder.write("sql/mappings/load/clean.sql", b"SELECT id, amount FROM lines\n");
+    assert_eq!(run(&folder, &[]).0, 0);
+    assert_eq!(ids(&folder), [1, 2, 3]);
+    folder.write("jobs/load.yaml", renamed.as_bytes());
+    folder.write("sql/mappings/load/clean.sql", b"SELECT id, amount FROM entries\n");
+    assert_eq!(run(&folder, &[]).0, 0);
+
     // A source that is out of the job for a night.
     let other =
         JOB.replace("  lines: { connection: erp, table: lines", "  others: { connection: erp, table: other");
@@ -221,6 +230,12 @@ fn a_target_can_be_taken_as_it_is() {
     assert_eq!(told(&folder, &["state", "reset", "load"]).0, 0);
     assert_eq!(run(&folder, &[]).0, 0);
     assert_eq!(ids(&folder), [1, 2, 3]);
+    // A table that is gone.
+    sql(&folder, "out/books.db", "DROP TABLE lines");
+    assert!(refused(&folder).contains("is gone"));
+    assert_eq!(told(&folder, &["state", "adopt", "load"]).0, 0);
+    assert!(refused(&folder).contains("is new"));
+    assert_eq!(run(&folder, &["--full-refresh"]).0, 0);
     // Rows that no record knows.
     sql(&folder, "out/books.db", "DELETE FROM floodmark_state; DELETE FROM floodmark_log");
     std::fs::remove_dir_all(folder.path().join(".floodmark")).unwrap();
@@ -232,24 +247,31 @@ fn a_target_can_be_taken_as_it_is() {
 
 #[test]
 fn a_job_with_another_name_goes_on_with_its_history() {
-    for target in ["books", "lake"] {
+    for (target, name) in [("books", "ledger"), ("lake", "ledger"), ("lake", "a_ledger")] {
         let job = JOB.replace("connection: books", &format!("connection: {target}"));
         let folder = ledger(&job);
         assert_eq!(run(&folder, &[]).0, 0);
         folder.write(
             "jobs/load.yaml",
-            job.replace("job: load", "job: ledger")
+            job.replace("job: load", &format!("job: {name}"))
                 .replace("  clean:", "  clean: sql/mappings/load/clean.sql")
                 .as_bytes(),
         );
         add(&folder, 3);
         assert!(refused(&folder).contains("no record of job"), "{target}");
-        assert_eq!(told(&folder, &["state", "rename", "load", "ledger"]).0, 0, "{target}");
+        assert_eq!(told(&folder, &["state", "rename", "load", name]).0, 0, "{target}");
         let (code, run) = run(&folder, &[]);
         let lines = &run["outputs"]["lines"];
         assert_eq!((code, &lines["inserted"], &lines["rows_after"]), (0, &1.into(), &3.into()), "{target}");
-        let (code, again) = told(&folder, &["state", "rename", "load", "ledger"]);
+        let (code, again) = told(&folder, &["state", "rename", "load", name]);
         assert_eq!(code, 3, "{target}: {again}");
+        // Readers find the output of the new name only.
+        folder.write("jobs/look.yaml", format!("job: look\nsources: {{ seen: {{ connection: {target}, table: lines }} }}\ntarget:\n  connection: erp\n  outputs: {{ nothing: {{ from: seen, mode: replace }} }}\n").as_bytes());
+        let seen = folder.floodmark(&["preview", "look", "--output", "json"]);
+        assert_eq!(String::from_utf8(seen.stdout).unwrap().lines().count(), 3, "{target} {name}");
+        if target == "lake" {
+            assert_eq!(std::fs::read_dir(folder.path().join("out/lake/lines/current")).unwrap().count(), 2);
+        }
     }
 }
 

@@ -138,3 +138,23 @@ fn a_schema_is_replicated_by_ten_lines_and_then_only_what_changed_moves() {
     assert_eq!(Shop::rows(&shop.to), expected);
     assert_eq!(Shop::rows(&shop.back), expected);
 }
+
+#[test]
+fn tables_that_would_collide_or_leave_the_folder_are_refused() {
+    let folder = Folder::with(&[
+        ("connections.yaml", "erp: { kind: sqlite, path: erp.db }\nlake: { kind: files, root: out }\n"),
+        ("jobs/load.yaml", &JOB.replace("NAME", "load").replace("FROM", "erp").replace("TO", "lake")),
+    ]);
+    let database = rusqlite::Connection::open(folder.path().join("erp.db")).unwrap();
+    let refused = |table: &str, more: &str, expected: &str| {
+        database.execute_batch(&format!("CREATE TABLE \"{table}\" (id INTEGER PRIMARY KEY)")).unwrap();
+        let job = JOB.replace("NAME", "load").replace("FROM", "erp").replace("TO", "lake");
+        folder.write("jobs/load.yaml", format!("{job}{more}").as_bytes());
+        let output = folder.floodmark(&["run"]);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && told.contains(expected), "{told}");
+        database.execute_batch(&format!("DROP TABLE \"{table}\"")).unwrap();
+    };
+    refused("/srv/x", "", "cannot name an output");
+    refused("fm_stage_0", "", "cannot name an output");
+}

@@ -387,3 +387,28 @@ fn files_are_laid_into_folders_by_the_values_of_columns() {
     folder.write("data/orders.csv", b"id,period,amount\n1,a,1\n");
     assert_eq!(folder.run(&[]).0, 2);
 }
+
+#[test]
+fn history_takes_odd_columns_and_refuses_two_versions_that_begin_at_once() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: history, key: [id]", "");
+        folder.write(
+            "sql/mappings/load/clean.sql",
+            b"SELECT id, period AS ended, amount AS pass, 1 AS nth FROM orders\n",
+        );
+        assert_eq!(load(&folder, "1,a,1.10\n", &["--as-of", "2026-10-01"]).0, 0, "{name}");
+        let (code, run) = load(&folder, "1,b,1.10\n", &["--as-of", "2026-10-02"]);
+        assert_eq!((code, counts(&run)), (0, [1, 1, 0, 0, 2]), "{name}");
+        let (code, refused) = load(&folder, "1,b,1.10\n1,c,1.10\n", &["--as-of", "2026-10-03"]);
+        assert!(
+            code == 3 && refused["errors"][0].as_str().unwrap().contains("more than once"),
+            "{name}: {refused}"
+        );
+        assert_eq!(folder.run(&["--full-refresh"]).0, 2, "{name}");
+    }
+    // What was marked as gone is marked though only some columns may change.
+    let folder = project(TARGETS[1].1, "mode: merge, key: [id], deletes: soft, update: [amount]", "");
+    load(&folder, "1,a,1.10\n2,a,2.20\n", &[]);
+    assert_eq!(counts(&load(&folder, "1,a,1.10\n", &[]).1), [0, 1, 1, 0, 2]);
+    assert_eq!(folder.run(&["--full-refresh"]).0, 2);
+}

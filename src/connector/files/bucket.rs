@@ -40,10 +40,13 @@ pub static S3: Connector = Connector {
         ("AWS_ENDPOINT_URL_S3", "endpoint"),
         ("AWS_ENDPOINT_URL", "endpoint"),
     ],
+    credentials: &["access_key_id", "secret_access_key", "session_token"],
     from_url: |url| named(url, "bucket"),
     open: |options| {
         let parsed: S3Options = options.parse()?;
-        let mut builder = AmazonS3Builder::from_env()
+        // The machine's own role is asked for only where nobody says who asks.
+        let named = parsed.access_key_id.is_some();
+        let mut builder = if named { AmazonS3Builder::new() } else { AmazonS3Builder::from_env() }
             .with_bucket_name(&parsed.bucket)
             .with_allow_http(parsed.allow_http)
             .with_client_options(client(parsed.allow_http))
@@ -53,7 +56,16 @@ pub static S3: Connector = Connector {
         }
         if let Some(endpoint) = &parsed.endpoint {
             encrypted(&options, endpoint, parsed.allow_http)?;
-            builder = builder.with_endpoint(endpoint);
+            // The store takes the host as it is.
+            let hosted = match endpoint.split_once("://") {
+                Some((scheme, host))
+                    if parsed.virtual_hosted_style == Some(true) && !host.starts_with(&parsed.bucket) =>
+                {
+                    format!("{scheme}://{}.{host}", parsed.bucket)
+                }
+                _ => endpoint.clone(),
+            };
+            builder = builder.with_endpoint(hosted);
         }
         let hosted = parsed.virtual_hosted_style.unwrap_or(false);
         builder = builder.with_virtual_hosted_style_request(hosted);
@@ -85,6 +97,7 @@ pub static GCS: Connector = Connector {
         ("GOOGLE_APPLICATION_CREDENTIALS", "service_account_file"),
         ("GOOGLE_SERVICE_ACCOUNT_KEY", "service_account_key"),
     ],
+    credentials: &["service_account_file", "service_account_key"],
     from_url: |url| named(url, "bucket"),
     open: |options| {
         let parsed: GcsOptions = options.parse()?;
@@ -117,14 +130,17 @@ pub static AZURE: Connector = Connector {
         ("AZURE_CLIENT_SECRET", "client_secret"),
         ("AZURE_TENANT_ID", "tenant_id"),
     ],
+    credentials: &["access_key", "client_id", "client_secret", "tenant_id"],
     from_url: |url| named(url, "container"),
     open: |options| {
         let parsed: AzureOptions = options.parse()?;
-        let mut builder = MicrosoftAzureBuilder::from_env()
-            .with_container_name(&parsed.container)
-            .with_allow_http(parsed.allow_http)
-            .with_client_options(client(parsed.allow_http))
-            .with_retry(retry(parsed.retry_timeout_ms));
+        let named = parsed.access_key.is_some() || parsed.client_secret.is_some();
+        let mut builder =
+            if named { MicrosoftAzureBuilder::new() } else { MicrosoftAzureBuilder::from_env() }
+                .with_container_name(&parsed.container)
+                .with_allow_http(parsed.allow_http)
+                .with_client_options(client(parsed.allow_http))
+                .with_retry(retry(parsed.retry_timeout_ms));
         if let Some(account) = &parsed.account {
             builder = builder.with_account(account);
         }

@@ -145,6 +145,7 @@ fn switch_current(root: &Path, job: &JobId, record: &LoadRecord) -> Result<()> {
     let full = folder.join(&release);
     let current = folder.join("current");
     if !fs::read_link(&current).is_ok_and(|target| target == release) {
+        durable::make_folder(&full)?;
         for (output, written) in &record.outputs {
             let links = full.join(output);
             durable::make_folder(&links)?;

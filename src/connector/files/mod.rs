@@ -39,6 +39,7 @@ pub static CONNECTOR: Connector = Connector {
     options: || schemars::schema_for!(FilesOptions),
     schemes: &["file"],
     variables: &[],
+    credentials: &[],
     from_url: |url| Ok([("root".to_owned(), path_of(url)?.into())].into_iter().collect()),
     open: |options| {
         let parsed: FilesOptions = options.parse()?;

@@ -24,7 +24,11 @@ use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
 use rayon::prelude::*;
 
-use super::{FilesConnection, manifest::listed, place::Sink};
+use super::{
+    FilesConnection,
+    manifest::listed,
+    place::{Sink, io_error},
+};
 use crate::{
     connector::{
         columns::Misfit,
@@ -269,7 +273,7 @@ fn failed(path: &str) -> impl Fn(::parquet::errors::ParquetError) -> Error {
     let shown = path.to_owned();
     move |error| match error {
         ::parquet::errors::ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
-            Ok(io) => Error::io("write", &shown, *io),
+            Ok(io) => io_error("write", &shown, *io),
             Err(inner) => Error::failed(format!("cannot write `{shown}`")).note(inner.to_string()),
         },
         error => Error::failed(format!("cannot write `{shown}`")).note(error.to_string()),

@@ -15,12 +15,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures::TryStreamExt;
+use bytes::Bytes;
 use object_store::{
-    GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, buffered::BufWriter,
+    GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+    buffered::BufWriter,
 };
 use tokio::runtime::Handle;
-use tokio_util::io::{StreamReader, SyncIoBridge};
+use tokio_util::io::SyncIoBridge;
 
 use super::durable::{self, NewFile};
 use crate::{
@@ -45,7 +46,9 @@ const OF_THE_STORE: &str = "version:";
 
 impl Listed {
     pub(super) fn of(object: ObjectMeta, in_bucket: bool) -> Self {
-        let version = object.e_tag.or(object.version).unwrap_or_else(|| object.last_modified.to_rfc3339());
+        // Some listings leave the quotes out that belong to an ETag.
+        let tag = object.e_tag.map(|tag| if tag.contains('"') { tag } else { format!("\"{tag}\"") });
+        let version = tag.or(object.version).unwrap_or_else(|| object.last_modified.to_rfc3339());
         Self { path: object.location.to_string(), size: object.size, version: in_bucket.then_some(version) }
     }
 
@@ -145,7 +148,13 @@ impl Bucket {
                 .hint("Mend `bucket` in connections.yaml, or create it.");
         }
         if matches!(error, Store::PermissionDenied { .. } | Store::Unauthenticated { .. })
-            || has(&["SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "403 Forbidden"])
+            || has(&[
+                "<Code>SignatureDoesNotMatch",
+                "<Code>InvalidAccessKeyId",
+                "<Code>AccessDenied",
+                "<Code>ExpiredToken",
+                "<Code>InvalidToken",
+            ])
         {
             return of(ErrorKind::Configuration)
                 .note(format!("access is refused{}", code_of(&said)))
@@ -154,12 +163,20 @@ impl Bucket {
         if has(&["instance metadata", "169.254.169.254", "metadata.google.internal"]) {
             return of(ErrorKind::Configuration).note("no credentials are configured").hint(self.credentials);
         }
-        if has(&["dns error", "failed to lookup address"]) {
+        let at_root = |words: &[&str]| words.iter().any(|word| root.contains(word));
+        if at_root(&["Received redirect without LOCATION", "AuthorizationHeaderMalformed"])
+            || has(&["<Code>AuthorizationHeaderMalformed", "redirect without LOCATION"])
+        {
+            return of(ErrorKind::Configuration)
+                .note("the bucket is in another region")
+                .hint("Set `region` in connections.yaml to the bucket's own.");
+        }
+        if at_root(&["dns error", "failed to lookup address"]) && !at_root(&["Temporary failure"]) {
             return of(ErrorKind::Configuration)
                 .note("there is no host of that name")
                 .hint("Mend `endpoint` or `region` in connections.yaml.");
         }
-        if has(&["certificate", "UnknownIssuer"]) {
+        if at_root(&["certificate", "UnknownIssuer"]) {
             return of(ErrorKind::Configuration).note("the server's certificate is not trusted").hint(
                 "Use the name that the certificate has, and install the authority that signed it on this machine.",
             );
@@ -258,17 +275,78 @@ impl Bucket {
 
     /// The bytes of an object, exactly of the listed version.
     fn read_from(&self, file: &Listed) -> Result<Box<dyn Read + Send>> {
-        let etag = file.version.clone().filter(|version| version.starts_with('"'));
-        let options = GetOptions { if_match: etag, ..Default::default() };
-        let object = wait(self.store.get_opts(&object(&file.path), options))
-            .map_err(|error| self.error("read", &file.path, error))?;
-        if file.is_not(object.meta.size) {
+        let path = object(&file.path);
+        let failed = |error| self.error("read", &file.path, error);
+        let there = wait(self.store.head(&path)).map_err(failed)?;
+        let tag = Listed::of(there.clone(), true).version;
+        if file.is_not(there.size) || file.version.is_some() && file.version != tag {
             return Err(Error::temporary(format!("`{}` changed while it was read", file.path))
                 .hint("Run again once it has been delivered completely."));
         }
-        let stream = object.into_stream().map_err(io::Error::other);
-        Ok(Box::new(SyncIoBridge::new(StreamReader::new(stream))))
+        Ok(Box::new(Ranges {
+            store: self.store(),
+            path,
+            tag: tag.filter(|tag| tag.starts_with('"')),
+            at: 0,
+            size: there.size,
+            piece: Bytes::new(),
+        }))
     }
+}
+
+/// An object read in pieces: each is a request of its own, which is tried again by itself, however slowly the pieces are used.
+struct Ranges {
+    store: Arc<dyn ObjectStore>,
+    path: object_store::path::Path,
+    /// The version that every piece must be of.
+    tag: Option<String>,
+    at: u64,
+    size: u64,
+    piece: Bytes,
+}
+
+impl Read for Ranges {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.piece.is_empty() && self.at < self.size {
+            let end = (self.at + PART_BYTES as u64).min(self.size);
+            let options = GetOptions {
+                range: Some(GetRange::Bounded(self.at..end)),
+                if_match: self.tag.clone(),
+                ..Default::default()
+            };
+            let get = async { self.store.get_opts(&self.path, options).await?.bytes().await };
+            self.piece = wait(get).map_err(io::Error::other)?;
+            if self.piece.len() as u64 != end - self.at {
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "a piece of the object is shorter than asked for",
+                ));
+            }
+            self.at = end;
+        }
+        let length = buffer.len().min(self.piece.len());
+        let read = self.piece.split_to(length);
+        if let Some(target) = buffer.get_mut(..length) {
+            target.copy_from_slice(&read);
+        }
+        Ok(length)
+    }
+}
+
+/// An error of reading or writing as one for people: underneath it may be a store's.
+pub(super) fn io_error(doing: &str, path: &str, error: io::Error) -> Error {
+    let Some(store) = error.get_ref().and_then(|inner| inner.downcast_ref::<object_store::Error>()) else {
+        return Error::io(doing, path, error);
+    };
+    let kind = match store {
+        object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
+            ErrorKind::Configuration
+        }
+        _ => ErrorKind::Temporary,
+    };
+    Error::new(kind, format!("cannot {doing} `{path}`"))
+        .note(crate::error::without_values(&root_cause(store)))
+        .hint("`floodmark connections test` tries the store. Run again: nothing of this run was published.")
 }
 
 /// What went wrong at the bottom: the layers above only repeat the request.
@@ -488,13 +566,12 @@ impl Sink {
         match self {
             Self::File(file) => file.finish(),
             Self::Object(mut upload) => {
-                let failed = |error: io::Error| Error::io("write", &upload.path, error);
-                if let Some(bridge) = &mut upload.bridge {
-                    bridge.shutdown().map_err(failed)?;
+                // Once it was asked to end there is nothing left to abort.
+                if let Some(mut bridge) = upload.bridge.take() {
+                    bridge.shutdown().map_err(|error| io_error("write", &upload.path, error))?;
                 }
-                upload.bridge = None;
                 let there = wait(upload.store.head(&object(&upload.path)))
-                    .map_err(|error| Error::io("look at", &upload.path, io::Error::other(error)))?;
+                    .map_err(|error| io_error("look at", &upload.path, io::Error::other(error)))?;
                 if there.size != upload.written {
                     return Err(Error::failed(format!(
                         "`{}` has {} bytes in the store, and {} were written",

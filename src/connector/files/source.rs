@@ -16,7 +16,10 @@ use datafusion::physical_plan::SendableRecordBatchStream;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::{FilesConnection, csv, input, json, manifest, parquet, place::Listed};
+use super::{
+    FilesConnection, csv, input, json, manifest, parquet,
+    place::{Listed, io_error},
+};
 use crate::{
     connector::{
         Bounds, Exactness, Marks, NOTHING_YET, RunTime, Snapshot, Source,
@@ -217,7 +220,7 @@ impl FilesConnection {
 
     fn text(&self, file: &Listed, format: &Format, tap: Option<Arc<Tap>>) -> Result<input::TextReader> {
         let bytes = input::decompressed(self.place.reader(file)?, tap)
-            .map_err(|error| Error::io("read", &file.path, error))?;
+            .map_err(|error| io_error("read", &file.path, error))?;
         Ok(input::TextReader::new(bytes, input::encoding(format.encoding.as_deref())?))
     }
 

@@ -230,12 +230,6 @@ impl Load for FilesLoad {
                 written.files.clone_from(files);
             }
         }
-        // Outputs that this run did not touch stay as they were.
-        for (output, before) in self.base.iter().flat_map(|base| &base.outputs) {
-            if !record.outputs.contains_key(output) {
-                record.outputs.insert(output.clone(), before.clone());
-            }
-        }
         let folder = self.quarantine_folder();
         record.quarantine_files =
             self.quarantine.iter().map(|file| format!("{folder}/{}", file.path)).collect();

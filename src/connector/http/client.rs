@@ -178,8 +178,8 @@ impl Api {
                 }
                 Err(Failure::Later(error, asked)) => (error, asked),
             };
-            let pause = asked.unwrap_or_else(|| jittered(wait));
-            if waited + pause > patience {
+            let pause = jittered(wait).max(asked.unwrap_or_default());
+            if waited.saturating_add(pause) > patience {
                 return Err(match asked {
                     Some(asked) => error.note(format!(
                         "the server wants {} s of patience, and `retry_timeout_ms` is {}",
@@ -314,6 +314,10 @@ impl Api {
                 "If that is right, allow it: `allow_hosts: [{host}]`. It gets no credentials."
             )));
         }
+        self.no_metadata(url)
+    }
+
+    fn no_metadata(&self, url: &Url) -> Result<()> {
         let address = match url.host() {
             Some(Host::Ipv4(address)) => Some(IpAddr::V4(address)),
             Some(Host::Ipv6(address)) => Some(IpAddr::V6(address)),
@@ -414,7 +418,8 @@ impl Api {
                 "Name the authority that signed it: `ca_file: ca.pem`; and use the name that the certificate has.",
             ));
         }
-        if cause.contains("lookup address") || cause.contains("Name or service not known") {
+        let unknown = cause.contains("lookup address") || cause.contains("Name or service not known");
+        if unknown && !cause.contains("Temporary failure") {
             return Failure::Never(
                 of(ErrorKind::Configuration, "there is no host of that name:")
                     .hint("Mend `url` in connections.yaml."),
@@ -458,28 +463,54 @@ impl Api {
         if url.scheme() != "https" && !self.options.allow_http {
             return Err(wrong("`token_url` is not encrypted").hint("Use `https://`."));
         }
+        self.no_metadata(&url)?;
         let mut form = vec![("grant_type", "client_credentials")];
         form.extend(self.options.scope.as_deref().map(|scope| ("scope", scope)));
         let secret = self.options.client_secret.as_ref().map(ExposeSecret::expose_secret);
-        let request = self
-            .client
-            .post(url.clone())
-            .basic_auth(self.options.client_id.as_deref().unwrap_or_default(), secret)
-            .form(&form);
-        let response = request.send().await.map_err(|error| match self.unsent(&url, &error, true) {
-            Failure::Later(error, _) | Failure::Unauthorized(error) | Failure::Never(error) => error,
-        })?;
-        let status = response.status();
-        if !status.is_success() {
-            let kind = if status.is_server_error() { ErrorKind::Temporary } else { ErrorKind::Configuration };
-            return Err(self
-                .error(kind, &url, &format!("{status} instead of a token, from"))
-                .hint("Mend `client_id` and `client_secret` in connections.yaml."));
-        }
-        let granted: Granted = response.json().await.map_err(|error| {
-            self.error(ErrorKind::Failed, &url, "no token in the answer from")
-                .note(without_values(&causes(&error)))
-        })?;
+        let grant = async || -> Result<Granted, Failure> {
+            let request = self
+                .client
+                .post(url.clone())
+                .basic_auth(self.options.client_id.as_deref().unwrap_or_default(), secret)
+                .form(&form);
+            let response = request.send().await.map_err(|error| self.unsent(&url, &error, true))?;
+            let status = response.status();
+            if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+                return Err(self.refused(&url, status, response.headers(), true));
+            }
+            if !status.is_success() {
+                return Err(Failure::Never(
+                    self.error(ErrorKind::Configuration, &url, &format!("{status} instead of a token, from"))
+                        .hint("Mend `client_id` and `client_secret` in connections.yaml."),
+                ));
+            }
+            let body = response.bytes().await.map_err(|error| {
+                let error =
+                    self.error(ErrorKind::Temporary, &url, "the answer broke off, from").note(causes(&error));
+                Failure::Later(error, None)
+            })?;
+            serde_json::from_slice(&body).map_err(|error| {
+                Failure::Never(
+                    self.error(ErrorKind::Failed, &url, "no token in the answer from")
+                        .note(without_values(&error.to_string())),
+                )
+            })
+        };
+        let patience = Duration::from_millis(self.options.retry_timeout_ms.unwrap_or(60_000));
+        let (mut waited, mut wait) = (Duration::ZERO, FIRST_WAIT);
+        let granted = loop {
+            let (error, asked) = match grant().await {
+                Ok(granted) => break granted,
+                Err(Failure::Never(error) | Failure::Unauthorized(error)) => return Err(error),
+                Err(Failure::Later(error, asked)) => (error, asked),
+            };
+            let pause = jittered(wait).max(asked.unwrap_or_default());
+            if waited.saturating_add(pause) > patience {
+                return Err(error);
+            }
+            runtime::sleep(pause).await;
+            (waited, wait) = (waited + pause, (wait * 2).min(LONGEST_WAIT));
+        };
         crate::secret::remember(granted.access_token.expose_secret());
         Ok(granted.access_token)
     }
@@ -601,10 +632,10 @@ fn forbidden(address: IpAddr) -> bool {
             let [a, b] = high.to_be_bytes();
             let [c, d] = low.to_be_bytes();
             let wraps = segments.starts_with(&[0, 0, 0, 0, 0]) || segments.starts_with(&[0x64, 0xff9b]);
-            let metadata = [0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254];
+            let metadata = [[0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254], [0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254]];
             wraps && forbidden(IpAddr::V4([a, b, c, d].into()))
                 || address.is_unicast_link_local()
-                || segments == metadata
+                || metadata.contains(&segments)
         }
     }
 }
@@ -622,6 +653,7 @@ mod tests {
             ("64:ff9b::a9fe:a9fe", true),
             ("fe80::1", true),
             ("fd00:ec2::254", true),
+            ("fd20:ce::254", true),
             ("100.100.100.200", true),
             ("127.0.0.1", false),
             ("10.0.0.7", false),

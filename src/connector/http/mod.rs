@@ -31,6 +31,7 @@ pub static CONNECTOR: Connector = Connector {
     options: || schemars::schema_for!(HttpOptions),
     schemes: &["http", "https"],
     variables: &[],
+    credentials: &[],
     from_url: |url| {
         // The scheme was made one that URLs know nothing of, so that paths stay as written.
         let mut plain = url.as_str().trim_start_matches("x-").to_owned();

@@ -83,6 +83,16 @@ impl JsonPath {
         Self(vec![Step::Name(name.to_owned())])
     }
 
+    /// The path to what holds the last step; the root, if there is none.
+    pub(super) fn parent(&self) -> Self {
+        Self(self.0.split_last().map(|(_, before)| before.to_vec()).unwrap_or_default())
+    }
+
+    /// Whether the path ends with all elements of a list.
+    pub(super) fn ends_with_all(&self) -> bool {
+        self.0.last() == Some(&Step::All)
+    }
+
     /// The values at the path, in order. None is no error: the caller knows whether one must be there.
     ///
     /// # Errors
@@ -132,12 +142,17 @@ pub fn list(value: &RawValue) -> Result<Vec<&RawValue>, String> {
 }
 
 /// The text of a token that says how to go on: text or number; `None` where there is no more.
-pub(super) fn token(value: &RawValue) -> Option<Cow<'_, str>> {
+///
+/// # Errors
+///
+/// If it is anything else.
+pub(super) fn token(value: &RawValue) -> Result<Option<Cow<'_, str>>, String> {
     use crate::connector::json::Scalar;
-    match Scalar::of(value).ok()? {
-        Scalar::Text(text) => Some(text).filter(|text| !text.is_empty()),
-        Scalar::Number(text) => Some(Cow::Borrowed(text)),
-        Scalar::Null | Scalar::Bool(_) | Scalar::Nested(_) => None,
+    match Scalar::of(value)? {
+        Scalar::Text(text) => Ok(Some(text).filter(|text| !text.is_empty())),
+        Scalar::Number(text) => Ok(Some(Cow::Borrowed(text))),
+        Scalar::Null => Ok(None),
+        Scalar::Bool(_) | Scalar::Nested(_) => Err("is neither text nor number".to_owned()),
     }
 }
 

@@ -8,7 +8,8 @@ use std::{
 
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
-use chrono::{NaiveDate, TimeDelta};
+use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime, TimeDelta, Utc};
+use chrono_tz::Tz;
 use datafusion::physical_plan::SendableRecordBatchStream;
 use reqwest::header::{self, HeaderMap};
 use serde_json::value::RawValue;
@@ -32,7 +33,7 @@ use crate::{
     error::{Error, ErrorKind, Result, without_values},
     runtime::{self, AsyncSender},
     types::ColumnType,
-    watermark::{CursorValue, Position, Window},
+    watermark::{CursorValue, Mark, Position, Window},
 };
 
 /// A list that shifts is read so often at most, until two readings are equal.
@@ -47,6 +48,7 @@ impl Source for Arc<HttpConnection> {
         request_of(stream)?;
         if let Some(cursor) = &stream.cursor {
             cursor_type(stream, cursor)?;
+            told(DateTime::<Utc>::default(), request_of(stream)?.time_format.as_deref(), stream)?;
         }
         Ok(Arc::new(declared_schema(stream)))
     }
@@ -65,9 +67,19 @@ impl Source for Arc<HttpConnection> {
             };
             let margin = TimeDelta::milliseconds(self.limits.margin_ms.into());
             let latest = (now - margin).min(time.as_of);
+            let latest = told(latest, request_of(stream)?.time_format.as_deref(), stream)?;
             let hi = match cursor_type(stream, cursor)? {
                 ColumnType::Date(_) => CursorValue::Date(last_closed_day(latest, stream)?),
                 _ => CursorValue::instant(latest),
+            };
+            // A clock that is behind the one that answered last time has nothing new yet.
+            let hi = match since.get(&stream.name) {
+                Some(Mark::Cursor(lo))
+                    if lo.0.first().is_some_and(|lo| lo.kind() == hi.kind() && *lo > hi) =>
+                {
+                    lo.0.first().cloned().unwrap_or(hi)
+                }
+                _ => hi,
             };
             let window = Window::after(since.get(&stream.name), Position::of(hi), cursor.overlap);
             let window = window.map_err(|error| {
@@ -115,6 +127,39 @@ fn cursor_type(stream: &StreamSpec, cursor: &CursorSpec) -> Result<ColumnType> {
         ))
         .hint("An API cannot be asked for its greatest number before it is read.")),
     }
+}
+
+/// The latest instant, not after `at`, that can be told to the API: what a format cannot express is not asked for, and must not
+/// count as read.
+fn told(at: DateTime<Utc>, format: Option<&str>, stream: &StreamSpec) -> Result<DateTime<Utc>> {
+    let rounded = match format {
+        None | Some("rfc3339") => return Ok(at),
+        Some("unix") => DateTime::from_timestamp(at.timestamp(), 0),
+        Some("unix_ms") => DateTime::from_timestamp_millis(at.timestamp_millis()),
+        Some(format) => {
+            let zone = zone_of(stream)?;
+            let text = at.with_timezone(&zone).format(format).to_string();
+            let local = NaiveDateTime::parse_from_str(&text, format).or_else(|_| {
+                NaiveDate::parse_from_str(&text, format).map(|day| day.and_time(NaiveTime::MIN))
+            });
+            let wall = local.ok().and_then(|local| columns::in_zone(&local, zone).ok());
+            let wall = wall.and_then(DateTime::from_timestamp_micros);
+            DateTime::parse_from_str(&text, format).ok().map(|at| at.to_utc()).or(wall)
+        }
+    };
+    rounded.filter(|rounded| *rounded <= at).ok_or_else(|| {
+        let format = format.unwrap_or_default();
+        Error::configuration(format!(
+            "source `{}`: `time_format: {format}` does not say a time that can be read back",
+            stream.name
+        ))
+        .hint("Write at least the year, the month and the day: `%Y-%m-%d`, `%Y-%m-%dT%H:%M:%S%z`.")
+    })
+}
+
+/// The zone in which an API's times without one are meant.
+fn zone_of(stream: &StreamSpec) -> Result<Tz> {
+    Ok(stream.timezone.as_deref().map(columns::zone).transpose()?.unwrap_or(Tz::UTC))
 }
 
 /// One list, being read.
@@ -356,6 +401,8 @@ impl<'a> Reading<'a> {
     fn ends(&self) -> (Option<String>, Option<String>) {
         let Window::Cursor { from, hi, .. } = &self.scan.window else { return (None, None) };
         let format = self.request.time_format.as_deref();
+        // Times of the rows without a zone are read in the stream's own, and so it is asked for them.
+        let zone = self.rules.zone().unwrap_or(Tz::UTC);
         let written = |position: &Position| match position.0.first() {
             Some(CursorValue::Date(day)) => Some(match format {
                 None | Some("rfc3339") => day.to_string(),
@@ -367,7 +414,7 @@ impl<'a> Reading<'a> {
                 None | Some("rfc3339") => at.to_rfc3339_opts(chrono::SecondsFormat::AutoSi, true),
                 Some("unix") => at.timestamp().to_string(),
                 Some("unix_ms") => at.timestamp_millis().to_string(),
-                Some(format) => at.format(format).to_string(),
+                Some(format) => at.with_timezone(&zone).format(format).to_string(),
             }),
             _ => None,
         };
@@ -400,7 +447,13 @@ impl<'a> Reading<'a> {
             Some(path) => path.find(root).map_err(broken)?,
             None => vec![root],
         };
-        if found.is_empty() {
+        let empty_list = match &self.records {
+            Some(path) if found.is_empty() && path.ends_with_all() => {
+                !path.parent().find(root).map_err(broken)?.is_empty()
+            }
+            _ => false,
+        };
+        if found.is_empty() && !empty_list {
             let path = self.request.records.as_deref().unwrap_or("$");
             return Err(self
                 .data(&format!("{place} has nothing at `{path}`"))
@@ -411,8 +464,8 @@ impl<'a> Reading<'a> {
             match value.get().bytes().next() {
                 Some(b'[') => rows.extend(list(value).map_err(broken)?),
                 Some(b'{') => rows.push(value),
-                // An empty list, as some write it.
-                Some(b'n') => {}
+                // An empty list, as some write it; beside an error it is the error's.
+                Some(b'n') if !says_error(root) => {}
                 _ => {
                     return Err(self.data(&format!(
                         "{place} has no list of objects at `{}`",
@@ -527,7 +580,7 @@ impl<'a> Reading<'a> {
             }
             ColumnType::TimestampTz(format) => {
                 let micros = columns::instant(text, format.as_deref(), self.rules.zone()).map_err(of)?;
-                let at = chrono::DateTime::from_timestamp_micros(micros).ok_or("the cursor is no time")?;
+                let at = DateTime::from_timestamp_micros(micros).ok_or("the cursor is no time")?;
                 CursorValue::instant(at)
             }
             _ => return Err("the cursor has no order".to_owned()),
@@ -544,8 +597,19 @@ impl<'a> Reading<'a> {
         let in_body = || -> Result<Option<String>> {
             let root: &RawValue = serde_json::from_slice(&answer.body)
                 .map_err(|_| Error::bug("a page was read and is no JSON"))?;
-            let found = path()?.find(root).map_err(|why| self.data(&why))?;
-            Ok(found.first().and_then(|value| token(value)).map(std::borrow::Cow::into_owned))
+            let (path, written) = (path()?, pages.next.as_deref().unwrap_or_default());
+            let broken = |why: String| self.data(&format!("page {}: `{written}` {why}", self.page));
+            let found = path.find(root).map_err(broken)?;
+            let Some(value) = found.first() else {
+                if !pages.lenient && path.parent().find(root).map_err(broken)?.is_empty() {
+                    return Err(broken("leads to nothing, so that nobody knows whether the list goes on".to_owned())
+                        .hint("Mend `next:`; if the last page has not even its place, set `lenient: true` beside it."));
+                }
+                return Ok(None);
+            };
+            let token = token(value)
+                .map_err(|why| broken(why).hint("Point to the text itself, such as `$.links.next.href`."))?;
+            Ok(token.map(std::borrow::Cow::into_owned))
         };
         let param = |name: &'static str| pages.param.as_deref().unwrap_or(name);
         match pages.kind {
@@ -561,13 +625,9 @@ impl<'a> Reading<'a> {
             },
             PageStyle::Header => {
                 let name = pages.next.as_deref().unwrap_or_default();
-                match answer
-                    .headers
-                    .get(name)
-                    .and_then(|value| value.to_str().ok())
-                    .filter(|token| !token.is_empty())
-                {
-                    Some(token) => self.ask_for(&mut next, param("cursor"), token)?,
+                let token = answer.headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()));
+                match token.filter(|token| !token.is_empty()) {
+                    Some(token) => self.ask_for(&mut next, param("cursor"), &token)?,
                     None => return Ok(None),
                 }
             }
@@ -626,8 +686,15 @@ impl Copied {
     }
 }
 
-fn midnight(day: NaiveDate) -> chrono::DateTime<chrono::Utc> {
-    day.and_time(chrono::NaiveTime::MIN).and_utc()
+/// Whether a document has an error at its root.
+fn says_error(root: &RawValue) -> bool {
+    let Ok(object) = serde_json::from_str::<Object<'_>>(root.get()) else { return false };
+    let nothing = |value: &RawValue| matches!(value.get(), "null" | "false" | "[]" | "{}" | "\"\"");
+    object.0.iter().any(|(key, value)| matches!(key.as_ref(), "error" | "errors") && !nothing(value))
+}
+
+fn midnight(day: NaiveDate) -> DateTime<Utc> {
+    day.and_time(NaiveTime::MIN).and_utc()
 }
 
 /// Sets a query parameter, in the place of one of that name.
@@ -642,15 +709,21 @@ fn set(url: &mut Url, name: &str, value: &str) {
 
 /// The target of `Link: <…>; rel="next"` (RFC 8288).
 fn next_link(headers: &HeaderMap) -> Option<String> {
-    headers.get_all(header::LINK).iter().filter_map(|value| value.to_str().ok()).find_map(|value| {
-        let mut rest = value;
+    headers.get_all(header::LINK).iter().find_map(|value| {
+        let value = String::from_utf8_lossy(value.as_bytes());
+        let mut rest = value.as_ref();
         while let Some(start) = rest.find('<') {
             let (target, behind) = rest.get(start + 1..)?.split_once('>')?;
             let end = behind.find('<').unwrap_or(behind.len());
             let next = behind.get(..end)?.split(';').any(|part| {
                 let part = part.trim().trim_end_matches(',').trim();
-                part.strip_prefix("rel=").is_some_and(|rel| {
-                    rel.trim_matches('"').split_whitespace().any(|rel| rel.eq_ignore_ascii_case("next"))
+                part.split_once('=').is_some_and(|(name, rel)| {
+                    name.trim().eq_ignore_ascii_case("rel")
+                        && rel
+                            .trim()
+                            .trim_matches('"')
+                            .split_whitespace()
+                            .any(|rel| rel.eq_ignore_ascii_case("next"))
                 })
             });
             if next {
@@ -672,6 +745,7 @@ mod tests {
             (r#"<https://a/x?page=2>; rel="next""#, Some("https://a/x?page=2")),
             (r#"<https://a/p>; rel="prev", <https://a/n,1;2>; title="x"; rel=next"#, Some("https://a/n,1;2")),
             (r#"<https://a/l>; rel="last next""#, Some("https://a/l")),
+            (r#"<https://a/l>; REL = "Next""#, Some("https://a/l")),
             (r#"<https://a/l>; rel="last""#, None),
             ("nonsense", None),
         ] {

@@ -30,7 +30,16 @@ fn open(url: &str, more: &serde_json::Value) -> Arc<dyn Connection> {
 
 fn pages(kind: PageStyle, next: Option<&str>) -> Pages {
     let next = next.map(str::to_owned);
-    Pages { kind, next, param: None, size: None, size_param: None, first: None, stable: false }
+    Pages {
+        kind,
+        next,
+        param: None,
+        size: None,
+        size_param: None,
+        first: None,
+        lenient: false,
+        stable: false,
+    }
 }
 
 fn request(pages: Option<Pages>) -> ApiRequest {

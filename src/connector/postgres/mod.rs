@@ -34,6 +34,7 @@ pub static CONNECTOR: Connector = Connector {
     name: "postgres",
     summary: "a PostgreSQL database: tables, views and queries in; tables out",
     options: || schemars::schema_for!(PostgresOptions),
+    credentials: &[],
     schemes: &["postgres", "postgresql"],
     variables: &[
         ("PGHOST", "host"),

@@ -515,9 +515,6 @@ impl PostgresLoad {
                 output.columns = columns_of(&stage.schema);
             }
         }
-        for (output, before) in last.into_iter().flat_map(|last| last.outputs) {
-            record.outputs.entry(output).or_insert(before);
-        }
         let seq = i64::try_from(self.attempt.seq).unwrap_or(i64::MAX);
         if self.quarantined {
             let sql = format!(

@@ -30,6 +30,7 @@ pub static CONNECTOR: Connector = Connector {
     options: || schemars::schema_for!(SqliteOptions),
     schemes: &["sqlite"],
     variables: &[],
+    credentials: &[],
     from_url: |url| Ok([("path".to_owned(), path_of(url)?.into())].into_iter().collect()),
     open: |options| {
         let parsed: SqliteOptions = options.parse()?;

@@ -529,9 +529,6 @@ fn publish(
                 output.columns = columns_of(&stage.schema);
             }
         }
-        for (output, before) in last.into_iter().flat_map(|last| last.outputs) {
-            record.outputs.entry(output).or_insert(before);
-        }
         if quarantined {
             let sql = format!(
                 "INSERT INTO {QUARANTINE} SELECT ?1, ?2, ?3, ?4, \"on\", \"check\", reason, position, row FROM fm_quarantine"
