@@ -753,4 +753,28 @@ mod tests {
             assert_eq!(next_link(&headers).as_deref(), expected, "{header}");
         }
     }
+
+    #[test]
+    fn a_window_ends_where_the_api_can_be_told_that_it_does() {
+        let at = |text: &str| DateTime::parse_from_rfc3339(text).unwrap().to_utc();
+        let stream = |zone: Option<&str>| StreamSpec {
+            timezone: zone.map(str::to_owned),
+            ..StreamSpec::whole("rates", Read::Table("rates".to_owned()))
+        };
+        for (format, zone, expected) in [
+            (None, None, Some("2026-11-24T02:30:00.700900Z")),
+            (Some("unix"), None, Some("2026-11-24T02:30:00Z")),
+            (Some("unix_ms"), None, Some("2026-11-24T02:30:00.700Z")),
+            (Some("%Y-%m-%d %H:%M"), None, Some("2026-11-24T02:30:00Z")),
+            (Some("%Y-%m-%d"), None, Some("2026-11-24T00:00:00Z")),
+            // In New York it is still the day before.
+            (Some("%Y-%m-%d"), Some("America/New_York"), Some("2026-11-23T05:00:00Z")),
+            (Some("%Y-%m-%d %H:%M:%S"), Some("America/New_York"), Some("2026-11-24T02:30:00Z")),
+            (Some("%Y-%m-%dT%H:%M:%S%z"), Some("Asia/Tokyo"), Some("2026-11-24T02:30:00Z")),
+            (Some("%H:%M"), None, None),
+        ] {
+            let found = told(at("2026-11-24T02:30:00.700900Z"), format, &stream(zone)).ok();
+            assert_eq!(found, expected.map(at), "{format:?} {zone:?}");
+        }
+    }
 }

@@ -224,6 +224,14 @@ async fn what_may_help_later_is_asked_again() {
     let error = script.read().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Temporary);
     assert!(error.to_string().contains("3600"), "{error}");
+    // A server that says "at once" for ever is not asked for ever.
+    let script = Script::new(request(None), |_| answer("429 Too Many Requests", "Retry-After: 0", ""));
+    assert_eq!(script.read().await.unwrap_err().kind(), ErrorKind::Temporary);
+    assert!(script.web.count() < 30);
+    let script = Script::new(request(None), |_| {
+        answer("503 Service Unavailable", "Retry-After: 18446744073709551615", "")
+    });
+    assert_eq!(script.read().await.unwrap_err().kind(), ErrorKind::Temporary);
     // By a date of its own clock.
     let headers = "Date: Tue, 24 Nov 2026 08:00:00 GMT\nRetry-After: Tue, 24 Nov 2026 08:30:00 GMT";
     let script = Script::new(request(None), move |_| answer("503 Service Unavailable", headers, ""));
@@ -281,6 +289,7 @@ async fn what_is_no_list_is_no_end_of_the_list() {
         ("a page without a type", answer("200 OK", "", login)),
         ("an error in disguise", json(r#"{"error": "no such tenant"}"#)),
         ("nothing", json("")),
+        ("an error beside a null", json(r#"{"data":{"items":null},"errors":[{"message":"no"}]}"#)),
         ("a list of numbers", json(r#"{"data":{"items":[1,2]}}"#)),
         ("a key twice", json(r#"{"data":{"items":[{"id":1,"amount":1,"note":"a","note":"b"}]}}"#)),
         (
@@ -296,8 +305,15 @@ async fn what_is_no_list_is_no_end_of_the_list() {
         let error = script.read().await.expect_err(name);
         assert_eq!(error.kind(), ErrorKind::Data, "{name}: {error}");
     }
-    let script = Script::new(request(None), |_| json(r#"{"data":{"items":[]}}"#));
-    assert_eq!(script.read().await.unwrap(), 0);
+    for (records, body) in [
+        ("$.data.items", r#"{"data":{"items":[]}}"#),
+        ("$.data.items", r#"{"data":{"items":null},"errors":[]}"#),
+        ("$.data.items[*]", r#"{"data":{"items":[]}}"#),
+    ] {
+        let request = ApiRequest { records: Some(records.to_owned()), ..request(None) };
+        let script = Script::new(request, move |_| json(body));
+        assert_eq!(script.read().await.unwrap(), 0, "{body}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -331,6 +347,24 @@ async fn a_next_page_that_was_read_before_or_is_elsewhere_is_refused() {
         _ => json(&items(1..=2, "")),
     });
     assert_eq!(script.read().await.unwrap(), 2);
+
+    // Where the way to the next page is not what it should be, the list does not just end.
+    for (next, more, ends) in [
+        ("$.links.next", r#","links":{"next":{"href":"/orders?b=1"}}"#, false),
+        ("$.links.next", r#","links":{"next":true}"#, false),
+        ("$.lniks.next", r#","links":{"next":"/orders?b=1"}"#, false),
+        ("$.links.next", r#","links":{}"#, true),
+        ("$.links.next", r#","links":{"next":null}"#, true),
+        ("$.links.next", r#","links":{"next":""}"#, true),
+    ] {
+        let script = Script::new(request(Some(pages(PageStyle::NextUrl, Some(next)))), move |_| {
+            json(&items([1], more))
+        });
+        assert_eq!(script.read().await.is_ok(), ends, "{next} {more}");
+    }
+    let lenient = Pages { lenient: true, ..pages(PageStyle::NextUrl, Some("$.links.next")) };
+    let script = Script::new(request(Some(lenient)), |_| json(&items([1], "")));
+    assert_eq!(script.read().await.unwrap(), 1);
 
     // An endless list ends with the limit.
     let mut script = Script::new(request(Some(pages(PageStyle::Cursor, Some("$.next")))), |asked| {

@@ -16,7 +16,6 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::{SinkExt, StreamExt};
-use sha2::{Digest, Sha256};
 use tokio_postgres::CopyInSink;
 
 use super::{
@@ -140,9 +139,11 @@ async fn last_record(
     job: &JobId,
 ) -> Result<Option<LoadRecord>> {
     let failed = |error: tokio_postgres::Error| this.error("read the state in", &error);
-    let key = lock_key(job);
-    let there = "SELECT to_regclass('floodmark_state') IS NOT NULL FROM pg_advisory_xact_lock_shared($1)";
-    if !session.query_one(there, &[&key]).await.map_err(failed)?.get::<_, bool>(0) {
+    let key = lock_name(job);
+    let there = format!(
+        "SELECT to_regclass('floodmark_state') IS NOT NULL FROM pg_advisory_xact_lock_shared({LOCK_KEY})"
+    );
+    if !session.query_one(&there, &[&key]).await.map_err(failed)?.get::<_, bool>(0) {
         return Ok(None);
     }
     let sql = "SELECT record_json FROM floodmark_state WHERE project = $1 AND job = $2";
@@ -150,10 +151,11 @@ async fn last_record(
     row.map(|row| LoadRecord::from_json(row.get(0))).transpose()
 }
 
-/// The number under which a job's commits wait for each other.
-fn lock_key(job: &JobId) -> i64 {
-    let digest = Sha256::digest(format!("floodmark/{job}").as_bytes());
-    digest.iter().take(8).fold(0_i64, |key, byte| key << 8 | i64::from(*byte))
+/// The number under which a job's commits wait for each other: of the job, and of the schema that its state is in.
+const LOCK_KEY: &str = "hashtextextended($1 || '/' || coalesce(current_schema(), ''), 0)";
+
+fn lock_name(job: &JobId) -> String {
+    format!("floodmark/{job}")
 }
 
 /// An output's name as SQL takes it: `finance.journal` is the table `journal` of the schema `finance`.
@@ -492,13 +494,13 @@ impl PostgresLoad {
             .batch_execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}", this.settings()?))
             .await
             .map_err(failed)?;
-        let lock = "SELECT pg_advisory_xact_lock($1)";
-        session.query_one(lock, &[&lock_key(job)]).await.map_err(failed)?;
+        let lock = format!("SELECT pg_advisory_xact_lock({LOCK_KEY})");
+        session.query_one(&lock, &[&lock_name(job)]).await.map_err(failed)?;
         let there = "SELECT to_regclass('floodmark_quarantine') IS NOT NULL";
         if !session.query_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
             // Two jobs' first commits must not make the same tables at once.
             let tables = JobId { project: String::new(), job: "tables".to_owned() };
-            session.query_one(lock, &[&lock_key(&tables)]).await.map_err(failed)?;
+            session.query_one(&lock, &[&lock_name(&tables)]).await.map_err(failed)?;
             session.batch_execute(TABLES).await.map_err(failed)?;
         }
         let last = last_record(this, session, job).await?;
