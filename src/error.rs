@@ -60,11 +60,17 @@ impl Place {
     pub fn between(file: &Arc<SourceText>, start: (u64, u64), end: (u64, u64)) -> Self {
         match (file.byte_of(start), file.byte_of(end)) {
             (Some(from), Some(to)) if start.0 > 0 => {
-                let to = to.max((from + 1).min(file.text.len()));
-                Self { file: Arc::clone(file), span: from..to }
+                Self { file: Arc::clone(file), span: from..to.max(file.behind(from)) }
             }
             _ => Self::whole(file),
         }
+    }
+
+    /// The word that starts at a byte, or the one character if there is none.
+    pub fn word(file: &Arc<SourceText>, start: usize) -> Self {
+        let rest = file.text.get(start..).unwrap_or_default();
+        let length = rest.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(rest.len());
+        Self { file: Arc::clone(file), span: start..(start + length).max(file.behind(start)) }
     }
 }
 
@@ -76,6 +82,11 @@ impl SourceText {
         let before: usize = self.text.split_inclusive('\n').take(line).map(str::len).sum();
         let line = self.text.get(before..)?.split('\n').next().unwrap_or_default();
         Some(before + line.char_indices().nth(column).map_or(line.len(), |(at, _)| at))
+    }
+
+    /// The byte behind the character at `start`; at the end of the text, `start` itself.
+    fn behind(&self, start: usize) -> usize {
+        start + self.text.get(start..).and_then(|rest| rest.chars().next()).map_or(0, char::len_utf8)
     }
 }
 
@@ -430,6 +441,20 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(nearest(written, names), expected, "{written}");
+        }
+    }
+
+    #[test]
+    fn a_place_ends_behind_a_whole_character() {
+        let file =
+            Arc::new(SourceText { path: "q.sql".to_owned(), text: "SELECT – größe_1, €".to_owned() });
+        for (start, expected) in [(0, "SELECT"), (7, "–"), (11, "größe_1"), (20, ","), (22, "€"), (25, "")]
+        {
+            assert_eq!(file.text.get(Place::word(&file, start).span), Some(expected), "{start}");
+        }
+        for (column, expected) in [(1, "S"), (8, "–"), (19, "€"), (20, "")] {
+            let place = Place::between(&file, (1, column), (1, column));
+            assert_eq!(file.text.get(place.span), Some(expected), "{column}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! From models to a release: stage every output, audit, commit or discard.
 
 use crate::{
-    connector::spec::OutputSpec,
+    connector::{Staged, spec::OutputSpec},
     error::{Error, Result},
 };
 
@@ -29,6 +29,24 @@ pub fn refuse_keys(output: &OutputSpec, nulls: u64, twice: u64) -> Result<()> {
             if twice == 1 { "value" } else { "values" }
         ))
         .hint("Say which row wins: `latest_by: updated_at` on the output; or make the key complete."));
+    }
+    Ok(())
+}
+
+/// Refuses a commit that changed other rows than were announced: inserted, updated, deleted.
+///
+/// # Errors
+///
+/// What was announced, and what was found.
+pub fn as_announced(output: &OutputSpec, staged: &Staged, found: (u64, u64, u64)) -> Result<()> {
+    let announced = (staged.inserted, staged.updated, staged.deleted);
+    if found != announced {
+        return Err(Error::temporary(format!(
+            "output `{}` was changed by somebody else while this run went on",
+            output.name
+        ))
+        .note(format!("announced {announced:?}, found {found:?} (inserted, updated, deleted)"))
+        .hint("Nothing was published. Run again."));
     }
     Ok(())
 }

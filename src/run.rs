@@ -45,7 +45,7 @@ use crate::{
     plan::{self, Backfill, Output, Plan, Promised, Request, scan_table, typed},
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::{
-        ColumnRecord, LoadRecord, OutputRecord, RECORD_VERSION, SourceRecord, columns_of,
+        LoadRecord, OutputRecord, RECORD_VERSION, SourceRecord, columns_of,
         run::{CheckReport, Counts, Outcome, OutputReport, RUN_VERSION, RunRecord, SourceReport, Verdict},
         totals::{RowHash, Totals},
     },
@@ -182,14 +182,13 @@ impl Conductor {
     pub fn reads_from(&self, job: &JobDocument, other: &str) -> bool {
         let Some(other) = self.project.jobs.get(other) else { return false };
         job.job.sources.values().any(|source| {
-            source.connection.as_ref() == Some(&other.job.target.connection)
-                && source.table.iter().chain(&source.tables).any(|table| {
-                    let like = |output: &String| {
-                        // Which tables a pattern stands for is known when it is planned.
-                        output.contains('*') || source.tables.is_some()
-                    };
-                    other.job.target.outputs.contains_key(table) || other.job.target.outputs.keys().any(like)
-                })
+            let outputs = &other.job.target.outputs;
+            // Which tables a pattern stands for is known when it is planned.
+            let all = source.tables.is_some() && !outputs.is_empty();
+            let one = source.table.as_ref().is_some_and(|table| {
+                outputs.contains_key(table) || outputs.keys().any(|output| output.contains('*'))
+            });
+            source.connection.as_ref() == Some(&other.job.target.connection) && (all || one)
         })
     }
 
@@ -886,14 +885,12 @@ impl Release<'_> {
         let Some(before) = self.base.and_then(|base| base.outputs.get(&output.spec.name)) else {
             return false;
         };
-        let columns = columns_of(&output.schema);
-        let names =
-            |columns: &[ColumnRecord]| columns.iter().map(|column| column.name.clone()).collect::<Vec<_>>();
+        let names = before.columns.iter().map(|column| &column.name);
         let same = before.rowhash == hash
             && before.rows_after == staged.rows_after
             && before.rows_after == staged.rows_before
             && before.mode == Mode::Replace.to_string()
-            && names(&before.columns) == names(&columns)
+            && names.eq(output.schema.fields().iter().map(|field| field.name()))
             && !output.spec.rebuild;
         !staged.changes() || same
     }

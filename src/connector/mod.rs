@@ -19,7 +19,7 @@ use crate::{
     names::JobId,
     record::LoadRecord,
     spool::Scratch,
-    watermark::{Mark, Window},
+    watermark::{Mark, Position, Window},
 };
 use spec::{Guarantee, OutputSpec, StreamSpec};
 
@@ -291,6 +291,35 @@ pub struct Bounds {
     pub exactness: BTreeMap<String, Exactness>,
     /// What a person should know: rows from the future, a file that changed.
     pub warnings: Vec<String>,
+}
+
+impl Bounds {
+    /// Reads a stream from where its mark is to `hi`; a table that is empty has none, and stays where it is.
+    ///
+    /// # Errors
+    ///
+    /// If the window cannot follow the mark, see [`Window::after`].
+    pub fn follow(
+        &mut self,
+        stream: &StreamSpec,
+        mark: Option<&Mark>,
+        hi: Option<Position>,
+        exactness: Exactness,
+    ) -> Result<()> {
+        let hi = match (hi, mark) {
+            (Some(hi), _) => hi,
+            (None, Some(Mark::Cursor(lo))) => lo.clone(),
+            (None, _) => Position(Vec::new()),
+        };
+        let overlap = stream.cursor.as_ref().and_then(|cursor| cursor.overlap);
+        let window = Window::after(mark, hi, overlap).map_err(|error| {
+            Error::data(format!("source `{}`: {error}", stream.name))
+                .hint("If that is right, load it anew: `floodmark run --full-refresh`.")
+        })?;
+        self.windows.insert(stream.name.clone(), window);
+        self.exactness.insert(stream.name.clone(), exactness);
+        Ok(())
+    }
 }
 
 /// One consistent view of a system, held open until the last scan has ended.

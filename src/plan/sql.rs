@@ -145,10 +145,7 @@ fn parser_problem(error: &ParserError, file: &Arc<SourceText>) -> Problem {
     match location {
         Some(location) => {
             let start = file.byte_of((location.line, location.column)).unwrap_or(0);
-            let rest = file.text.get(start..).unwrap_or_default();
-            let word = rest.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(rest.len()).max(1);
-            let end = (start + word).min(file.text.len());
-            problem.at(Place { file: Arc::clone(file), span: start.min(end)..end })
+            problem.at(Place::word(file, start))
         }
         None => {
             problem.at(Place { file: Arc::clone(file), span: file.text.trim_end().len()..file.text.len() })

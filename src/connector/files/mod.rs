@@ -77,7 +77,7 @@ pub async fn write_parquet(
         row_group_bytes: ROW_GROUP_BYTES,
     });
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(parquet::write_file(&connection, name, rows, true, |_| Ok(())).await?.unwrap_or_default())
+    Ok(parquet::write_file(&connection, name, rows, true).await?.unwrap_or_default())
 }
 
 /// A folder of files.

@@ -399,10 +399,9 @@ pub(super) async fn write(
     output: &str,
     name: &str,
     rows: SendableRecordBatchStream,
-    each: impl FnMut(&RecordBatch) -> Result<()>,
 ) -> Result<Option<DataFile>> {
     let relative = format!("data/{name}");
-    let written = write_file(connection, format!("{output}/{relative}"), rows, false, each).await?;
+    let written = write_file(connection, format!("{output}/{relative}"), rows, false).await?;
     Ok(written.map(|(rows, bytes)| DataFile { path: relative, rows, bytes }))
 }
 
@@ -412,7 +411,6 @@ pub(super) async fn write_file(
     path: String,
     mut rows: SendableRecordBatchStream,
     even_empty: bool,
-    mut each: impl FnMut(&RecordBatch) -> Result<()>,
 ) -> Result<Option<(u64, u64)>> {
     let limits = (connection.row_group_rows, connection.row_group_bytes);
     let (schema, mut writer, mut count) = (rows.schema(), None, 0_u64);
@@ -424,7 +422,6 @@ pub(super) async fn write_file(
         if batch.num_rows() == 0 {
             continue;
         }
-        each(&batch)?;
         count += batch.num_rows() as u64;
         let (path, schema, connection) = (path.clone(), Arc::clone(&schema), Arc::clone(connection));
         writer = Some(

@@ -217,8 +217,7 @@ impl Load for FilesLoad {
 
     async fn quarantine(&mut self, rows: SendableRecordBatchStream) -> Result<u64> {
         let name = format!("{:08}-{}.parquet", self.attempt.seq, self.attempt.id.simple());
-        self.quarantine =
-            parquet::write(&self.connection, &self.quarantine_folder(), &name, rows, |_| Ok(())).await?;
+        self.quarantine = parquet::write(&self.connection, &self.quarantine_folder(), &name, rows).await?;
         Ok(self.quarantine.as_ref().map_or(0, |file| file.rows))
     }
 

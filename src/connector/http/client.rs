@@ -87,6 +87,40 @@ enum Failure {
     Never(Error),
 }
 
+/// How long one request is tried again.
+struct Patience {
+    /// All waits together are no longer.
+    most: Duration,
+    waited: Duration,
+    next: Duration,
+}
+
+impl Patience {
+    fn of(options: &HttpOptions) -> Self {
+        let most = Duration::from_millis(options.retry_timeout_ms.unwrap_or(60_000));
+        Self { most, waited: Duration::ZERO, next: FIRST_WAIT }
+    }
+
+    /// Waits before another try, as long as the server wants; gives the error back if patience is at its end.
+    async fn wait(&mut self, error: Error, asked: Option<Duration>) -> Result<()> {
+        let pause = jittered(self.next).max(asked.unwrap_or_default());
+        if self.waited.saturating_add(pause) > self.most {
+            return Err(match asked {
+                Some(asked) => error.note(format!(
+                    "the server wants {} s of patience, and `retry_timeout_ms` is {}",
+                    asked.as_secs(),
+                    self.most.as_millis()
+                )),
+                None => error,
+            });
+        }
+        runtime::sleep(pause).await;
+        self.waited += pause;
+        self.next = (self.next * 2).min(LONGEST_WAIT);
+        Ok(())
+    }
+}
+
 impl Api {
     pub(super) fn new(name: &str, options: HttpOptions, base_folder: &std::path::Path) -> Result<Self> {
         let wrong = |what: &str| Error::configuration(format!("connection `{name}`: {what}"));
@@ -160,11 +194,10 @@ impl Api {
 
     /// Asks until there is a whole answer, or patience is at its end.
     pub(super) async fn ask(&self, ask: &Ask) -> Result<Answer> {
-        let patience = Duration::from_millis(self.options.retry_timeout_ms.unwrap_or(60_000));
-        let (mut waited, mut wait, mut renewed) = (Duration::ZERO, FIRST_WAIT, false);
+        let (mut patience, mut renewed) = (Patience::of(&self.options), false);
         loop {
             let token = self.bearer(false).await?;
-            let (error, asked) = match self.attempt(ask, token.as_ref()).await {
+            match self.attempt(ask, token.as_ref()).await {
                 Ok(answer) => return Ok(answer),
                 Err(Failure::Never(error)) => return Err(error),
                 Err(Failure::Unauthorized(error)) => {
@@ -174,24 +207,9 @@ impl Api {
                     }
                     renewed = true;
                     self.bearer(true).await?;
-                    continue;
                 }
-                Err(Failure::Later(error, asked)) => (error, asked),
-            };
-            let pause = jittered(wait).max(asked.unwrap_or_default());
-            if waited.saturating_add(pause) > patience {
-                return Err(match asked {
-                    Some(asked) => error.note(format!(
-                        "the server wants {} s of patience, and `retry_timeout_ms` is {}",
-                        asked.as_secs(),
-                        patience.as_millis()
-                    )),
-                    None => error,
-                });
+                Err(Failure::Later(error, asked)) => patience.wait(error, asked).await?,
             }
-            runtime::sleep(pause).await;
-            waited += pause;
-            wait = (wait * 2).min(LONGEST_WAIT);
         }
     }
 
@@ -496,20 +514,13 @@ impl Api {
                 )
             })
         };
-        let patience = Duration::from_millis(self.options.retry_timeout_ms.unwrap_or(60_000));
-        let (mut waited, mut wait) = (Duration::ZERO, FIRST_WAIT);
+        let mut patience = Patience::of(&self.options);
         let granted = loop {
-            let (error, asked) = match grant().await {
+            match grant().await {
                 Ok(granted) => break granted,
                 Err(Failure::Never(error) | Failure::Unauthorized(error)) => return Err(error),
-                Err(Failure::Later(error, asked)) => (error, asked),
-            };
-            let pause = jittered(wait).max(asked.unwrap_or_default());
-            if waited.saturating_add(pause) > patience {
-                return Err(error);
+                Err(Failure::Later(error, asked)) => patience.wait(error, asked).await?,
             }
-            runtime::sleep(pause).await;
-            (waited, wait) = (waited + pause, (wait * 2).min(LONGEST_WAIT));
         };
         crate::secret::remember(granted.access_token.expose_secret());
         Ok(granted.access_token)

@@ -81,13 +81,7 @@ impl Source for Arc<HttpConnection> {
                 }
                 _ => hi,
             };
-            let window = Window::after(since.get(&stream.name), Position::of(hi), cursor.overlap);
-            let window = window.map_err(|error| {
-                Error::data(format!("source `{}`: {error}", stream.name))
-                    .hint("If that is right, load it anew: `floodmark run --full-refresh`.")
-            })?;
-            bounds.windows.insert(stream.name.clone(), window);
-            bounds.exactness.insert(stream.name.clone(), Exactness::Margin);
+            bounds.follow(stream, since.get(&stream.name), Some(Position::of(hi)), Exactness::Margin)?;
         }
         Ok(bounds)
     }

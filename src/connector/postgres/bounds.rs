@@ -24,7 +24,7 @@ use crate::{
     names::quoted,
     runtime,
     types::ColumnType,
-    watermark::{CursorValue, Mark, Position, Window},
+    watermark::{CursorValue, Position, Window},
 };
 
 /// How long to wait between two looks at who still writes.
@@ -81,19 +81,7 @@ pub(super) async fn bounds(
         }
         let Some((session, activity)) = &opened else { continue };
         let (hi, exactness) = end(this, session, activity, stream, cursor, time).await?;
-        let mark = since.get(&stream.name);
-        let hi = match (hi, mark) {
-            (Some(hi), _) => hi,
-            // An empty table: stay where we are.
-            (None, Some(Mark::Cursor(lo))) => lo.clone(),
-            (None, _) => Position(Vec::new()),
-        };
-        let window = Window::after(mark, hi, cursor.overlap).map_err(|error| {
-            Error::data(format!("source `{}`: {error}", stream.name))
-                .hint("If that is right, load it anew: `floodmark run --full-refresh`.")
-        })?;
-        bounds.windows.insert(stream.name.clone(), window);
-        bounds.exactness.insert(stream.name.clone(), exactness);
+        bounds.follow(stream, since.get(&stream.name), hi, exactness)?;
     }
     Ok(bounds)
 }

@@ -28,29 +28,6 @@ pub(super) const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 /// What it ends with.
 pub(super) const TRAILER: &[u8] = &[0xff, 0xff];
 
-/// The type of a column of the stage, as the server's catalog spells it: one whose binary form we write.
-pub(super) fn stage_type(data_type: &DataType) -> String {
-    match data_type {
-        DataType::Boolean => "boolean".to_owned(),
-        DataType::Int8 | DataType::UInt8 | DataType::Int16 => "smallint".to_owned(),
-        DataType::UInt16 | DataType::Int32 => "integer".to_owned(),
-        DataType::UInt32 | DataType::Int64 => "bigint".to_owned(),
-        DataType::UInt64 => "numeric(20,0)".to_owned(),
-        DataType::Float32 => "real".to_owned(),
-        DataType::Float64 => "double precision".to_owned(),
-        DataType::Decimal128(precision, scale) | DataType::Decimal256(precision, scale) => {
-            format!("numeric({precision},{scale})")
-        }
-        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => "bytea".to_owned(),
-        DataType::Date32 => "date".to_owned(),
-        DataType::Time64(TimeUnit::Microsecond) => "time without time zone".to_owned(),
-        DataType::Timestamp(TimeUnit::Microsecond, None) => "timestamp without time zone".to_owned(),
-        DataType::Timestamp(TimeUnit::Microsecond, Some(_)) => "timestamp with time zone".to_owned(),
-        DataType::Interval(IntervalUnit::MonthDayNano) => "interval".to_owned(),
-        _ => "text".to_owned(),
-    }
-}
-
 /// One column of a batch, in a type whose values we write.
 enum Values {
     Bool(BooleanArray),

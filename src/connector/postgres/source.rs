@@ -311,15 +311,7 @@ async fn refused(this: &PostgresConnection, stream: &StreamSpec, error: &tokio_p
                 .and_then(|at| at.checked_sub(before + 1))
                 .and_then(|at| sql.char_indices().nth(at))
                 .map(|(start, _)| start);
-            let place = match start {
-                Some(start) => {
-                    let word = |c: char| c.is_alphanumeric() || c == '_';
-                    let rest = sql.get(start..).unwrap_or_default();
-                    let length = rest.find(|c| !word(c)).unwrap_or(rest.len()).max(1);
-                    Place { file, span: start..start + length }
-                }
-                None => Place::whole(&file),
-            };
+            let place = start.map_or_else(|| Place::whole(&file), |start| Place::word(&file, start));
             Error::configuration(format!(
                 "source `{}`: PostgreSQL does not take this query: {}",
                 stream.name,

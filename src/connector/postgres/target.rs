@@ -22,8 +22,8 @@ use super::{
     PostgresConnection, Session,
     bounds::text,
     decode::field,
-    encode::{HEADER, TRAILER, rows as encoded, stage_type},
-    types::{Wire, declaration, wire},
+    encode::{HEADER, TRAILER, rows as encoded},
+    types::{Wire, declaration, spelled, stage_type, wire},
 };
 use crate::{
     connector::{
@@ -33,7 +33,7 @@ use crate::{
         spec::{GONE, Guarantee, Mode, OutputSpec},
     },
     error::{Error, ErrorKind, Result},
-    load::refuse_keys,
+    load::{as_announced, refuse_keys},
     names::{JobId, quoted, quoted_list},
     record::{LoadRecord, columns_of},
     runtime,
@@ -349,16 +349,6 @@ impl Stage {
             condition = format!("({condition} OR t.{}::text IN ({}))", quoted(column)?, values.join(", "));
         }
         Ok(condition)
-    }
-}
-
-/// A type of ours as the catalog spells it.
-fn spelled(declared: &str) -> &str {
-    match declared {
-        "time" => "time without time zone",
-        "timestamp" => "timestamp without time zone",
-        "timestamptz" => "timestamp with time zone",
-        other => other,
     }
 }
 
@@ -736,17 +726,5 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
                 .await?
         }
     };
-    let announced = (stage.staged.inserted, stage.staged.updated, stage.staged.deleted);
-    if (inserted, updated, deleted) != announced {
-        return Err(Error::temporary(format!(
-            "output `{}` was changed by somebody else while this run went on",
-            output.name
-        ))
-        .note(format!(
-            "announced {announced:?}, found {:?} (inserted, updated, deleted)",
-            (inserted, updated, deleted)
-        ))
-        .hint("Nothing was published. Run again."));
-    }
-    Ok(())
+    as_announced(output, &stage.staged, (inserted, updated, deleted))
 }

@@ -327,33 +327,56 @@ pub(super) fn declaration(field: &Field) -> Result<String> {
     if let Some(name) = field.metadata().get(TYPE_NAME) {
         return Ok(name.clone());
     }
-    Ok(match field.data_type() {
-        DataType::Boolean => "boolean".to_owned(),
-        DataType::Int8 | DataType::UInt8 | DataType::Int16 => "smallint".to_owned(),
-        DataType::UInt16 | DataType::Int32 => "integer".to_owned(),
-        DataType::UInt32 | DataType::Int64 => "bigint".to_owned(),
-        DataType::UInt64 => "numeric(20,0)".to_owned(),
-        DataType::Float32 => "real".to_owned(),
-        DataType::Float64 => "double precision".to_owned(),
-        DataType::Decimal128(precision, scale) | DataType::Decimal256(precision, scale) => {
-            format!("numeric({precision},{scale})")
-        }
-        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => "text".to_owned(),
-        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => "bytea".to_owned(),
-        DataType::Date32 => "date".to_owned(),
-        DataType::Time64(TimeUnit::Microsecond) => "time".to_owned(),
-        DataType::Timestamp(TimeUnit::Microsecond, None) => "timestamp".to_owned(),
-        DataType::Timestamp(TimeUnit::Microsecond, Some(_)) => "timestamptz".to_owned(),
-        DataType::Interval(IntervalUnit::MonthDayNano) => "interval".to_owned(),
-        DataType::List(element) => format!("{}[]", declaration(element)?),
-        other => {
-            return Err(Error::configuration(format!(
+    match field.data_type() {
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => Ok("text".to_owned()),
+        DataType::List(element) => Ok(format!("{}[]", declaration(element)?)),
+        other => counterpart(other).ok_or_else(|| {
+            Error::configuration(format!(
                 "column `{}` is {other}, which PostgreSQL cannot hold as one column",
                 field.name()
             ))
-            .hint("Cast it in the model, for example to text."));
+            .hint("Cast it in the model, for example to text.")
+        }),
+    }
+}
+
+/// The type of a column of the stage, as the server's catalog spells it: one whose binary form we write.
+pub(super) fn stage_type(data_type: &DataType) -> String {
+    counterpart(data_type).map_or_else(|| "text".to_owned(), |name| spelled(&name).to_owned())
+}
+
+/// The type that holds exactly the values of one of Arrow's, by its short name; `None` of what goes as text.
+fn counterpart(data_type: &DataType) -> Option<String> {
+    let name = match data_type {
+        DataType::Boolean => "boolean",
+        DataType::Int8 | DataType::UInt8 | DataType::Int16 => "smallint",
+        DataType::UInt16 | DataType::Int32 => "integer",
+        DataType::UInt32 | DataType::Int64 => "bigint",
+        DataType::UInt64 => "numeric(20,0)",
+        DataType::Float32 => "real",
+        DataType::Float64 => "double precision",
+        DataType::Decimal128(precision, scale) | DataType::Decimal256(precision, scale) => {
+            return Some(format!("numeric({precision},{scale})"));
         }
-    })
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => "bytea",
+        DataType::Date32 => "date",
+        DataType::Time64(TimeUnit::Microsecond) => "time",
+        DataType::Timestamp(TimeUnit::Microsecond, None) => "timestamp",
+        DataType::Timestamp(TimeUnit::Microsecond, Some(_)) => "timestamptz",
+        DataType::Interval(IntervalUnit::MonthDayNano) => "interval",
+        _ => return None,
+    };
+    Some(name.to_owned())
+}
+
+/// A type's short name as the catalog spells it.
+pub(super) fn spelled(declared: &str) -> &str {
+    match declared {
+        "time" => "time without time zone",
+        "timestamp" => "timestamp without time zone",
+        "timestamptz" => "timestamp with time zone",
+        other => other,
+    }
 }
 
 #[cfg(test)]

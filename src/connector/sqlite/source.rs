@@ -180,16 +180,11 @@ fn refused(this: &SqliteConnection, stream: &StreamSpec, error: &rusqlite::Error
     };
     let file = Arc::new(SourceText { path: file.clone(), text: sql.clone() });
     // SQLite counts bytes, in the text that it was given.
-    let place = usize::try_from(*offset).ok().and_then(|offset| offset.checked_sub(BEFORE_QUERY.len()));
-    let place = match place.filter(|at| sql.is_char_boundary(*at) && *at < sql.len()) {
-        Some(start) => {
-            let word = |c: char| c.is_alphanumeric() || c == '_';
-            let rest = sql.get(start..).unwrap_or_default();
-            let length = rest.find(|c| !word(c)).unwrap_or(rest.len()).max(1);
-            Place { file, span: start..start + length }
-        }
-        None => Place::whole(&file),
-    };
+    let start = usize::try_from(*offset)
+        .ok()
+        .and_then(|offset| offset.checked_sub(BEFORE_QUERY.len()))
+        .filter(|at| sql.is_char_boundary(*at) && *at < sql.len());
+    let place = start.map_or_else(|| Place::whole(&file), |start| Place::word(&file, start));
     Error::configuration(format!("source `{}`: SQLite does not take this query: {msg}", stream.name))
         .at(place)
         .hint("It is SQLite's own dialect, and runs in the source. `floodmark preview` shows what it gives.")
@@ -292,19 +287,7 @@ fn bounds(this: &SqliteConnection, streams: &[StreamSpec], since: &Marks, time: 
                 )));
             }
         };
-        let mark = since.get(&stream.name);
-        let hi = match (hi, mark) {
-            (Some(hi), _) => hi,
-            // An empty table: stay where we are.
-            (None, Some(crate::watermark::Mark::Cursor(lo))) => lo.clone(),
-            (None, _) => Position(Vec::new()),
-        };
-        let window = Window::after(mark, hi, cursor.overlap).map_err(|error| {
-            Error::data(format!("source `{}`: {error}", stream.name))
-                .hint("If that is right, load it anew: `floodmark run --full-refresh`.")
-        })?;
-        bounds.windows.insert(stream.name.clone(), window);
-        bounds.exactness.insert(stream.name.clone(), exactness);
+        bounds.follow(stream, since.get(&stream.name), hi, exactness)?;
     }
     drop(database);
     Ok(bounds)

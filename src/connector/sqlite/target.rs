@@ -32,6 +32,7 @@ use crate::{
         spec::{GONE, Guarantee, Mode, OutputSpec},
     },
     error::{Error, ErrorKind, Result},
+    load::{as_announced, refuse_keys},
     names::{JobId, quoted, quoted_list},
     record::{LoadRecord, columns_of, schema_of},
     runtime,
@@ -386,7 +387,7 @@ fn announce(this: &SqliteConnection, database: &Sqlite, stage: &Stage) -> Result
             database,
             &format!("SELECT count(*) FROM (SELECT 1 FROM {table} GROUP BY {key} HAVING count(*) > 1)"),
         )?;
-        crate::load::refuse_keys(output, null_keys, twice)?;
+        refuse_keys(output, null_keys, twice)?;
     }
     let stays = output.and_stays();
     if stage.current.is_none() {
@@ -657,19 +658,7 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
             ))?
         }
     };
-    let announced = (stage.staged.inserted, stage.staged.updated, stage.staged.deleted);
-    if (inserted, updated, deleted) != announced {
-        return Err(Error::temporary(format!(
-            "output `{}` was changed by somebody else while this run went on",
-            output.name
-        ))
-        .note(format!(
-            "announced {announced:?}, found {:?} (inserted, updated, deleted)",
-            (inserted, updated, deleted)
-        ))
-        .hint("Nothing was published. Run again."));
-    }
-    Ok(())
+    as_announced(output, &stage.staged, (inserted, updated, deleted))
 }
 
 /// One row as SQLite's values.
