@@ -23,6 +23,7 @@ pub mod names;
 pub mod plan;
 pub mod project;
 pub mod record;
+pub mod replay;
 pub mod run;
 pub mod runtime;
 pub mod secret;

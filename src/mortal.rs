@@ -234,6 +234,7 @@ async fn night(folder: &Path, environment: Option<&str>, touches: u32) -> Result
         full_refresh: false,
         ranges: Vec::new(),
         backfill: None,
+        replay: None,
     };
     let done = conductor.run_all(&conductor.waves(&jobs)?, &request).await?;
     done.into_iter()

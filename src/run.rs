@@ -22,7 +22,10 @@ use std::{
 };
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use datafusion::{datasource::ViewTable, physical_plan::SendableRecordBatchStream, prelude::SessionContext};
+use datafusion::{
+    datasource::ViewTable, logical_expr::LogicalPlanBuilder, physical_plan::SendableRecordBatchStream,
+    prelude::SessionContext,
+};
 use futures::{StreamExt, future::join_all};
 use indexmap::IndexMap;
 use tokio_util::sync::CancellationToken;
@@ -30,7 +33,7 @@ use tracing::{Instrument, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::{
-    check::{Check, Sorter, quarantine_batch, quarantine_schema, row_query, whole},
+    check::{Check, READABLE, Sorter, quarantine_batch, quarantine_schema, row_query, whole},
     connector::{
         Attempt, Bounds, CommitOutcome, Connection, Load, Marks, RunTime, Staged,
         scan::{OpenSource, OpenSources},
@@ -42,13 +45,14 @@ use crate::{
     history,
     job::parts_per_million,
     names::quoted,
-    plan::{self, Backfill, Output, Plan, Promised, Request, scan_table, typed},
+    plan::{self, Backfill, Output, Plan, Promised, Replay, Request, scan_table, typed},
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::{
-        LoadRecord, OutputRecord, RECORD_VERSION, SourceRecord, columns_of,
+        LoadRecord, OutputRecord, RECORD_VERSION, Settled, SourceRecord, columns_of,
         run::{CheckReport, Counts, Outcome, OutputReport, RUN_VERSION, RunRecord, SourceReport, Verdict},
         totals::{RowHash, Totals},
     },
+    replay::Waiting,
     runtime::Clock,
     secret, session,
     spool::{Scratch, Spool, SpoolWriter},
@@ -355,8 +359,12 @@ impl Conductor {
             .flatten();
         let (anew, warnings) = (request.full_refresh, &mut record.warnings);
         history::of_target(&plan, target, base.as_ref(), remembered, anew, warnings).await?;
+        if request.leaves_marks() && base.is_none() {
+            return Err(Error::configuration(format!("job `{}` has not run yet", plan.id.job))
+                .hint("Run it first: its first run reads everything."));
+        }
         if let Some(backfill) = &request.backfill {
-            refuse_backfill(&plan, backfill, base.as_ref())?;
+            refuse_backfill(&plan, backfill)?;
         }
         let marks = if anew { Marks::new() } else { history::marks(&plan, base.as_ref(), warnings)? };
         let attempt = Attempt {
@@ -409,8 +417,8 @@ impl Conductor {
     }
 }
 
-/// Refuses a backfill that would hold rows twice, or that has nothing to stand on.
-fn refuse_backfill(plan: &Plan, backfill: &Backfill, base: Option<&LoadRecord>) -> Result<()> {
+/// Refuses a backfill that would hold rows twice, or that reads nothing.
+fn refuse_backfill(plan: &Plan, backfill: &Backfill) -> Result<()> {
     let by_cursor = |name: &String| plan.streams.get(name).is_some_and(|stream| stream.spec.cursor.is_some());
     let wrong = |what: String, hint: &str| Err(Error::configuration(what).hint(hint));
     match &backfill.source {
@@ -432,12 +440,6 @@ fn refuse_backfill(plan: &Plan, backfill: &Backfill, base: Option<&LoadRecord>) 
         return wrong(
             format!("output `{}` appends, and would hold the rows of the range twice", output.spec.name),
             "Use `mode: merge` with a `key`, or load anew with `--full-refresh`.",
-        );
-    }
-    if base.is_none() {
-        return wrong(
-            format!("job `{}` has not run yet", plan.id.job),
-            "Run it first: its first run reads everything.",
         );
     }
     Ok(())
@@ -482,10 +484,21 @@ impl Release<'_> {
             open.0.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.tap))).collect();
         let context = session::for_models(&self.attempt.scratch, plan.as_of, Arc::new(open));
         let mut aside = Aside(SpoolWriter::new("set aside", quarantine_schema(), &self.attempt.scratch));
+        let waiting = self.waiting(connections, &taps, record).await?;
+        if waiting.as_ref().is_some_and(Waiting::is_empty) {
+            record.warnings.push("no rows wait in the quarantine".to_owned());
+            return Ok(None);
+        }
+        let waits = |name: &str| waiting.as_ref().and_then(|waiting| waiting.at(name));
         let mut row_rejects: HashMap<String, u64> = HashMap::new();
         for (name, stream) in &plan.streams {
-            let window = windows.get(name).cloned().unwrap_or(Window::Whole);
-            context.register_table(name, scan_table(stream, window))?;
+            match waits(name) {
+                Some(rows) => context.register_table(name, rows.table()?)?,
+                None => {
+                    let window = windows.get(name).cloned().unwrap_or(Window::Whole);
+                    context.register_table(name, scan_table(stream, window))?
+                }
+            };
             if stream.spool {
                 let count = self.write_down(&context, name, &mut aside, record).await;
                 let count = count.map_err(|error| error.note(format!("while source `{name}` was read")))?;
@@ -494,6 +507,13 @@ impl Release<'_> {
         }
         for (name, model) in &plan.models {
             let view = typed(&context, &model.select).await?;
+            let view = match waits(name) {
+                Some(rows) => {
+                    let rows = context.read_table(rows.table()?)?.into_unoptimized_plan();
+                    LogicalPlanBuilder::from(view).union(rows)?.build()?
+                }
+                None => view,
+            };
             context.register_table(name, Arc::new(ViewTable::new(view, None)))?;
             if model.spool {
                 let count = self.write_down(&context, name, &mut aside, record).await;
@@ -515,6 +535,9 @@ impl Release<'_> {
         for output in &plan.outputs {
             let (staged, hash) = self.output(&context, output, connections, record).await?;
             self.guard(output, &staged)?;
+            if let (Some(waiting), Some(Replay { overwrite: false, .. })) = (&waiting, &self.request.replay) {
+                waiting.refuse_overwriting(plan, output, staged.updated)?;
+            }
             written.insert(output.spec.name.clone(), (staged, hash));
         }
         // Sources are let go before the target is locked: they may be the same database.
@@ -523,7 +546,7 @@ impl Release<'_> {
         for (name, tap) in &taps {
             let rejects = tap.rejects();
             let rows = rejects.into_iter().map(|reject| {
-                [name.clone(), "readable".to_owned(), reject.reason, reject.position, reject.row]
+                [name.clone(), READABLE.to_owned(), reject.reason, reject.position, reject.row]
             });
             aside.0.push(&quarantine_batch(rows)?)?;
         }
@@ -545,10 +568,38 @@ impl Release<'_> {
         let before = self.base.map(LoadRecord::marks).unwrap_or_default();
         let after: Marks =
             sources.iter().filter_map(|(name, source)| Some((name.clone(), source.mark.clone()?))).collect();
-        if unchanged && before == after && aside.rows() == 0 && self.base.is_some() {
+        let settled = match waiting {
+            Some(waiting) => waiting.settled,
+            None if self.request.full_refresh => Settled::before(self.attempt.seq),
+            None => self.settled(),
+        };
+        let settles = settled != self.settled() && !self.request.full_refresh;
+        if unchanged && before == after && aside.rows() == 0 && self.base.is_some() && !settles {
             return Ok(None);
         }
-        Ok(Some(self.load_record(sources, &written, aside.rows())))
+        Ok(Some(self.load_record(sources, &written, aside.rows(), settled)))
+    }
+
+    /// Which rows that were set aside wait no longer.
+    fn settled(&self) -> Settled {
+        self.base.map(|base| base.settled.clone()).unwrap_or_default()
+    }
+
+    /// The rows of the quarantine that go through the job now, if it is asked to replay any.
+    async fn waiting(
+        &self,
+        connections: &Connections,
+        taps: &IndexMap<String, Arc<Tap>>,
+        record: &mut RunRecord,
+    ) -> Result<Option<Waiting>> {
+        let Some(replay) = &self.request.replay else { return Ok(None) };
+        let target = connections.get(&self.plan.target).and_then(|connection| connection.target());
+        let target = target.ok_or_else(|| Error::bug("the target is not open"))?;
+        let rows = target.quarantined(&self.plan.id).await?;
+        let (seq, scratch) = (self.attempt.seq, &self.attempt.scratch);
+        let waiting = Waiting::of(rows, self.plan, replay, &self.settled(), seq, taps, scratch).await?;
+        record.warnings.extend(waiting.warnings.iter().cloned());
+        Ok(Some(waiting))
     }
 
     /// Fixes the windows, then opens one snapshot a connection.
@@ -571,8 +622,8 @@ impl Release<'_> {
                 .and_then(|connection| connection.source())
                 .ok_or_else(|| Error::bug("a source is not open"))?;
             let mut fixed = source.bounds(&streams, marks, time).await?;
-            if let Some(backfill) = &self.request.backfill {
-                self.backfill(backfill, &streams, &mut fixed)?;
+            if self.request.leaves_marks() {
+                self.read_again(&streams, &mut fixed)?;
             }
             for warning in &fixed.warnings {
                 warn!("{warning}");
@@ -606,11 +657,16 @@ impl Release<'_> {
         Ok((open, windows))
     }
 
-    /// Puts the range of a backfill in the place of what is new. Sources without a cursor are read as ever; of files, none.
-    fn backfill(&self, backfill: &Backfill, streams: &[StreamSpec], fixed: &mut Bounds) -> Result<()> {
+    /// Puts the range of a backfill, or nothing, in the place of what is new. Sources without a cursor are read as ever; of files,
+    /// none.
+    fn read_again(&self, streams: &[StreamSpec], fixed: &mut Bounds) -> Result<()> {
         for stream in streams.iter().filter_map(|spec| self.plan.streams.get(&spec.name)) {
             let name = &stream.spec.name;
-            let window = match (stream.again(backfill)?, fixed.windows.get(name)) {
+            let range = match &self.request.backfill {
+                Some(backfill) => stream.again(backfill)?,
+                None => None,
+            };
+            let window = match (range, fixed.windows.get(name)) {
                 (Some(window), _) => window,
                 // Nothing of it: the next run reads what is new.
                 (None, Some(Window::Cursor { lo, .. })) => {
@@ -861,7 +917,7 @@ impl Release<'_> {
             );
             let before = base.and_then(|base| base.sources.get(name));
             // What nobody asked for was not read: its mark does not move. Nor does that of a range that was read again.
-            let moves = tap.is_started() && self.request.backfill.is_none();
+            let moves = tap.is_started() && !self.request.leaves_marks();
             let read = if moves { &window } else { &Window::Whole };
             let reads = stream.identity();
             sources.insert(name.clone(), SourceRecord::of(read, reads, counts, before));
@@ -900,6 +956,7 @@ impl Release<'_> {
         sources: IndexMap<String, SourceRecord>,
         written: &IndexMap<String, (Staged, String)>,
         quarantined: u64,
+        settled: Settled,
     ) -> LoadRecord {
         let now: DateTime<Utc> = self.conductor.clock.now();
         let outputs = self.plan.outputs.iter().filter_map(|output| {
@@ -940,6 +997,7 @@ impl Release<'_> {
             outputs: outputs.chain(gone).collect(),
             quarantined,
             quarantine_files: Vec::new(),
+            settled,
         }
     }
 }

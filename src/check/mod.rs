@@ -263,6 +263,9 @@ fn flag(index: usize) -> String {
     format!("_check_{index}")
 }
 
+/// What a row is set aside by that could not be read: no check, but its source.
+pub const READABLE: &str = "readable";
+
 /// The columns of rows that were set aside.
 pub fn quarantine_schema() -> SchemaRef {
     let text = |name: &str| Field::new(name, DataType::Utf8, false);
@@ -368,10 +371,13 @@ impl<'a> Sorter<'a> {
     }
 }
 
-fn row_json(batch: &RecordBatch, row: usize) -> Result<String> {
+/// A row as the quarantine keeps it: its columns as text.
+pub(crate) fn row_json(batch: &RecordBatch, row: usize) -> Result<String> {
     let options = FormatOptions::default();
     let mut object = serde_json::Map::new();
-    for (field, array) in batch.schema().fields().iter().zip(batch.columns()) {
+    let columns = batch.schema();
+    let columns = columns.fields().iter().zip(batch.columns());
+    for (field, array) in columns.filter(|(field, _)| field.name() != POSITION_COLUMN) {
         let value = if array.is_null(row) {
             serde_json::Value::Null
         } else {

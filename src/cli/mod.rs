@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     connector::{CONNECTORS, CatalogTable, Connector, spec::Mode},
     error::{Error, ErrorKind, Result},
-    plan::{Backfill, Request},
+    plan::{Backfill, Replay, Request},
     project::{self, Project},
     run::{Conductor, Progress, exit_code, find_project},
     runtime::{self, Clock, SystemClock},
@@ -132,7 +132,7 @@ enum Verb {
         #[arg(long, env = "FLOODMARK_LIMIT", default_value_t = 20, value_name = "RUNS")]
         limit: u32,
     },
-    /// Look at rows that were set aside.
+    /// Look at rows that were set aside, or replay them.
     Quarantine {
         #[command(subcommand)]
         verb: QuarantineVerb,
@@ -222,6 +222,21 @@ enum QuarantineVerb {
     List {
         /// The job; all, unless given.
         job: Option<String>,
+    },
+    /// Let rows that were set aside go through the job again.
+    ///
+    /// In the place of what is new; the watermarks stay. Rows that still do not hold are set aside again.
+    Replay {
+        /// The job.
+        job: String,
+        /// Only those of one release; unless given, all that wait.
+        #[arg(long, env = "FLOODMARK_RELEASE", value_name = "NUMBER")]
+        release: Option<u64>,
+        /// Let them win over rows that an output holds under their keys, which may be newer.
+        #[arg(long, env = "FLOODMARK_OVERWRITE")]
+        overwrite: bool,
+        #[command(flatten)]
+        how: How,
     },
     /// The rows of a job.
     Show {
@@ -406,6 +421,11 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
             let jobs = select(&project, &job.into_iter().collect::<Vec<_>>(), &[])?;
             renderer.quarantine(&quarantine::count(&project, &jobs).await?);
         }
+        Verb::Quarantine { verb: QuarantineVerb::Replay { job, release, overwrite, how } } => {
+            let (conductor, mut request) = conductor(open()?, &how, false, Vec::new())?;
+            request.replay = Some(Replay { release, overwrite });
+            return run(&conductor, renderer, &[job], &[], &request, None).await;
+        }
         Verb::Quarantine { verb: QuarantineVerb::Show { job, release, limit } } => {
             let project = open()?;
             select(&project, std::slice::from_ref(&job), &[])?;
@@ -563,7 +583,7 @@ fn conductor(
         stop: CancellationToken::new(),
         opener: crate::run::Opener::default(),
     };
-    Ok((conductor, Request { as_of, params, full_refresh, ranges, backfill: None }))
+    Ok((conductor, Request { as_of, params, full_refresh, ranges, backfill: None, replay: None }))
 }
 
 /// The tables whose names are like `wanted`.

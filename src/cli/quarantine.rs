@@ -8,40 +8,63 @@ use arrow::{
 };
 use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
+use serde::Serialize;
 
 use crate::{
     error::{Error, Result},
     names::JobId,
     project::Project,
+    record::Settled,
 };
 
-async fn stream(project: &Project, job: &str) -> Result<SendableRecordBatchStream> {
+/// A job's quarantine, and which of it waits no longer.
+async fn stream(project: &Project, job: &str) -> Result<(SendableRecordBatchStream, Settled)> {
     let document = project.jobs.get(job).ok_or_else(|| Error::bug("no such job"))?;
     let connection = project.connection(&document.job.target.connection)?;
     let target = connection.target().ok_or_else(|| Error::bug("the target cannot be written"))?;
-    target.quarantined(&JobId { project: project.name.clone(), job: job.to_owned() }).await
+    let id = JobId { project: project.name.clone(), job: job.to_owned() };
+    let settled = target.last_record(&id).await?.map(|record| record.settled).unwrap_or_default();
+    Ok((target.quarantined(&id).await?, settled))
 }
 
-/// Rows by job, release, source or model, and check.
-pub(super) async fn count(
-    project: &Project,
-    jobs: &[String],
-) -> Result<BTreeMap<(String, i64, String, String), u64>> {
-    let mut counts = BTreeMap::new();
+/// Rows of one job, release, source or model, and check.
+#[derive(Debug, Serialize)]
+pub(super) struct Counted {
+    pub(super) job: String,
+    pub(super) release: u64,
+    pub(super) on: String,
+    pub(super) check: String,
+    pub(super) rows: u64,
+    /// Whether they may still be replayed.
+    pub(super) waiting: bool,
+}
+
+/// How many rows there are.
+pub(super) async fn count(project: &Project, jobs: &[String]) -> Result<Vec<Counted>> {
+    let mut counted = Vec::new();
     for job in jobs {
-        let mut rows = stream(project, job).await?;
+        let (mut rows, settled) = stream(project, job).await?;
+        let mut counts: BTreeMap<(u64, String, String), u64> = BTreeMap::new();
         while let Some(batch) = rows.next().await {
             let batch = batch?;
             let seqs = batch.column(0).as_primitive::<Int64Type>();
             let (on, check) = (batch.column(1).as_string::<i32>(), batch.column(2).as_string::<i32>());
             for row in 0..batch.num_rows() {
                 let key =
-                    (job.clone(), seqs.value(row), on.value(row).to_owned(), check.value(row).to_owned());
+                    (seqs.value(row).cast_unsigned(), on.value(row).to_owned(), check.value(row).to_owned());
                 *counts.entry(key).or_default() += 1;
             }
         }
+        counted.extend(counts.into_iter().map(|((release, on, check), rows)| Counted {
+            job: job.clone(),
+            release,
+            on,
+            check,
+            rows,
+            waiting: !settled.holds(release),
+        }));
     }
-    Ok(counts)
+    Ok(counted)
 }
 
 /// The first `limit` rows of a job, or of one of its releases.
@@ -51,7 +74,7 @@ pub(super) async fn rows(
     release: Option<u64>,
     limit: usize,
 ) -> Result<Vec<RecordBatch>> {
-    let mut stream = stream(project, job).await?;
+    let (mut stream, _) = stream(project, job).await?;
     let (mut batches, mut left) = (Vec::new(), limit);
     while let Some(batch) = stream.next().await {
         let batch = batch?;

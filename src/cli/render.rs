@@ -19,6 +19,7 @@ use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
 
+use super::quarantine::Counted;
 use crate::{
     connector::{CatalogTable, Identity},
     error::{Error, Problem, Result, without_values},
@@ -393,24 +394,26 @@ impl Renderer {
         }
     }
 
-    /// How many rows were set aside: job, release, source or model, check, rows.
-    pub(super) fn quarantine(&self, counts: &BTreeMap<(String, i64, String, String), u64>) {
+    /// How many rows were set aside.
+    pub(super) fn quarantine(&self, counts: &[Counted]) {
         if self.json {
-            let list: Vec<_> = counts
-                .iter()
-                .map(|((job, release, on, check), rows)| {
-                    json!({ "job": job, "release": release, "on": on, "check": check, "rows": rows })
-                })
-                .collect();
-            return self.json(&json!({ "quarantine": list }));
+            return self.json(&json!({ "quarantine": counts }));
         }
         if counts.is_empty() {
             say!("no rows are set aside");
             return;
         }
-        let mut table = Table::new(&["job", "release", "on", "check", "rows"]);
-        for ((job, release, on, check), rows) in counts {
-            table.row([job.clone(), release.to_string(), on.clone(), check.clone(), thousands(*rows)]);
+        let mut table = Table::new(&["job", "release", "on", "check", "rows", ""]);
+        for of in counts {
+            let state = if of.waiting { "waiting" } else { "settled" };
+            table.row([
+                of.job.clone(),
+                of.release.to_string(),
+                of.on.clone(),
+                of.check.clone(),
+                thousands(of.rows),
+                state.to_owned(),
+            ]);
         }
         table.print();
     }

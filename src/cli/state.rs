@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result},
     names::JobId,
     project::{JobDocument, Project},
-    record::{LoadRecord, OutputRecord, RECORD_VERSION, columns_of},
+    record::{LoadRecord, OutputRecord, RECORD_VERSION, Settled, columns_of},
     runtime::{Clock, SystemClock},
     spool::Scratch,
     state::Store,
@@ -82,6 +82,7 @@ fn following(id: &JobId, base: Option<&LoadRecord>) -> LoadRecord {
         outputs: base.map(|base| base.outputs.clone()).unwrap_or_default(),
         quarantined: 0,
         quarantine_files: Vec::new(),
+        settled: base.map(|base| base.settled.clone()).unwrap_or_default(),
     }
 }
 
@@ -160,6 +161,8 @@ pub(super) async fn reset(project: &Project, job: &str) -> Result<LoadRecord> {
     for source in record.sources.values_mut() {
         source.mark = None;
     }
+    // Their rows come again.
+    record.settled = Settled::before(record.seq);
     opened.commit(&id, Some(&base), record).await
 }
 

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     error::{ErrorKind, Result},
     names::JobId,
-    record::{LoadRecord, OutputRecord, RECORD_VERSION, columns_of},
+    record::{LoadRecord, OutputRecord, RECORD_VERSION, Settled, columns_of},
     runtime::Limits,
     spool::Scratch,
     watermark::Window,
@@ -556,6 +556,7 @@ impl Release {
             outputs: [("lines".to_owned(), output)].into(),
             quarantined: 0,
             quarantine_files: Vec::new(),
+            settled: Settled::default(),
         }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::{borrow::Cow, fmt};
 
+use indexmap::IndexMap;
 use serde::{
     Deserialize, Deserializer,
     de::{MapAccess, Visitor},
@@ -86,6 +87,19 @@ impl<'a> Scalar<'a> {
             _ => Self::Number(text),
         })
     }
+}
+
+/// Under this key the quarantine keeps the text of a row that has no columns.
+pub const UNREADABLE: &str = "_text";
+
+/// A row that has no columns, as the quarantine keeps it.
+pub fn unreadable(text: &str) -> String {
+    serde_json::json!({ UNREADABLE: text }).to_string()
+}
+
+/// A row with a value that fits no column, as the quarantine keeps it: every column that was read, as it is spelled.
+pub fn kept<'a>(columns: impl Iterator<Item = (&'a str, Option<&'a RawValue>)>) -> String {
+    serde_json::to_string(&columns.collect::<IndexMap<_, _>>()).unwrap_or_default()
 }
 
 /// Appends a value to its column; returns its bytes.

@@ -53,6 +53,24 @@ pub struct Request {
     pub ranges: Vec<String>,
     /// A range that is read again instead of what is new.
     pub backfill: Option<Backfill>,
+    /// Rows that were set aside go through the job instead of what is new.
+    pub replay: Option<Replay>,
+}
+
+impl Request {
+    /// Whether the run reads something else than what is new, so that watermarks stay.
+    pub fn leaves_marks(&self) -> bool {
+        self.backfill.is_some() || self.replay.is_some()
+    }
+}
+
+/// Rows that were set aside go through the job again. The watermarks stay.
+#[derive(Debug, Clone)]
+pub struct Replay {
+    /// Only those of this release.
+    pub release: Option<u64>,
+    /// Whether they win over rows that an output holds under their keys, which may be newer.
+    pub overwrite: bool,
 }
 
 /// A range of cursors that is read again. The watermarks stay.

@@ -4,7 +4,7 @@
 //! ([`run`]) is the history on this machine. Both carry a version; a record of a newer floodmark is refused, not
 //! guessed at.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use indexmap::IndexMap;
@@ -59,6 +59,36 @@ pub struct LoadRecord {
     /// Files of set-aside rows, relative to the root; empty for databases.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub quarantine_files: Vec<String>,
+    /// Which rows that were set aside wait for nothing any more.
+    #[serde(default, skip_serializing_if = "Settled::is_nothing")]
+    pub settled: Settled,
+}
+
+/// Releases whose set-aside rows wait for nothing any more: they went through the job again, or everything was read anew.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settled {
+    /// All releases before this one.
+    #[serde(default)]
+    pub before: u64,
+    /// And these.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub releases: BTreeSet<u64>,
+}
+
+impl Settled {
+    /// Those of all releases before `seq`.
+    pub fn before(seq: u64) -> Self {
+        Self { before: seq, releases: BTreeSet::new() }
+    }
+
+    /// Whether the rows that release `seq` set aside wait for nothing any more.
+    pub fn holds(&self, seq: u64) -> bool {
+        seq < self.before || self.releases.contains(&seq)
+    }
+
+    fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// How far a source was read, and what came of its rows.

@@ -8,6 +8,7 @@ mod history;
 mod mistakes;
 mod platform;
 mod postgres;
+mod replay;
 mod replicate;
 #[path = "../services/mod.rs"]
 #[expect(unreachable_pub, dead_code, reason = "shared with the unit tests, which use the rest")]

@@ -24,9 +24,9 @@ use crate::{
     connector::{
         Bounds, Exactness, Marks, NOTHING_YET, RunTime, Snapshot, Source,
         columns::{Guess, TextRules, arrow_type, declared_schema},
-        json::{Object, Scalar, append},
+        json::{Object, Scalar, append, kept, unreadable},
         rows::RowBuilder,
-        scan::{Scan, held},
+        scan::{POSITION_COLUMN, Scan, held},
         spec::{Format, FormatKind, Read, StreamSpec},
         tap::Tap,
     },
@@ -379,18 +379,23 @@ impl FilesConnection {
                     .hint("Mend the file; or the `format:` of the source, if it is another dialect.")
             })?;
             let place = || format!("`{path}` line {}, byte {}", record.line, record.byte);
+            let field = |index| record.field(index).and_then(|(field, quoted)| value(field, quoted, format));
+            let line = || unreadable(&String::from_utf8_lossy(&record.raw));
+            let row = || {
+                let fields =
+                    names.iter().enumerate().map(|(index, name)| (name.clone(), field(index).into()));
+                serde_json::Value::Object(fields.collect()).to_string()
+            };
             let broken = match next {
                 csv::Next::End => break,
-                csv::Next::Broken(why) => Some(why),
+                csv::Next::Broken(why) => Some((why, line())),
                 csv::Next::Record if record.len() != names.len() => {
-                    Some(format!("the row has {} fields and the header {}", record.len(), names.len()))
+                    let why = format!("the row has {} fields and the header {}", record.len(), names.len());
+                    Some((why, line()))
                 }
                 csv::Next::Record => batch
                     .row(
-                        |index, builder| match record
-                            .field(index)
-                            .and_then(|(field, quoted)| value(field, quoted, format))
-                        {
+                        |index, builder| match field(index) {
                             Some(text) => builder.text(text).map(|()| text.len()),
                             None => {
                                 builder.null();
@@ -399,12 +404,12 @@ impl FilesConnection {
                         },
                         || format!("{path}:{}", record.line),
                     )
-                    .err(),
+                    .err()
+                    .map(|why| (why, row())),
             };
-            if let Some(reason) = broken {
+            if let Some((reason, row)) = broken {
                 batch.send(tap, out)?;
-                let raw = || serde_json::json!({ "line": String::from_utf8_lossy(&record.raw) }).to_string();
-                tap.reject(&scan.stream, place(), reason, raw)?;
+                tap.reject(&scan.stream, place(), reason, || row)?;
             } else if batch.is_full() && !batch.send(tap, out)? {
                 return Ok(false);
             }
@@ -437,25 +442,29 @@ impl FilesConnection {
                     serde_json::from_str::<Object<'_>>(text)
                         .map_err(|error| format!("the row is no JSON object: {error}"))
                 });
-            let broken = object.and_then(|object| {
-                batch.row(
-                    |index, builder| {
-                        let name = names.get(index).map(String::as_str).unwrap_or_default();
-                        let Some((_, raw)) = object.0.iter().find(|(key, _)| key == name) else {
-                            builder.null();
-                            return Ok(0);
-                        };
-                        append(builder, raw)
-                    },
-                    || format!("{path}:{}", row.line),
-                )
-            });
-            if let Err(reason) = broken {
+            let broken = match &object {
+                Err(why) => Some((why.clone(), unreadable(String::from_utf8_lossy(&row.text).trim()))),
+                Ok(object) => {
+                    let value =
+                        |name: &str| object.0.iter().find(|(key, _)| key == name).map(|(_, raw)| *raw);
+                    let appended = batch.row(
+                        |index, builder| match names.get(index).and_then(|name| value(name)) {
+                            Some(raw) => append(builder, raw),
+                            None => {
+                                builder.null();
+                                Ok(0)
+                            }
+                        },
+                        || format!("{path}:{}", row.line),
+                    );
+                    let read = names.iter().filter(|name| *name != POSITION_COLUMN);
+                    appended.err().map(|why| (why, kept(read.map(|name| (name.as_str(), value(name))))))
+                }
+            };
+            if let Some((reason, kept)) = broken {
                 batch.send(tap, out)?;
                 let place = format!("`{path}` line {}, byte {}", row.line, row.byte);
-                let raw =
-                    || serde_json::json!({ "line": String::from_utf8_lossy(&row.text).trim() }).to_string();
-                tap.reject(&scan.stream, place, reason, raw)?;
+                tap.reject(&scan.stream, place, reason, || kept)?;
             } else if batch.is_full() && !batch.send(tap, out)? {
                 return Ok(false);
             }

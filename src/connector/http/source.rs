@@ -24,9 +24,9 @@ use crate::{
     connector::{
         Bounds, Exactness, Marks, RunTime, Snapshot, Source,
         columns::{self, Misfit, TextRules, declared_schema, effective, last_closed_day},
-        json::{Object, Scalar, append},
+        json::{Object, Scalar, append, kept, unreadable},
         rows::RowBuilder,
-        scan::{Scan, held},
+        scan::{POSITION_COLUMN, Scan, held},
         spec::{ApiRequest, CursorSpec, Method, OnNull, PageStyle, Read, StreamSpec},
         tap::Tap,
     },
@@ -487,10 +487,16 @@ impl<'a> Reading<'a> {
     /// One row: into the batch, filtered, or set aside.
     async fn row(&mut self, raw: &RawValue, place: &str) -> Result<()> {
         let stream = &self.scan.stream;
-        let reject = |reason: String| (reason, serde_json::json!({ "record": raw.get() }).to_string());
+        let fields = &self.fields;
+        let reject = |reason: String| {
+            let value = |path: &JsonPath| path.find(raw).ok().and_then(|found| found.first().copied());
+            let read = fields.iter().filter(|(name, _)| name != POSITION_COLUMN);
+            (reason, kept(read.map(|(name, path)| (name.as_str(), value(path)))))
+        };
         let broken = match serde_json::from_str::<Object<'_>>(raw.get()) {
             Err(error) => {
-                Some(reject(format!("the record is no JSON object: {}", without_values(&error.to_string()))))
+                let why = format!("the record is no JSON object: {}", without_values(&error.to_string()));
+                Some((why, unreadable(raw.get())))
             }
             Ok(_) => match self.is_meant(raw) {
                 Err(why) => Some(reject(why)),
@@ -506,7 +512,6 @@ impl<'a> Reading<'a> {
                     .hint("Say what to do with such rows: `on_null: include` or `on_null: exclude`."));
                 }
                 Ok(Some(true)) => {
-                    let fields = &self.fields;
                     let appended = self.batch.row(
                         |index, builder| {
                             let Some((_, path)) = fields.get(index) else {

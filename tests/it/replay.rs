@@ -1,0 +1,206 @@
+//! Rows that were set aside and go through the job again, into every target.
+
+use serde_json::{Value, json};
+
+use crate::{
+    services::{Schema, postgres},
+    support::Folder,
+};
+
+const JOB: &str = "job: load
+sources:
+  orders:
+    connection: data
+    files: orders_*.csv
+    columns: { id: int, amount: \"decimal(18,2)\" }
+    bad_rows: quarantine
+    FORMAT
+  customers: { connection: data, file: customers.csv }
+models: { clean: }
+checks:
+  orders:
+    - { expression: \"amount >= LEAST\", on_fail: quarantine }
+  clean:
+    - { references: { column: customer, in: customers.customer }, on_fail: quarantine }
+target:
+  connection: lake
+  outputs:
+    orders: { from: clean, MODE }
+";
+
+/// A job over files, and a target of its own.
+struct Shop {
+    folder: Folder,
+    mode: &'static str,
+    // Dropped last, with its tables.
+    schema: Option<Schema>,
+}
+
+impl Shop {
+    fn new(target: &str, mode: &'static str) -> Self {
+        let schema = (target == "PostgreSQL").then(Schema::new);
+        let connection = match &schema {
+            Some(schema) => {
+                let server = postgres();
+                format!(
+                    "{{ kind: postgres, host: localhost, port: {}, database: postgres, user: admin, password: \"${{env:ERP_PASSWORD}}\", sslrootcert: {}, schema: {} }}",
+                    server.port, server.authority, schema.name
+                )
+            }
+            None => target.to_owned(),
+        };
+        let folder = Folder::with(&[
+            ("connections.yaml", &format!("data: {{ kind: files, root: data }}\nlake: {connection}\n")),
+            ("sql/mappings/load/clean.sql", "SELECT id, customer, amount FROM orders\n"),
+            ("data/customers.csv", "customer,country\nada,UK\n"),
+            (
+                "data/orders_1.csv",
+                "id,customer,amount\n1,ada,1.50\n2,ada,none\n3,ada,-1.00\n4,grace,4.00\n5,ada\n",
+            ),
+        ]);
+        let shop = Self { folder, mode, schema };
+        shop.job("", "0");
+        shop
+    }
+
+    /// The job, with a format of its files, and the least amount.
+    fn job(&self, format: &str, least: &str) {
+        let job = JOB.replace("FORMAT", format).replace("LEAST", least).replace("MODE", self.mode);
+        self.folder.write("jobs/load.yaml", job.as_bytes());
+    }
+
+    fn ask(&self, arguments: &[&str]) -> (i32, Value, String) {
+        let mut command = self.folder.command(&[arguments, &["--output", "json"]].concat());
+        if self.schema.is_some() {
+            command.env("ERP_PASSWORD", &postgres().password);
+        }
+        let output = command.output().unwrap();
+        let (text, told) =
+            (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        println!("{text}{told}");
+        let mut documents = serde_json::Deserializer::from_str(&text).into_iter::<Value>();
+        let first = documents.next().map_or(Value::Null, Result::unwrap);
+        (output.status.code().unwrap(), first, told)
+    }
+
+    fn replay(&self, arguments: &[&str]) -> (i32, Value, String) {
+        self.ask(&[&["quarantine", "replay", "load"], arguments].concat())
+    }
+
+    /// What is counted of a run: rows that are new and changed, that the output holds, and that were set aside.
+    fn counts(run: &Value) -> [u64; 4] {
+        let output = &run["outputs"]["orders"];
+        let of = |name: &str| output[name].as_u64().unwrap();
+        [of("inserted"), of("updated"), of("rows_after"), run["quarantined"].as_u64().unwrap()]
+    }
+
+    /// How many rows wait in the quarantine, by release.
+    fn waiting(&self) -> Vec<(u64, u64)> {
+        let (_, list, _) = self.ask(&["quarantine", "list"]);
+        let of = |entry: &Value| (entry["release"].as_u64().unwrap(), entry["rows"].as_u64().unwrap());
+        let mut waiting: Vec<(u64, u64)> = Vec::new();
+        for (release, rows) in
+            list["quarantine"].as_array().unwrap().iter().filter(|entry| entry["waiting"] == true).map(of)
+        {
+            match waiting.iter_mut().find(|(known, _)| *known == release) {
+                Some((_, sum)) => *sum += rows,
+                None => waiting.push((release, rows)),
+            }
+        }
+        waiting
+    }
+}
+
+#[test]
+fn what_was_set_aside_goes_through_the_job_again_once() {
+    for target in ["{ kind: files, root: out }", "{ kind: sqlite, path: out/target.db }", "PostgreSQL"] {
+        let shop = Shop::new(target, "mode: append");
+        let (code, first, _) = shop.ask(&["run"]);
+        assert_eq!((code, Shop::counts(&first)), (0, [1, 0, 1, 4]), "{target}");
+        assert_eq!(shop.waiting(), [(1, 4)]);
+
+        // Nothing is mended: the rows are set aside again, and wait in one place only.
+        let (code, again, _) = shop.replay(&[]);
+        assert_eq!((code, Shop::counts(&again)), (0, [0, 0, 1, 4]), "{target}");
+        assert_eq!(shop.waiting(), [(2, 4)]);
+        let (_, row, _) = shop.ask(&["quarantine", "show", "load", "--release", "2"]);
+        assert_eq!(row["position"], "orders row 2", "where it was: {row}");
+
+        // The format, the check and the reference are mended; nobody can mend a row that is cut short.
+        shop.job("format: { nulls: [none] }", "-5");
+        shop.folder.write("data/customers.csv", b"customer,country\nada,UK\ngrace,US\n");
+        let (code, mended, _) = shop.replay(&[]);
+        assert_eq!((code, Shop::counts(&mended)), (0, [3, 0, 4, 1]), "{target}");
+        assert_eq!(
+            mended["sources"]["orders"]["counts"],
+            json!({ "extracted": 3, "passed": 2, "filtered": 0, "rejected": 1 }),
+            "the fourth came back as a row of the model"
+        );
+        assert_eq!(shop.waiting(), [(3, 1)]);
+
+        // No row twice, and the watermark is where it was.
+        let (code, once, _) = shop.replay(&["--release", "2"]);
+        assert_eq!((code, once["outcome"].as_str()), (0, Some("nothing_new")), "{target}");
+        assert!(once["warnings"].to_string().contains("no rows wait"), "{once}");
+        let (code, next, _) = shop.ask(&["run"]);
+        assert_eq!((code, next["outcome"].as_str()), (0, Some("nothing_new")), "{target}");
+        shop.folder.write("data/orders_2.csv", b"id,customer,amount\n6,ada,6.00\n");
+        let (code, new, _) = shop.ask(&["run"]);
+        assert_eq!((code, Shop::counts(&new)), (0, [1, 0, 5, 0]), "{target}");
+        assert_eq!(shop.waiting(), [(3, 1)]);
+
+        // Loaded anew, everything was read again: nothing of before waits.
+        let (code, anew, _) = shop.ask(&["run", "--full-refresh"]);
+        assert_eq!((code, Shop::counts(&anew)[2..].to_vec()), (0, vec![5, 1]), "{target}");
+        assert_eq!(shop.waiting(), [(5, 1)]);
+    }
+}
+
+#[test]
+fn an_old_row_does_not_win_over_a_newer_one_unless_it_is_told_to() {
+    for target in ["{ kind: files, root: out }", "{ kind: sqlite, path: out/target.db }", "PostgreSQL"] {
+        let shop = Shop::new(target, "mode: merge, key: [id]");
+        assert_eq!(shop.ask(&["run"]).0, 0);
+        shop.folder.write("data/orders_2.csv", b"id,customer,amount\n3,ada,3.00\n");
+        assert_eq!(Shop::counts(&shop.ask(&["run"]).1), [1, 0, 2, 0]);
+        shop.job("", "-5");
+        let (code, _, told) = shop.replay(&[]);
+        assert_eq!(code, 3, "{target}: {told}");
+        assert!(told.contains("holds 1 of the rows that were set aside already"), "{told}");
+        assert!(told.contains("--overwrite"), "{told}");
+        assert_eq!(shop.waiting(), [(1, 4)]);
+        let (code, over, _) = shop.replay(&["--overwrite"]);
+        assert_eq!((code, Shop::counts(&over)), (0, [0, 1, 2, 3]), "{target}");
+    }
+}
+
+#[test]
+fn what_cannot_be_replayed_says_why() {
+    let shop = Shop::new("{ kind: files, root: out }", "mode: merge, key: [id]");
+    let (code, _, told) = shop.replay(&[]);
+    assert_eq!(code, 2);
+    assert!(told.contains("job `load` has not run yet"), "{told}");
+    assert_eq!(shop.ask(&["run"]).0, 0);
+    let job = JOB.replace("FORMAT", "").replace("LEAST", "0").replace("MODE", shop.mode);
+    shop.folder.write(
+        "jobs/load.yaml",
+        job.replace("{ clean: }", "{ cleaned: sql/mappings/load/clean.sql }")
+            .replace("  clean:", "  cleaned:")
+            .replace("from: clean", "from: cleaned")
+            .as_bytes(),
+    );
+    let (code, _, told) = shop.replay(&[]);
+    assert_eq!(code, 2);
+    assert!(told.contains("release 1 set rows of `clean` aside"), "{told}");
+    // What is read whole comes again by itself.
+    shop.folder.write("jobs/load.yaml", job.replace("bad_rows", "read: always\n    bad_rows").as_bytes());
+    let (code, run, _) = shop.replay(&[]);
+    assert_eq!((code, run["outcome"].as_str()), (0, Some("nothing_new")));
+    assert!(run["warnings"].to_string().contains("come again by themselves"), "{run}");
+    // Rows of a model have the columns that they had.
+    shop.folder.write("sql/mappings/load/clean.sql", b"SELECT id, customer, amount, 1 AS one FROM orders\n");
+    shop.folder.write("jobs/load.yaml", job.as_bytes());
+    let (code, _, told) = shop.replay(&[]);
+    assert_eq!(code, 3);
+    assert!(told.contains("`one` was not read when the row was set aside"), "{told}");
+}
