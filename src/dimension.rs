@@ -212,8 +212,8 @@ impl Sides<'_> {
         let open = OpenSource { connection: Arc::clone(target), snapshot, tap: Arc::default() };
         let sources = OpenSources([(name.to_owned(), open)].into_iter().collect());
         let context = self.context(Arc::new(sources));
-        let scan = Scan { stream, schema: Arc::clone(&schema), window: Window::Whole };
-        context.register_table("t", Arc::new(ScanTable(scan)))?;
+        let scan = Scan::new(stream, Arc::clone(&schema), Window::Whole);
+        context.register_table("t", Arc::new(ScanTable { scan, selective: false }))?;
         context.register_table("m", self.model.table()?)?;
         // Columns that somebody else added are not ours to merge.
         let columns =

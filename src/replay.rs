@@ -223,11 +223,8 @@ impl Seat {
             })?;
             Ok(Field::new(field.name(), read, true))
         });
-        let scan = Scan {
-            stream,
-            schema: Arc::new(Schema::new(fields.collect::<Result<Vec<_>>>()?)),
-            window: Window::Whole,
-        };
+        let spelled = Schema::new(fields.collect::<Result<Vec<_>>>()?);
+        let scan = Scan::new(stream, Arc::new(spelled), Window::Whole);
         Ok(Self { on, schema, scan: Box::new(scan), lines: Vec::new(), is_source })
     }
 

@@ -206,7 +206,7 @@ impl Renderer {
 
     pub(super) fn plan(&self, plan: &Plan) {
         if self.json {
-            let sources: Vec<_> = plan.streams.iter().map(|(name, stream)| json!({ "source": name, "connection": stream.connection, "reads": if stream.partial { "what is new" } else { "everything" }, "written_down": stream.spool, "columns": columns(&stream.schema) })).collect();
+            let sources: Vec<_> = plan.streams.iter().map(|(name, stream)| json!({ "source": name, "connection": stream.connection, "reads": if stream.partial { "what is new" } else { "everything" }, "written_down": stream.spool, "asks_for": stream.conditions.iter().map(ToString::to_string).collect::<Vec<_>>(), "columns": columns(&stream.schema) })).collect();
             let models: Vec<_> = plan.models.iter().map(|(name, model)| json!({ "model": name, "file": model.select.file.path, "sees": if model.partial { "partial" } else { "whole" }, "written_down": model.spool, "reads": model.select.reads, "columns": columns(&model.schema) })).collect();
             let checks: Vec<_> =
                 plan.checks.iter().map(|check| json!({ "on": check.on, "check": check.words() })).collect();
@@ -217,13 +217,17 @@ impl Renderer {
             self.warning(warning);
         }
         say!("{}  as of {}\n", plan.id, plan.as_of.to_rfc3339_opts(chrono::SecondsFormat::Secs, true));
-        let mut table = Table::new(&["source", "connection", "reads", "columns"]);
+        let asks = plan.streams.values().any(|stream| !stream.conditions.is_empty());
+        let mut table =
+            Table::new(&["source", "connection", "reads", "columns", if asks { "asks for" } else { "" }]);
         for (name, stream) in &plan.streams {
+            let conditions: Vec<String> = stream.conditions.iter().map(ToString::to_string).collect();
             table.row([
                 name.clone(),
                 stream.connection.clone(),
                 sees(stream.partial, stream.spool),
                 stream.schema.fields().len().to_string(),
+                conditions.join(" and "),
             ]);
         }
         table.print();

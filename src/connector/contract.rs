@@ -122,7 +122,7 @@ impl View {
     }
 
     async fn read(&self, schema: SchemaRef, tap: &Arc<Tap>) -> Result<Vec<RecordBatch>> {
-        let scan = Scan { stream: self.stream.clone(), schema, window: self.window.clone() };
+        let scan = Scan::new(self.stream.clone(), schema, self.window.clone());
         let rows = self.connection.source().unwrap().scan(&self.snapshot, &scan, Arc::clone(tap))?;
         Ok(rows.try_collect().await?)
     }
@@ -269,7 +269,7 @@ async fn sets_aside_or_refuses(world: &dyn World) {
 async fn stops_when_nobody_reads(world: &dyn World) {
     world.add(&(1..=60_000).map(Row::good).collect::<Vec<_>>());
     let view = View::open(world, world.stream(), &Marks::new(), 60_000).await;
-    let scan = Scan { stream: view.stream.clone(), schema: full(), window: view.window.clone() };
+    let scan = Scan::new(view.stream.clone(), full(), view.window.clone());
     let tap = Arc::new(Tap::default());
     let source = view.connection.source().unwrap();
     let mut rows = source.scan(&view.snapshot, &scan, Arc::clone(&tap)).unwrap();
@@ -634,7 +634,7 @@ async fn held(open: &impl Fn() -> Arc<dyn Connection>) -> Vec<Line> {
     let streams = [table.clone()];
     let bounds = source.bounds(&streams, &Marks::new(), after(0)).await.unwrap();
     let snapshot = source.snapshot(&streams, &bounds).await.unwrap();
-    let scan = Scan { stream: table, schema, window: Window::Whole };
+    let scan = Scan::new(table, schema, Window::Whole);
     let batches: Vec<RecordBatch> =
         source.scan(&snapshot, &scan, Arc::default()).unwrap().try_collect().await.unwrap();
     let mut lines = Vec::new();

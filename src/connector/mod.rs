@@ -24,6 +24,7 @@ use crate::{
 use spec::{Guarantee, OutputSpec, StreamSpec};
 
 pub mod columns;
+pub mod condition;
 #[cfg(test)]
 pub(crate) mod contract;
 pub mod evolve;
@@ -359,6 +360,7 @@ pub const NOTHING_YET: &str = "floodmark:nothing_yet";
 ///    until the source's shape changes.
 /// 2. The windows of [`bounds`](Self::bounds) start where the marks end.
 /// 3. A scan gives the rows of the window and no others, once each, with the described columns.
+///    Of rows that do not meet its conditions it may leave out any; with a limit it may stop after so many.
 /// 4. A scan of a projection gives those columns in that order; of none, the right number of rows.
 /// 5. Rows written after the snapshot was opened are not seen, and are in the next window.
 /// 6. Every row that left the source is counted in the tap: as a row, as filtered or as rejected.
@@ -366,6 +368,10 @@ pub const NOTHING_YET: &str = "floodmark:nothing_yet";
 ///    changed.
 #[async_trait]
 pub trait Source: Send + Sync {
+    /// Whether scans leave out rows that do not meet the conditions of models.
+    fn applies_conditions(&self) -> bool {
+        false
+    }
     /// The columns of a stream.
     async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef>;
     /// Lists activity and fixes each stream's window, before anything is opened.

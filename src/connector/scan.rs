@@ -3,8 +3,8 @@
 //! A [`Scan`] says what to read and holds no handle and no secret. Where it executes, the connection is looked
 //! up by name in [`OpenSources`], which the session carries. So the same plan can be sent to another machine.
 //!
-//! Nothing but the projection is pushed down yet: windows are part of the scan, filters of models run above it,
-//! where they are counted as the model's work.
+//! Projections reach every source; conditions and limits of models those that apply them. Windows are part of the scan. What a
+//! server leaves out was not extracted.
 
 use std::{any::Any, collections::HashMap, fmt, sync::Arc};
 
@@ -15,7 +15,7 @@ use datafusion::{
     common::tree_node::TreeNodeRecursion,
     error::{DataFusionError, Result as DataFusionResult},
     execution::TaskContext,
-    logical_expr::{Expr, TableType},
+    logical_expr::{Expr, TableProviderFilterPushDown, TableType},
     physical_expr::EquivalenceProperties,
     physical_plan::{
         DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PhysicalExpr, PlanProperties,
@@ -24,7 +24,12 @@ use datafusion::{
     },
 };
 
-use super::{Connection, Snapshot, spec::StreamSpec, tap::Tap};
+use super::{
+    Connection, Snapshot,
+    condition::Condition,
+    spec::{BadRows, StreamSpec},
+    tap::Tap,
+};
 use crate::{error::Error, watermark::Window};
 
 /// The column that a model may name to get a row's place in its source.
@@ -45,6 +50,17 @@ pub struct Scan {
     pub schema: SchemaRef,
     /// Which rows.
     pub window: Window,
+    /// Rows that do not meet all of these need not come.
+    pub conditions: Vec<Condition>,
+    /// More rows than these need not come.
+    pub limit: Option<usize>,
+}
+
+impl Scan {
+    /// All rows of `window`.
+    pub fn new(stream: StreamSpec, schema: SchemaRef, window: Window) -> Self {
+        Self { stream, schema, window, conditions: Vec::new(), limit: None }
+    }
 }
 
 /// A stream that a run has opened.
@@ -64,26 +80,50 @@ pub struct OpenSources(pub HashMap<String, OpenSource>);
 
 /// A stream as a table: what models select from.
 #[derive(Debug)]
-pub struct ScanTable(pub Scan);
+pub struct ScanTable {
+    /// What to read, all of it.
+    pub scan: Scan,
+    /// Whether the source may leave out what a model does not want.
+    pub selective: bool,
+}
 
 #[async_trait]
 impl TableProvider for ScanTable {
     fn schema(&self) -> SchemaRef {
-        Arc::clone(&self.0.schema)
+        Arc::clone(&self.scan.schema)
     }
 
     fn table_type(&self) -> TableType {
         TableType::Base
     }
 
+    fn supports_filters_pushdown(
+        &self,
+        filters: &[&Expr],
+    ) -> DataFusionResult<Vec<TableProviderFilterPushDown>> {
+        let support = |filter: &&Expr| match Condition::of(filter, &self.scan.schema) {
+            Some(_) if self.selective => TableProviderFilterPushDown::Inexact,
+            _ => TableProviderFilterPushDown::Unsupported,
+        };
+        Ok(filters.iter().map(support).collect())
+    }
+
     async fn scan(
         &self,
         _: &dyn Session,
         projection: Option<&Vec<usize>>,
-        _: &[Expr],
-        _: Option<usize>,
+        filters: &[Expr],
+        limit: Option<usize>,
     ) -> DataFusionResult<Arc<dyn ExecutionPlan>> {
-        let mut scan = self.0.clone();
+        let mut scan = self.scan.clone();
+        if self.selective {
+            scan.conditions =
+                filters.iter().filter_map(|filter| Condition::of(filter, &self.scan.schema)).collect();
+            // A window must be read to its end, or what is left of it would be lost; rows that are set aside are not among the
+            // wanted ones.
+            let all_come = scan.window == Window::Whole && scan.stream.bad_rows == BadRows::Error;
+            scan.limit = limit.filter(|_| filters.is_empty() && all_come);
+        }
         if let Some(projection) = projection {
             scan.schema = Arc::new(scan.schema.project(projection)?);
         }

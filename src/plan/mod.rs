@@ -17,6 +17,7 @@ use crate::{
     check::Check,
     connector::{
         Connection, NOTHING_YET, columns,
+        condition::Condition,
         scan::{OpenSources, POSITION_COLUMN, Scan, ScanTable, with_position},
         spec::{ApiRequest, CursorSpec, Deletes, Guarantee, Mode, OutputSpec, Read, StreamSpec, with_values},
     },
@@ -140,6 +141,10 @@ pub struct Stream {
     pub spool: bool,
     /// Control totals.
     pub totals: Option<TotalsSpec>,
+    /// Whether its source leaves out what a model does not want.
+    pub selective: bool,
+    /// What it is known to leave out nothing but: conditions of the model that reads it.
+    pub conditions: Vec<Condition>,
 }
 
 impl Stream {
@@ -402,6 +407,12 @@ impl Planner<'_> {
             let count = readers.get(name).copied().unwrap_or_default();
             model.spool = count > 1 || checks.iter().any(|check| check.on == *name);
         }
+        for (name, stream) in streams.iter_mut().filter(|(_, stream)| stream.selective && !stream.spool) {
+            let reader = models.values().find(|model| model.select.reads.contains(name));
+            let Some(reader) = reader else { continue };
+            let logical = context.state().optimize(&typed(&context, &reader.select).await?)?;
+            stream.conditions = conditions(&logical, name, &stream.schema);
+        }
         Ok(Plan {
             id: JobId { project: self.project.name.clone(), job: self.job.job.clone() },
             as_of: self.request.as_of,
@@ -561,7 +572,17 @@ impl Planner<'_> {
             let schema = if positions { with_position(&schema) } else { schema };
             streams.insert(
                 name.clone(),
-                Stream { spec, connection, schema, partial, spool: false, totals: source.totals.clone() },
+                Stream {
+                    // Control totals are of all rows.
+                    selective: readable.applies_conditions() && source.totals.is_none(),
+                    conditions: Vec::new(),
+                    spec,
+                    connection,
+                    schema,
+                    partial,
+                    spool: false,
+                    totals: source.totals.clone(),
+                },
             );
         }
         self.done()?;
@@ -975,12 +996,13 @@ impl Planner<'_> {
 
 /// A stream as a table of a session.
 pub fn scan_table(stream: &Stream, window: Window) -> Arc<ScanTable> {
-    Arc::new(ScanTable(Scan { stream: stream.spec.clone(), schema: Arc::clone(&stream.schema), window }))
+    let scan = Scan::new(stream.spec.clone(), Arc::clone(&stream.schema), window);
+    Arc::new(ScanTable { scan, selective: stream.selective && !stream.spool })
 }
 
 fn placeholder(name: &str, schema: &SchemaRef) -> Arc<ScanTable> {
     let stream = StreamSpec::whole(name, Read::Table(name.to_owned()));
-    Arc::new(ScanTable(Scan { stream, schema: Arc::clone(schema), window: Window::Whole }))
+    Arc::new(ScanTable { scan: Scan::new(stream, Arc::clone(schema), Window::Whole), selective: false })
 }
 
 /// A SELECT's plan, with all types settled.
@@ -1004,6 +1026,20 @@ fn scanned(plan: &LogicalPlan) -> Vec<String> {
         Ok(TreeNodeRecursion::Continue)
     }));
     tables
+}
+
+/// What a plan wants of the rows of `table`, as far as a source can be told.
+fn conditions(plan: &LogicalPlan, table: &str, schema: &Schema) -> Vec<Condition> {
+    let mut found = Vec::new();
+    drop(plan.apply_with_subqueries(|node| {
+        if let LogicalPlan::TableScan(scan) = node
+            && scan.table_name.table() == table
+        {
+            found.extend(scan.filters.iter().filter_map(|filter| Condition::of(filter, schema)));
+        }
+        Ok(TreeNodeRecursion::Continue)
+    }));
+    found
 }
 
 fn fingerprint(document: &crate::project::yaml::Document, selects: &IndexMap<String, sql::Select>) -> String {

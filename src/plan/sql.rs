@@ -8,7 +8,7 @@ use datafusion::{
 };
 use indexmap::IndexMap;
 use sqlparser::{
-    ast::{Expr, Spanned, Statement, Value, visit_expressions_mut, visit_relations},
+    ast::{DataType, Expr, Spanned, Statement, TypedString, Value, visit_expressions_mut, visit_relations},
     dialect::GenericDialect,
     parser::{Parser, ParserError},
     tokenizer::{Location, Span},
@@ -65,6 +65,12 @@ pub fn parse(file: &Arc<SourceText>, params: &IndexMap<String, Param>) -> Result
                     return ControlFlow::Break(());
                 }
             }
+        }
+        // A timestamp has microseconds here, whoever writes it; DataFusion would take nanoseconds, which end in 2262.
+        if let Expr::Cast { data_type, .. } | Expr::TypedString(TypedString { data_type, .. }) = expr
+            && let DataType::Timestamp(precision @ None, _) = data_type
+        {
+            *precision = Some(6);
         }
         ControlFlow::Continue(())
     });
@@ -192,4 +198,19 @@ pub fn problem(error: &DataFusionError, file: &Arc<SourceText>) -> Problem {
         (None, several) => format!("Did you mean one of {}?", several.join(", ")),
     };
     problem.hint(hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timestamps_have_microseconds_whoever_writes_them() {
+        let text = "SELECT timestamp '9999-12-31', x::timestamptz, cast(x AS timestamp(3)) FROM t";
+        let file = Arc::new(SourceText { path: "a.sql".to_owned(), text: text.to_owned() });
+        let statement = parse(&file, &IndexMap::new()).unwrap().statement.to_string();
+        for expected in ["TIMESTAMP(6) '9999-12-31'", "TIMESTAMPTZ(6)", "TIMESTAMP(3)"] {
+            assert!(statement.contains(expected), "{statement}");
+        }
+    }
 }

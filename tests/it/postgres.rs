@@ -163,6 +163,30 @@ fn only_what_changed_moves_and_nothing_twice() {
 }
 
 #[test]
+fn the_server_sends_what_the_model_asks_for_and_all_rows_where_they_are_added_up() {
+    let shop = Shop::new();
+    shop.folder.write(
+        "sql/mappings/load/clean.sql",
+        b"SELECT id, customer, amount, tags FROM orders WHERE amount > 2 AND customer LIKE '%c%'\n",
+    );
+    let asked = |shop: &Shop| {
+        let plan = shop.command(&["plan", "load", "--output", "json"]).output().unwrap();
+        let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).unwrap();
+        plan["sources"][0]["asks_for"].clone()
+    };
+    assert_eq!(asked(&shop), serde_json::json!([]));
+    assert_eq!(shop.run(&FIRST).1["sources"]["orders"]["counts"]["extracted"], 3);
+    let shop = Shop { to: Schema::new(), ..shop };
+    shop.connect(CONNECTIONS);
+    std::fs::remove_dir_all(shop.folder.path().join(".floodmark")).unwrap();
+    shop.folder.write("jobs/load.yaml", JOB.replace(", totals: { sum: [amount] }", "").as_bytes());
+    assert_eq!(asked(&shop), serde_json::json!(["amount > 2.00"]));
+    let (code, run) = shop.run(&FIRST);
+    assert_eq!((code, &run["sources"]["orders"]["counts"]["extracted"]), (0, &serde_json::json!(1)));
+    assert_eq!(shop.holds("SELECT string_agg(customer, ' ') FROM orders"), "grace");
+}
+
+#[test]
 fn a_refused_run_leaves_the_target_as_it_was() {
     let shop = Shop::new();
     assert_eq!(shop.run(&FIRST).0, 0);

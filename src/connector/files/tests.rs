@@ -206,7 +206,7 @@ async fn a_file_that_changes_after_it_was_looked_at_is_not_loaded_under_its_old_
             Ok(snapshot) => {
                 let schema = source.describe(&streams[0]).await.unwrap();
                 let window = bounds.windows["orders"].clone();
-                let scan = Scan { stream: streams[0].clone(), schema, window };
+                let scan = Scan::new(streams[0].clone(), schema, window);
                 let rows = source.scan(&snapshot, &scan, Arc::default()).unwrap();
                 let read: Result<Vec<_>, _> = futures::TryStreamExt::try_collect(rows).await;
                 read.expect_err(ending).into()

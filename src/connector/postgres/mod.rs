@@ -22,6 +22,7 @@ use crate::{
 mod bounds;
 mod decode;
 mod encode;
+mod filter;
 mod source;
 mod target;
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Reading PostgreSQL.
 //!
 //! All streams of a run read one snapshot, which a leading session exports and holds; each scan has a session of its own
-//! and is one binary COPY of a SELECT. The server applies the projection and as much of the window as surely means the same there; the
-//! rest of the window is applied here, to typed values.
+//! and is one binary COPY of a SELECT. The server applies the projection, and as much of the window and of what
+//! models ask for as surely means the same there; the rest of the window is applied here, to typed values.
 
 use std::sync::Arc;
 
@@ -21,6 +21,7 @@ use super::{
     PostgresConnection, Session,
     bounds::{self, condition, text},
     decode::{Bytes, Column, field, shown},
+    filter,
     types::{Reading, Wire, declared, wire},
 };
 use crate::{
@@ -53,6 +54,10 @@ const SERVER: &str = "pg_postmaster_start_time()::text";
 
 #[async_trait]
 impl Source for Arc<PostgresConnection> {
+    fn applies_conditions(&self) -> bool {
+        true
+    }
+
     async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef> {
         let session = self.transaction("READ ONLY").await?;
         let shape = Shape::of(self, &session, stream).await?;
@@ -95,14 +100,14 @@ pub(super) struct Shape {
 pub(super) struct ColumnShape {
     name: String,
     /// How it is read.
-    read: ReadAs,
+    pub(super) read: ReadAs,
     /// What it is in the server, where Arrow does not say it.
-    type_name: Option<String>,
+    pub(super) type_name: Option<String>,
     /// Whether it may be null as far as the server knows.
     pub(super) may_be_null: bool,
 }
 
-enum ReadAs {
+pub(super) enum ReadAs {
     /// In the server's binary form, after a cast if there is one.
     Wire(Wire, Option<&'static str>),
     /// As the server's text, into a type of ours.
@@ -448,9 +453,14 @@ async fn read(
     if reader.place.is_some() {
         selected.push("ctid".to_owned());
     }
-    let filter = if window.is_empty() { String::new() } else { format!(" WHERE {window}") };
+    let mut wanted: Vec<String> = (!window.is_empty()).then_some(window).into_iter().collect();
+    for condition in &scan.conditions {
+        wanted.extend(filter::sql(condition, &shape)?);
+    }
+    let filter = if wanted.is_empty() { String::new() } else { format!(" WHERE {}", wanted.join(" AND ")) };
+    let limit = scan.limit.map(|rows| format!(" LIMIT {rows}")).unwrap_or_default();
     let sql = format!(
-        "COPY (SELECT {} FROM {}{filter}) TO STDOUT (FORMAT binary)",
+        "COPY (SELECT {} FROM {}{filter}{limit}) TO STDOUT (FORMAT binary)",
         selected.join(", "),
         shape.from()
     );

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use arrow::{
-    array::RecordBatch,
-    datatypes::SchemaRef,
+    array::{AsArray, RecordBatch},
+    datatypes::{Int32Type, SchemaRef},
     util::display::{ArrayFormatter, FormatOptions},
 };
 use futures::TryStreamExt;
@@ -12,13 +12,16 @@ use indexmap::IndexMap;
 
 use crate::{
     connector::{
-        Connection, Connector, Marks, Options, RunTime,
+        Bounds, Connection, Connector, Marks, Options, RunTime,
         contract::{self, Row, World, made_at, orders},
-        scan::Scan,
+        scan::{OpenSource, OpenSources, Scan, ScanTable},
         spec::{BadRows, CursorSpec, Mode, OnNull, Read, StreamSpec},
         tap::Tap,
     },
     error::{Error, ErrorKind, Result},
+    runtime::Limits,
+    session,
+    spool::Scratch,
     types::describe,
     watermark::Window,
 };
@@ -216,7 +219,7 @@ async fn read(
     let bounds = source.bounds(&streams, &Marks::new(), RunTime { now, as_of: now }).await?;
     let snapshot = source.snapshot(&streams, &bounds).await?;
     let window = bounds.windows[&stream.name].clone();
-    let scan = Scan { stream: stream.clone(), schema: Arc::clone(&schema), window };
+    let scan = Scan::new(stream.clone(), Arc::clone(&schema), window);
     let rows = source.scan(&snapshot, &scan, Arc::clone(tap))?;
     Ok((schema, rows.try_collect().await?))
 }
@@ -438,11 +441,8 @@ async fn a_row_that_is_committed_late_is_not_lost() {
         }
         let bounds = source.bounds(&streams, &Marks::new(), time()).await.unwrap();
         let snapshot = source.snapshot(&streams, &bounds).await.unwrap();
-        let scan = Scan {
-            schema: source.describe(&stream).await.unwrap(),
-            window: bounds.windows["orders"].clone(),
-            stream: stream.clone(),
-        };
+        let schema = source.describe(&stream).await.unwrap();
+        let scan = Scan::new(stream.clone(), schema, bounds.windows["orders"].clone());
         let rows: Vec<RecordBatch> =
             source.scan(&snapshot, &scan, Arc::default()).unwrap().try_collect().await.unwrap();
         assert_eq!(rows.iter().map(RecordBatch::num_rows).sum::<usize>(), 2, "{cursor}");
@@ -477,4 +477,88 @@ async fn tls_is_verified_unless_the_project_says_otherwise() {
             }
         }
     }
+}
+
+/// The rows of `facts` that a model selects, and how many the server sent for it.
+async fn selected(connection: &Arc<dyn Connection>, filter: &str, selective: bool) -> (Vec<i32>, u64) {
+    let (source, stream) = (connection.source().unwrap(), table("facts"));
+    let schema = source.describe(&stream).await.unwrap();
+    let bounds = Bounds { windows: [("facts".to_owned(), Window::Whole)].into(), ..Bounds::default() };
+    let snapshot = source.snapshot(std::slice::from_ref(&stream), &bounds).await.unwrap();
+    let tap = Arc::new(Tap::default());
+    let open = OpenSource { connection: Arc::clone(connection), snapshot, tap: Arc::clone(&tap) };
+    let spill = tempfile::tempdir().unwrap();
+    let limits = Limits { memory_bytes: 64 << 20, spill: spill.path().to_owned() };
+    let sources = Arc::new(OpenSources([("facts".to_owned(), open)].into()));
+    let context = session::for_models(&Scratch::new(limits).unwrap(), chrono::DateTime::UNIX_EPOCH, sources);
+    let scan = Scan::new(stream, schema, Window::Whole);
+    context.register_table("facts", Arc::new(ScanTable { scan, selective })).unwrap();
+    let rows = context.sql(&format!("SELECT id FROM facts {filter}")).await.unwrap().collect().await.unwrap();
+    let mut ids: Vec<i32> =
+        rows.iter().flat_map(|batch| batch.column(0).as_primitive::<Int32Type>().values().to_vec()).collect();
+    ids.sort_unstable();
+    (ids, tap.extracted())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_server_leaves_out_changes_no_result() {
+    let schema = with_types();
+    schema.execute(
+        "CREATE COLLATION any_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+         CREATE TABLE facts (id int, small smallint, amount numeric(18,2), cost amount, share float8, active boolean, day date, at timestamptz, local timestamp,
+             name text, folded text COLLATE any_case, short varchar(9), padded char(4), feeling mood, pair point2, doc jsonb);
+         INSERT INTO facts SELECT n, n % 7 - 3, n * 1.01 - 20, n, CASE n % 3 WHEN 0 THEN '-0'::float8 WHEN 1 THEN 'NaN' ELSE n END, n % 2 = 0, '2026-01-01'::date + n,
+             '2026-01-01T00:00Z'::timestamptz + n * interval '1 hour 1 us', '2026-03-29'::timestamp + n * interval '1 hour',
+             (ARRAY['a', 'A', 'ä', 'it''s', E'back\\\\slash', ' a', 'a ', ''])[n % 8 + 1], (ARRAY['a', 'A'])[n % 2 + 1], n, (ARRAY['a', 'ab', ' a'])[n % 3 + 1],
+             (ARRAY['sad', 'so \"la la\"']::mood[])[n % 2 + 1], CASE n % 2 WHEN 0 THEN ROW(NULL, NULL)::point2 END, jsonb_build_object('n', n)
+         FROM generate_series(1, 40) AS n;
+         INSERT INTO facts (id) VALUES (41)",
+    );
+    let connection = open(&schema.name);
+    // What a model asks for, and whether the server can be told.
+    for (filter, told) in [
+        ("WHERE id = 7", true),
+        ("WHERE 7 >= id AND small <> 2", true),
+        ("WHERE small IN (1, 2)", true),
+        ("WHERE id NOT IN (1, 2)", true),
+        ("WHERE id BETWEEN 3 AND 5 OR id IS NULL", true),
+        ("WHERE amount > 0.5", true),
+        ("WHERE amount = 0.2 OR amount < -18.985", true),
+        ("WHERE amount > 0", true),
+        ("WHERE cost >= 39.01", true),
+        ("WHERE share = 0", false),
+        ("WHERE share > 5", false),
+        ("WHERE active", true),
+        ("WHERE NOT active", true),
+        ("WHERE active IS NULL", true),
+        ("WHERE day >= DATE '2026-02-01'", true),
+        ("WHERE at < CAST('2026-01-01T05:00:00.000005Z' AS TIMESTAMP(6) WITH TIME ZONE)", true),
+        ("WHERE local > CAST('2026-03-29 12:00:00' AS TIMESTAMP(6))", true),
+        ("WHERE name = 'a'", true),
+        ("WHERE name <> 'a'", true),
+        ("WHERE name = 'ä'", false),
+        ("WHERE name IN ('it''s', 'back\\slash')", true),
+        ("WHERE name > 'a'", false),
+        ("WHERE name LIKE 'a%'", false),
+        ("WHERE folded = 'a'", true),
+        ("WHERE folded <> 'a'", true),
+        ("WHERE short = '12'", true),
+        ("WHERE padded = 'a'", true),
+        ("WHERE padded = 'a   '", true),
+        ("WHERE padded <> 'a   '", false),
+        ("WHERE feeling = 'sad'", true),
+        ("WHERE feeling = 'nothing that it knows'", true),
+        ("WHERE pair IS NULL", false),
+        ("WHERE doc = '{\"n\": 5}'", false),
+        ("WHERE name IS NOT NULL AND id + 1 < 9", true),
+        ("WHERE id < 0", true),
+    ] {
+        let (expected, all) = selected(&connection, filter, false).await;
+        let (found, sent) = selected(&connection, filter, true).await;
+        assert_eq!(found, expected, "{filter}");
+        assert_eq!(all, 41, "{filter}");
+        assert_eq!(sent < all, told, "{filter}: {sent} of {all} rows were sent");
+    }
+    assert_eq!(selected(&connection, "LIMIT 3", true).await.1, 3);
+    assert_eq!(selected(&connection, "WHERE share > 5 LIMIT 3", true).await.1, 41);
 }
