@@ -7,7 +7,7 @@
 use std::{
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
 };
@@ -226,6 +226,7 @@ async fn night(folder: &Path, environment: Option<&str>, touches: u32) -> Result
         progress: Progress::default(),
         stop: CancellationToken::new(),
         opener,
+        opened: Mutex::default(),
     };
     let jobs: Vec<String> = conductor.project.jobs.keys().cloned().collect();
     let request = Request {

@@ -111,6 +111,8 @@ pub struct Conductor {
     pub stop: CancellationToken,
     /// How connections are opened.
     pub opener: Opener,
+    /// Those that are open, by name: what planning fetched, the run reads.
+    pub opened: Mutex<Connections>,
 }
 
 /// How connections are opened: by the project, unless a test puts something around them.
@@ -146,7 +148,18 @@ impl Conductor {
             job.job.sources.values().map(|source| source.connection.as_deref().unwrap_or(PROJECT_CONNECTION));
         names
             .chain([job.job.target.connection.as_str()])
-            .map(|name| Ok((name.to_owned(), self.opener.0(&self.project, name)?)))
+            .map(|name| {
+                let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+                let connection = match opened.get(name) {
+                    Some(connection) => Arc::clone(connection),
+                    None => {
+                        let connection = self.opener.0(&self.project, name)?;
+                        opened.insert(name.to_owned(), Arc::clone(&connection));
+                        connection
+                    }
+                };
+                Ok((name.to_owned(), connection))
+            })
             .collect()
     }
 

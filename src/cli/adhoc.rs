@@ -91,6 +91,14 @@ impl Adhoc {
                     (written.to_owned(), None)
                 }
             }
+            // What is behind `?` belongs to the file; who writes `http` on a command line means it.
+            Some("http" | "https") => {
+                let (plain, query) = written.split_once('?').unwrap_or((written, ""));
+                let (folder, last) = plain.rsplit_once('/').unwrap_or((plain, ""));
+                let file = if query.is_empty() { last.to_owned() } else { format!("{last}?{query}") };
+                let plainly = if written.starts_with("http:") { "?allow_http=true" } else { "" };
+                (format!("{folder}/{plainly}"), Some(file))
+            }
             Some(_) => (written.to_owned(), None),
             None => {
                 let path = std::env::current_dir().unwrap_or_default().join(written);
@@ -159,7 +167,7 @@ impl Adhoc {
             let found = self.place(&place)?;
             let what = match (table, found.file) {
                 (Some(table), _) => format!("table: {}", quoted(&table)),
-                (None, Some(file)) => read_file(&file),
+                (None, Some(file)) => read_file(&file, is_web(&place)),
                 (None, None) => {
                     return Err(Error::configuration(format!(
                         "`{}` is a database, and names no table",
@@ -182,7 +190,7 @@ impl Adhoc {
                 self.write(QUERY, query)?;
                 format!("query: {QUERY}")
             }
-            (None, None, Some(file)) => read_file(&file),
+            (None, None, Some(file)) => read_file(&file, is_web(&copy.from)),
             (None, None, None) => {
                 return Err(Error::configuration(format!(
                     "nothing says what to copy from `{}`",
@@ -276,9 +284,15 @@ pub(super) fn plain(error: Error) -> Error {
     }
 }
 
-fn read_file(file: &str) -> String {
-    let key = if file.contains(['*', '?', '[', '{']) { "read: always, files" } else { "file" };
+fn read_file(file: &str, is_web: bool) -> String {
+    // A web server has no patterns, and its `?` is none.
+    let key = if !is_web && file.contains(['*', '?', '[', '{']) { "read: always, files" } else { "file" };
     format!("{key}: {}", quoted(file))
+}
+
+/// Whether a place is a file of a web server.
+fn is_web(place: &str) -> bool {
+    place.starts_with("http://") || place.starts_with("https://")
 }
 
 /// A text as YAML and JSON take it.

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU8, Ordering},
     },
 };
@@ -582,6 +582,7 @@ fn conductor(
         progress: Progress::default(),
         stop: CancellationToken::new(),
         opener: crate::run::Opener::default(),
+        opened: Mutex::default(),
     };
     Ok((conductor, Request { as_of, params, full_refresh, ranges, backfill: None, replay: None }))
 }

@@ -141,6 +141,24 @@ pub(crate) async fn read_all(
     View::open(world, stream, &Marks::new(), i64::from(u32::MAX)).await.read(full(), tap).await
 }
 
+/// Everything that a stream holds.
+pub(crate) async fn everything(
+    connection: &dyn Connection,
+    stream: &StreamSpec,
+    tap: &Arc<Tap>,
+) -> Result<(SchemaRef, Vec<RecordBatch>)> {
+    let source = connection.source().unwrap();
+    let schema = source.describe(stream).await?;
+    let streams = [stream.clone()];
+    let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
+    let bounds = source.bounds(&streams, &Marks::new(), RunTime { now, as_of: now }).await?;
+    let snapshot = source.snapshot(&streams, &bounds).await?;
+    let window = bounds.windows[&stream.name].clone();
+    let scan = Scan::new(stream.clone(), Arc::clone(&schema), window);
+    let rows = source.scan(&snapshot, &scan, Arc::clone(tap))?;
+    Ok((schema, rows.try_collect().await?))
+}
+
 fn full() -> SchemaRef {
     let fields = [("id", DataType::Int64), ("amount", DataType::Decimal128(18, 2)), ("note", DataType::Utf8)];
     Arc::new(Schema::new(fields.map(|(name, of)| Field::new(name, of, true)).to_vec()))

@@ -172,6 +172,11 @@ impl Options {
     }
 }
 
+/// A folder that a connector fills with files, to be read as any other; people know it as `shown`.
+fn folder(name: &str, shown: &str, root: PathBuf) -> Arc<dyn Connection> {
+    files::reader(name, shown, root)
+}
+
 /// What is common to URLs of buckets: the bucket, and the prefix in it.
 fn bucket_of(url: &Url) -> Result<(String, Option<String>)> {
     let bucket = url.host_str().filter(|_| url.username().is_empty() && url.port().is_none());

@@ -266,7 +266,23 @@ impl Job<'_> {
 
     fn request(&mut self, name: &str, source: &SourceSpec, request: &ApiRequest) {
         let at = ["sources", name, "request"];
-        if source.columns.is_empty() {
+        // An answer whose format has a kind is a file.
+        let is_file = source.format.as_ref().is_some_and(|format| format.kind.is_some());
+        let of_lists = [
+            ("records", request.records.is_some()),
+            ("fields", !request.fields.is_empty()),
+            ("pages", request.pages.is_some()),
+        ];
+        for (key, _) in of_lists.iter().filter(|(_, given)| *given && is_file) {
+            self.say(
+                &["sources", name, "request", key],
+                format!(
+                    "`{key}` is for lists in JSON, and the `kind` of `format` says that the answer is a file"
+                ),
+                "Remove one of them.",
+            );
+        }
+        if source.columns.is_empty() && !is_file {
             self.say(
                 &at,
                 format!("source `{name}` declares no columns, and an API tells no types"),

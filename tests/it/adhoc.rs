@@ -3,7 +3,10 @@
 use std::process::Output;
 
 use crate::{
-    services::{Schema, postgres},
+    services::{
+        Schema, postgres,
+        web::{Web, answer},
+    },
     support::Folder,
 };
 
@@ -46,6 +49,25 @@ fn sql_asks_files_and_databases_by_their_places() {
         assert!(code == 2 && text.contains(expected), "{sql}: {text}");
         assert!(!text.contains("jobs/") && !text.contains("place_"), "nobody wrote that: {text}");
     }
+}
+
+#[test]
+fn files_of_a_web_server_are_files() {
+    let web = Web::new(|asked| match (asked.path.as_str(), asked.query.get("day").map(String::as_str)) {
+        ("/d/rates.csv", None) => answer("200 OK", "", "currency,rate\nUSD,1.08\nJPY,163.20\n"),
+        ("/d/export", Some("2026-11-01")) => answer("200 OK", "Content-Type: text/csv", "id\n1\n2\n"),
+        _ => answer("404 Not Found", "", ""),
+    });
+    let folder = folder();
+    let ask = |arguments: &[&str]| said(&folder.floodmark(arguments));
+    let sql = format!("SELECT sum(rate) AS s FROM '{}/d/rates.csv'", web.url);
+    assert_eq!(ask(&["sql", &sql, "--output", "json"]), (0, "{\"s\":\"164.28\"}\n".to_owned()));
+    assert_eq!(web.count(), 1, "planned and read from one copy");
+    let export = format!("{}/d/export?day=2026-11-01", web.url);
+    let (code, text) = ask(&["copy", &export, "out.parquet"]);
+    assert!(code == 0 && text.contains("out.parquet: 2 rows"), "{text}");
+    let (code, text) = ask(&["copy", &format!("{}/d/none.csv", web.url), "out.parquet"]);
+    assert!(code == 2 && text.contains("404") && !text.contains("place_"), "{text}");
 }
 
 #[test]

@@ -280,6 +280,13 @@ fn mistakes_with_apis() {
         ("api_without_its_token", page("{}"), request.to_owned(), ", auth: bearer"),
         ("api_with_a_table", page("{}"), "table: rates".to_owned(), ""),
         ("api_as_a_target", page("{}"), request.to_owned(), ""),
+        ("web_file_behind_a_login_page", Web::new(|_| answer("200 OK", "Content-Type: text/html", "<html>")), "file: rates.csv".to_owned(), ""),
+        ("web_file_that_is_not_there", Web::new(|_| answer("404 Not Found", "", "")), "file: rates.csv".to_owned(), ""),
+        ("web_file_of_an_unknown_kind", Web::new(|_| answer("200 OK", "", "a,b\n")), "file: rates".to_owned(), ""),
+        ("web_file_without_a_column", Web::new(|_| answer("200 OK", "", "a,b\n1,2\n")), "file: rates.csv, columns: { c: int }".to_owned(), ""),
+        ("web_file_with_a_cursor", page("{}"), "file: rates.csv, incremental: { cursor: day }".to_owned(), ""),
+        ("web_file_with_pages", page("{}"), "request: { path: rates, records: $.x, pages: { kind: link } }, format: { kind: csv }".to_owned(), ""),
+        ("web_files_by_a_pattern", page("{}"), "files: \"*.csv\"".to_owned(), ""),
     ];
     for (name, web, source, options) in cases {
         let folder = project(&web.url, &source, options);

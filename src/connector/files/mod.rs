@@ -69,15 +69,15 @@ pub async fn write_parquet(
     path: &std::path::Path,
     rows: datafusion::physical_plan::SendableRecordBatchStream,
 ) -> Result<(u64, u64)> {
-    let connection = Arc::new(FilesConnection {
-        name: "copy".to_owned(),
-        shown: path.display().to_string(),
-        place: Place::Folder(path.parent().map(std::path::Path::to_path_buf).unwrap_or_default()),
-        row_group_rows: ROW_GROUP_ROWS,
-        row_group_bytes: ROW_GROUP_BYTES,
-    });
+    let folder = path.parent().map(std::path::Path::to_path_buf).unwrap_or_default();
+    let connection = Arc::new(FilesConnection::of_folder("copy", &path.display().to_string(), folder));
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(parquet::write_file(&connection, name, rows, true).await?.unwrap_or_default())
+}
+
+/// The reading side of a folder that another connector fills; people know it as `shown`.
+pub(super) fn reader(name: &str, shown: &str, folder: std::path::PathBuf) -> Arc<dyn Connection> {
+    Arc::new(Arc::new(FilesConnection::of_folder(name, shown, folder)))
 }
 
 /// A folder of files.
@@ -104,6 +104,16 @@ struct FilesConnection {
 }
 
 impl FilesConnection {
+    fn of_folder(name: &str, shown: &str, folder: std::path::PathBuf) -> Self {
+        Self {
+            name: name.to_owned(),
+            shown: shown.to_owned(),
+            place: Place::Folder(folder),
+            row_group_rows: ROW_GROUP_ROWS,
+            row_group_bytes: ROW_GROUP_BYTES,
+        }
+    }
+
     /// The place as a store, which no path leaves.
     fn store(&self) -> Result<Arc<dyn ObjectStore>> {
         let root = match &self.place {

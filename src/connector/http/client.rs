@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -19,7 +20,7 @@ use reqwest::{
     header::{self, HeaderMap, HeaderName, HeaderValue},
 };
 use secrecy::{ExposeSecret, SecretString};
-use tokio::sync::Mutex;
+use tokio::{io::AsyncWriteExt, sync::Mutex};
 use url::{Host, Url};
 
 use super::{Auth, HttpOptions, KeyIn};
@@ -37,6 +38,9 @@ const FIRST_WAIT: Duration = Duration::from_millis(200);
 
 /// No wait is longer, unless the server says so.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// A file that takes longer is given up.
+const LONGEST_FILE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Who asks, and how patiently.
 pub(super) struct Api {
@@ -122,7 +126,7 @@ impl Patience {
 }
 
 impl Api {
-    pub(super) fn new(name: &str, options: HttpOptions, base_folder: &std::path::Path) -> Result<Self> {
+    pub(super) fn new(name: &str, options: HttpOptions, base_folder: &Path) -> Result<Self> {
         let wrong = |what: &str| Error::configuration(format!("connection `{name}`: {what}"));
         let mut base = Url::parse(&options.url).map_err(|error| {
             wrong("`url` is no URL").note(error.to_string()).hint("Such as `https://api.example.com/v1`.")
@@ -153,13 +157,15 @@ impl Api {
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
         insert_all(&mut headers, &options.headers).map_err(|what| wrong(&what))?;
+        let timeout = Duration::from_millis(options.timeout_ms.unwrap_or(60_000));
         let mut client = reqwest::Client::builder()
             .user_agent(concat!("floodmark/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
             .https_only(!options.allow_http)
             .connect_timeout(Duration::from_secs(10))
-            .timeout(Duration::from_millis(options.timeout_ms.unwrap_or(60_000)))
+            .timeout(timeout)
+            .read_timeout(timeout)
             .dns_resolver(Arc::new(Guarded));
         if let Some(file) = &options.ca_file {
             let read = std::fs::read(base_folder.join(file)).map_err(|error| {
@@ -194,10 +200,19 @@ impl Api {
 
     /// Asks until there is a whole answer, or patience is at its end.
     pub(super) async fn ask(&self, ask: &Ask) -> Result<Answer> {
+        self.patiently(ask, None).await
+    }
+
+    /// Asks until there is a whole answer, and writes its body into a file instead of memory.
+    pub(super) async fn fetch(&self, ask: &Ask, into: &Path) -> Result<Answer> {
+        self.patiently(ask, Some(into)).await
+    }
+
+    async fn patiently(&self, ask: &Ask, into: Option<&Path>) -> Result<Answer> {
         let (mut patience, mut renewed) = (Patience::of(&self.options), false);
         loop {
             let token = self.bearer(false).await?;
-            match self.attempt(ask, token.as_ref()).await {
+            match self.attempt(ask, token.as_ref(), into).await {
                 Ok(answer) => return Ok(answer),
                 Err(Failure::Never(error)) => return Err(error),
                 Err(Failure::Unauthorized(error)) => {
@@ -214,20 +229,24 @@ impl Api {
     }
 
     /// One try, through redirects.
-    async fn attempt(&self, ask: &Ask, token: Option<&SecretString>) -> Result<Answer, Failure> {
+    async fn attempt(
+        &self,
+        ask: &Ask,
+        token: Option<&SecretString>,
+        into: Option<&Path>,
+    ) -> Result<Answer, Failure> {
         let (mut url, mut method, mut body) = (ask.url.clone(), ask.method, ask.body.clone());
         for _ in 0..=HOPS {
             self.permitted(&url).map_err(Failure::Never)?;
             self.pace.wait().await;
-            let response = self
-                .request(method, &url, &ask.headers, body.as_deref(), token)
-                .map_err(Failure::Never)?
-                .send()
-                .await
-                .map_err(|error| self.unsent(&url, &error, ask.repeatable))?;
+            let request = self.request(method, &url, &ask.headers, body.as_deref(), token);
+            let request = request.map_err(Failure::Never)?;
+            // A file takes as long as it takes, while something comes.
+            let request = if into.is_some() { request.timeout(LONGEST_FILE) } else { request };
+            let response = request.send().await.map_err(|error| self.unsent(&url, &error, ask.repeatable))?;
             let status = response.status();
             if !status.is_redirection() {
-                return self.answer(&url, response, ask.repeatable).await;
+                return self.answer(&url, response, ask.repeatable, into).await;
             }
             let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
             let next = location.and_then(|location| url.join(location).ok()).ok_or_else(|| {
@@ -355,6 +374,7 @@ impl Api {
         url: &Url,
         mut response: reqwest::Response,
         repeatable: bool,
+        into: Option<&Path>,
     ) -> Result<Answer, Failure> {
         let status = response.status();
         if !status.is_success() {
@@ -363,10 +383,22 @@ impl Api {
         let headers = response.headers().clone();
         let most = self.options.max_page_bytes.unwrap_or(64 << 20);
         let mut body = BytesMut::new();
+        let mut file = match into {
+            Some(into) => {
+                self.is_file(url, &response).map_err(Failure::Never)?;
+                Some(tokio::fs::File::create(into).await.map_err(|error| unwritten(into, error))?)
+            }
+            None => None,
+        };
         loop {
             match response.chunk().await {
                 Ok(None) => break,
-                Ok(Some(chunk)) => body.extend_from_slice(&chunk),
+                Ok(Some(chunk)) => match (&mut file, into) {
+                    (Some(file), Some(into)) => {
+                        file.write_all(&chunk).await.map_err(|error| unwritten(into, error))?;
+                    }
+                    _ => body.extend_from_slice(&chunk),
+                },
                 Err(error) => {
                     let error = self
                         .error(ErrorKind::Temporary, url, "the answer broke off, from")
@@ -382,7 +414,31 @@ impl Api {
                 ));
             }
         }
+        if let (Some(file), Some(into)) = (&mut file, into) {
+            file.flush().await.map_err(|error| unwritten(into, error))?;
+        }
         Ok(Answer { url: url.clone(), headers, body: body.freeze() })
+    }
+
+    /// Refuses what is no file, or one whose end nobody could tell from a cut.
+    fn is_file(&self, url: &Url, response: &reqwest::Response) -> Result<()> {
+        let header =
+            |name| response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        if header(header::CONTENT_TYPE).to_ascii_lowercase().starts_with("text/html") {
+            return Err(self.error(ErrorKind::Data, url, "a page in HTML instead of a file, from").hint(
+                "Often that is a login page, or a proxy's: look at it in a browser, and mend `url` or `auth`.",
+            ));
+        }
+        let chunked = header(header::TRANSFER_ENCODING).to_ascii_lowercase().contains("chunked");
+        let ends =
+            response.version() >= reqwest::Version::HTTP_2 || chunked || response.content_length().is_some();
+        if !ends {
+            return Err(self
+                .error(ErrorKind::Failed, url, "a file without its length, from")
+                .note("a file that is cut short could not be told from a whole one")
+                .hint("Let the server say `Content-Length`; or fetch the file by other means, and read it from a folder."));
+        }
+        Ok(())
     }
 
     fn refused(&self, url: &Url, status: StatusCode, headers: &HeaderMap, repeatable: bool) -> Failure {
@@ -412,7 +468,7 @@ impl Api {
             ),
             StatusCode::NOT_FOUND | StatusCode::GONE => Failure::Never(
                 of(ErrorKind::Configuration)
-                    .hint("Mend `url` in connections.yaml, or `path` of the request."),
+                    .hint("Mend `url` in connections.yaml, or the path of the file or request."),
             ),
             status if status.is_client_error() => Failure::Never(
                 of(ErrorKind::Configuration)
@@ -582,6 +638,11 @@ pub(super) fn shown(url: &Url) -> String {
     url.set_query(None);
     url.set_fragment(None);
     url.to_string()
+}
+
+fn unwritten(file: &Path, error: std::io::Error) -> Failure {
+    let folder = file.parent().unwrap_or(file);
+    Failure::Never(Error::io("write a copy into", folder.display(), error))
 }
 
 pub(super) fn same_host(a: &Url, b: &Url) -> bool {

@@ -1,11 +1,11 @@
-//! HTTP APIs that answer in JSON, as a source, by configuration alone.
+//! HTTP APIs that answer in JSON, and files of web servers, as a source, by configuration alone.
 //!
 //! A list is read over all its pages, or the run fails: what breaks off, loops, or is a login page in HTML is never taken for the
 //! list's end. Pages that are asked for by number shift when rows come and go; such a list is read until two readings are equal.
 //! With a cursor the window ends a margin before the server's own clock, and the mark moves only when the window was read to its
 //! end. Numbers are taken as they are spelled.
 //!
-//! Not done: answers in other formats than JSON, writing.
+//! Not done: pages in other formats than JSON, writing.
 
 use std::sync::Arc;
 
@@ -19,6 +19,7 @@ use super::{CatalogTable, Connection, Connector, Identity, Source, Target};
 use crate::error::{Error, Result};
 
 mod client;
+mod files;
 pub mod path;
 mod source;
 #[cfg(test)]
@@ -27,7 +28,7 @@ mod tests;
 /// The line that [`super::CONNECTORS`] holds.
 pub static CONNECTOR: Connector = Connector {
     name: "http",
-    summary: "an HTTP API that answers in JSON: lists in pages in",
+    summary: "an HTTP API that answers in JSON, or files of a web server",
     options: || schemars::schema_for!(HttpOptions),
     schemes: &["http", "https"],
     variables: &[],
@@ -46,7 +47,7 @@ pub static CONNECTOR: Connector = Connector {
         let limits =
             Limits { pages: parsed.max_pages.unwrap_or(100_000), margin_ms, spill: options.spill.clone() };
         let api = client::Api::new(&options.name, parsed, &options.base)?;
-        Ok(Arc::new(Arc::new(HttpConnection { api, limits })))
+        Ok(Arc::new(Arc::new(HttpConnection { api, limits, files: files::Files::default() })))
     },
 };
 
@@ -159,7 +160,7 @@ impl HttpOptions {
 struct Limits {
     pages: u64,
     margin_ms: u32,
-    /// Where a list is kept that is read twice.
+    /// Where a list is kept that is read twice, and a file that was fetched.
     spill: std::path::PathBuf,
 }
 
@@ -168,6 +169,7 @@ struct Limits {
 struct HttpConnection {
     api: client::Api,
     limits: Limits,
+    files: files::Files,
 }
 
 #[async_trait]

@@ -1,7 +1,7 @@
 //! Lists of an API as rows.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     io::{BufReader, BufWriter, Read as _, Seek as _, Write as _},
     sync::Arc,
 };
@@ -17,7 +17,8 @@ use url::Url;
 
 use super::{
     HttpConnection,
-    client::{Answer, Ask, insert_all, shown},
+    client::{Answer, Api, Ask, insert_all, shown},
+    files::{Fetched, request_for},
     path::{JsonPath, list, token},
 };
 use crate::{
@@ -39,12 +40,17 @@ use crate::{
 /// A list that shifts is read so often at most, until two readings are equal.
 const READINGS: usize = 5;
 
-/// Nothing is held open between the pages of an API.
-struct Nothing;
+/// The files of a run. Nothing is held open between the pages of an API.
+#[derive(Default)]
+struct Opened(BTreeMap<String, (Arc<Fetched>, Snapshot)>);
 
 #[async_trait]
 impl Source for Arc<HttpConnection> {
     async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef> {
+        if let Some(request) = request_for(stream)? {
+            let file = self.file(stream, &request).await?;
+            return file.source()?.describe(&file.stream(stream)).await;
+        }
         request_of(stream)?;
         if let Some(cursor) = &stream.cursor {
             cursor_type(stream, cursor)?;
@@ -86,12 +92,24 @@ impl Source for Arc<HttpConnection> {
         Ok(bounds)
     }
 
-    async fn snapshot(&self, _: &[StreamSpec], _: &Bounds) -> Result<Snapshot> {
-        Ok(Snapshot { token: format!("http:{}", shown(&self.api.base)), hold: Arc::new(Nothing) })
+    async fn snapshot(&self, streams: &[StreamSpec], bounds: &Bounds) -> Result<Snapshot> {
+        let mut opened = Opened::default();
+        for stream in streams {
+            if let Some(request) = request_for(stream)? {
+                let file = self.file(stream, &request).await?;
+                let snapshot = file.source()?.snapshot(&[file.stream(stream)], bounds).await?;
+                opened.0.insert(stream.name.clone(), (file, snapshot));
+            }
+        }
+        Ok(Snapshot { token: format!("http:{}", shown(&self.api.base)), hold: Arc::new(opened) })
     }
 
     fn scan(&self, snapshot: &Snapshot, scan: &Scan, tap: Arc<Tap>) -> Result<SendableRecordBatchStream> {
-        held::<Nothing>(snapshot)?;
+        let opened: Arc<Opened> = held(snapshot)?;
+        if let Some((file, snapshot)) = opened.0.get(&scan.stream.name) {
+            let of_folder = Scan { stream: file.stream(&scan.stream), ..scan.clone() };
+            return file.source()?.scan(snapshot, &of_folder, tap);
+        }
         let (this, scan) = (Self::clone(self), scan.clone());
         Ok(runtime::stream(Arc::clone(&scan.schema), move |out| async move {
             Reading::new(&this, &scan, &tap, &out)?.run().await
@@ -105,6 +123,68 @@ fn request_of(stream: &StreamSpec) -> Result<&ApiRequest> {
         _ => Err(Error::configuration(format!("source `{}` asks nothing of an API", stream.name))
             .hint("Use `request: { path: … }`.")),
     }
+}
+
+/// The first request of a list, with the window's ends in it.
+pub(super) fn first_of(
+    api: &Api,
+    stream: &StreamSpec,
+    request: &ApiRequest,
+    ends: &(Option<String>, Option<String>),
+) -> Result<Ask> {
+    let wrong = |what: String| Error::configuration(format!("source `{}`: {what}", stream.name));
+    let bound = |text: &str| -> Option<String> {
+        let mut missing = false;
+        let bound = crate::connector::spec::with_values(text, |name| {
+            let end = if name == "from" { &ends.0 } else { &ends.1 };
+            end.clone().unwrap_or_else(|| {
+                missing = true;
+                String::new()
+            })
+        });
+        (!missing).then_some(bound)
+    };
+    let path = bound(&request.path)
+        .ok_or_else(|| wrong("`path` needs `$from`, and there is none before the first run".to_owned()))?;
+    let mut url = api
+        .base
+        .join(path.trim_start_matches('/'))
+        .map_err(|error| wrong(format!("`path` is none: {error}")))?;
+    if !url.path().starts_with(api.base.path()) {
+        return Err(
+            wrong("`path` leaves the connection's `url`".to_owned()).hint("Mend `url` in connections.yaml.")
+        );
+    }
+    for (name, value) in &request.query {
+        if let Some(value) = bound(value) {
+            url.query_pairs_mut().append_pair(name, &value);
+        }
+    }
+    let body = match &request.body {
+        Some(body) => Some(bound(body).ok_or_else(|| {
+            wrong("`body` needs `$from`, and there is none before the first run".to_owned())
+        })?),
+        None => None,
+    };
+    let mut headers = HeaderMap::new();
+    let written = request.headers.iter().filter_map(|(name, value)| Some((name.clone(), bound(value)?)));
+    insert_all(&mut headers, &written.collect()).map_err(wrong)?;
+    if let Some(pages) = &request.pages {
+        if let Some(size) = pages.size {
+            let param = pages.size_param.as_deref().unwrap_or("limit");
+            set(&mut url, param, &size.to_string());
+        }
+        match pages.kind {
+            PageStyle::Offset => set(&mut url, pages.param.as_deref().unwrap_or("offset"), "0"),
+            PageStyle::Page => {
+                let first = pages.first.unwrap_or(1).to_string();
+                set(&mut url, pages.param.as_deref().unwrap_or("page"), &first);
+            }
+            _ => {}
+        }
+    }
+    let repeatable = request.method == Method::Get || request.repeatable;
+    Ok(Ask { method: request.method, url, headers, body, repeatable })
 }
 
 /// The type of a cursor: an API's windows are of time.
@@ -333,62 +413,7 @@ impl<'a> Reading<'a> {
 
     /// The first request, with the window's ends in it.
     fn first(&self) -> Result<Ask> {
-        let (request, api) = (self.request, &self.this.api);
-        let wrong =
-            |what: String| Error::configuration(format!("source `{}`: {what}", self.scan.stream.name));
-        let ends = self.ends();
-        let bound = |text: &str| -> Option<String> {
-            let mut missing = false;
-            let bound = crate::connector::spec::with_values(text, |name| {
-                let end = if name == "from" { &ends.0 } else { &ends.1 };
-                end.clone().unwrap_or_else(|| {
-                    missing = true;
-                    String::new()
-                })
-            });
-            (!missing).then_some(bound)
-        };
-        let path = bound(&request.path).ok_or_else(|| {
-            wrong("`path` needs `$from`, and there is none before the first run".to_owned())
-        })?;
-        let mut url = api
-            .base
-            .join(path.trim_start_matches('/'))
-            .map_err(|error| wrong(format!("`path` is none: {error}")))?;
-        if !url.path().starts_with(api.base.path()) {
-            return Err(wrong("`path` leaves the connection's `url`".to_owned())
-                .hint("Mend `url` in connections.yaml."));
-        }
-        for (name, value) in &request.query {
-            if let Some(value) = bound(value) {
-                url.query_pairs_mut().append_pair(name, &value);
-            }
-        }
-        let body = match &request.body {
-            Some(body) => Some(bound(body).ok_or_else(|| {
-                wrong("`body` needs `$from`, and there is none before the first run".to_owned())
-            })?),
-            None => None,
-        };
-        let mut headers = HeaderMap::new();
-        let written = request.headers.iter().filter_map(|(name, value)| Some((name.clone(), bound(value)?)));
-        insert_all(&mut headers, &written.collect()).map_err(wrong)?;
-        if let Some(pages) = &request.pages {
-            if let Some(size) = pages.size {
-                let param = pages.size_param.as_deref().unwrap_or("limit");
-                set(&mut url, param, &size.to_string());
-            }
-            match pages.kind {
-                PageStyle::Offset => set(&mut url, pages.param.as_deref().unwrap_or("offset"), "0"),
-                PageStyle::Page => {
-                    let first = pages.first.unwrap_or(1).to_string();
-                    set(&mut url, pages.param.as_deref().unwrap_or("page"), &first);
-                }
-                _ => {}
-            }
-        }
-        let repeatable = request.method == Method::Get || request.repeatable;
-        Ok(Ask { method: request.method, url, headers, body, repeatable })
+        first_of(&self.this.api, &self.scan.stream, self.request, &self.ends())
     }
 
     /// `$from` and `$until`, as the API wants them.
@@ -427,7 +452,7 @@ impl<'a> Reading<'a> {
         if !kind.is_empty() && kind != "application/json" && kind != "text/json" && !kind.ends_with("+json") {
             return Err(self
                 .data(&format!("{place} is `{kind}`, and no JSON"))
-                .hint("Often that is a login page, or a proxy's: look at it in a browser, and mend `url` or `auth`."));
+                .hint(if kind == "text/csv" { "Read it as a file: `format: { kind: csv }`." } else { "Often that is a login page, or a proxy's: look at it in a browser, and mend `url` or `auth`." }));
         }
         let text =
             std::str::from_utf8(&answer.body).map_err(|_| self.data(&format!("{place} is not UTF-8")))?;

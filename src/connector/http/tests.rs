@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::{
     connector::{
         Connection, Connector, Options,
-        contract::{self, Row, World, made_at, orders, read_all},
+        contract::{self, Row, World, everything, made_at, orders, read_all},
         services::web::{Asked, Web, answer, json},
         spec::{ApiRequest, CursorSpec, OnNull, PageStyle, Pages, Read, StreamSpec},
     },
@@ -482,4 +482,117 @@ async fn an_address_that_nobody_should_ask_is_not_asked() {
     let options = Options { name: "api".to_owned(), base: "".into(), values, spill: std::env::temp_dir() };
     let error = (Connector::named("http").unwrap().open)(options).unwrap_err();
     assert!(error.to_string().contains("not encrypted"), "{error}");
+}
+
+/// A stream that is a file of the server.
+fn file(path: &str) -> StreamSpec {
+    StreamSpec {
+        columns: indexmap::IndexMap::new(),
+        ..StreamSpec::whole("rates", Read::File(path.to_owned()))
+    }
+}
+
+const RATES: &str = "currency,rate\nUSD,1.0834\nJPY,163.20\n";
+
+/// What a stream holds, row by row, as text.
+async fn texts(connection: &Arc<dyn Connection>, stream: &StreamSpec) -> Result<Vec<String>, Error> {
+    let options = arrow::util::display::FormatOptions::default();
+    let mut rows = Vec::new();
+    let (_, batches) = everything(connection.as_ref(), stream, &Arc::default()).await?;
+    for batch in batches {
+        for row in 0..batch.num_rows() {
+            let cell = |array| {
+                arrow::util::display::ArrayFormatter::try_new(array, &options).unwrap().value(row).to_string()
+            };
+            rows.push(batch.columns().iter().map(|array| cell(array.as_ref())).collect::<Vec<_>>().join(" "));
+        }
+    }
+    Ok(rows)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_of_a_web_server_are_read_whole_and_fetched_once() {
+    let web = Web::new(|asked| match asked.path.as_str() {
+        "/v1/rates.csv" => answer("200 OK", "Content-Type: text/csv", RATES),
+        "/v1/moved.csv" => answer("302 Found", "Location: /v1/rates.csv", ""),
+        "/v1/export" if asked.query["day"] == "2026-11-01" => {
+            assert_eq!(asked.headers["accept-encoding"], "identity");
+            answer("200 OK", "Content-Type: text/csv; charset=utf-8", &RATES.replace(',', ";"))
+        }
+        // The server tells what it is.
+        "/v1/list" => answer("200 OK", "Content-Type: text/csv; header=present", RATES),
+        "/v1/rates.jsonl" => answer(
+            "200 OK",
+            "",
+            "{\"currency\":\"USD\",\"rate\":1.0834}\n{\"currency\":\"JPY\",\"rate\":163.20}\n",
+        ),
+        _ => answer("404 Not Found", "", ""),
+    });
+    let expected = ["USD 1.0834", "JPY 163.2000"].map(str::to_owned);
+    let api = open(&format!("{}/v1", web.url), &json!({}));
+    assert_eq!(texts(&api, &file("rates.csv")).await.unwrap(), expected);
+    assert_eq!(texts(&api, &file("rates.csv")).await.unwrap(), expected);
+    assert_eq!(web.count(), 1, "described and read twice, fetched once");
+    assert_eq!(texts(&api, &file("moved.csv")).await.unwrap(), expected);
+    assert_eq!(texts(&api, &file("list")).await.unwrap(), expected);
+    assert_eq!(texts(&api, &file("rates.jsonl")).await.unwrap().len(), 2);
+    let asked = ApiRequest {
+        path: "/export".to_owned(),
+        query: [("day".to_owned(), "2026-11-01".to_owned())].into(),
+        ..ApiRequest::default()
+    };
+    let kind = Some(crate::connector::spec::FormatKind::Csv);
+    let delimiter = Some(";".to_owned());
+    let format = crate::connector::spec::Format { kind, delimiter, ..Default::default() };
+    let export = StreamSpec { read: Read::Request(Box::new(asked)), format: Some(format), ..file("") };
+    assert_eq!(texts(&api, &export).await.unwrap(), expected);
+    assert_eq!(
+        api.source().unwrap().describe(&file("none.csv")).await.unwrap_err().kind(),
+        ErrorKind::Configuration
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_is_cut_short_or_is_none_is_never_taken_as_whole() {
+    let tries = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&tries);
+    let web = Web::new(move |asked| {
+        let cut = |length: usize| {
+            format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{RATES}")
+                .into_bytes()
+        };
+        match asked.path.as_str() {
+            // Cut short twice, whole the third time.
+            "/mends.csv" if counted.fetch_add(1, Ordering::Relaxed) < 2 => cut(RATES.len() + 20),
+            "/mends.csv" => answer("200 OK", "", RATES),
+            "/cut.csv" => cut(RATES.len() + 20),
+            "/endless.csv" => format!("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{RATES}").into_bytes(),
+            "/chunked.csv" => format!(
+                "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{RATES}\r\n",
+                RATES.len()
+            )
+            .into_bytes(),
+            "/login.csv" => answer("200 OK", "Content-Type: text/html", "<html>Please log in</html>"),
+            "/away.csv" => answer("302 Found", "Location: http://elsewhere.example/rates.csv", ""),
+            _ => answer("503 Service Unavailable", "", ""),
+        }
+    });
+    let api = open(&web.url, &json!({}));
+    assert_eq!(texts(&api, &file("mends.csv")).await.unwrap().len(), 2);
+    assert_eq!(tries.load(Ordering::Relaxed), 3);
+    for (path, kind, told) in [
+        ("cut.csv", ErrorKind::Temporary, "the answer broke off"),
+        ("chunked.csv", ErrorKind::Temporary, "the answer broke off"),
+        ("endless.csv", ErrorKind::Failed, "a file without its length"),
+        ("login.csv", ErrorKind::Data, "a page in HTML instead of a file"),
+        ("away.csv", ErrorKind::Failed, "points to another host"),
+        ("busy.csv", ErrorKind::Temporary, "503"),
+    ] {
+        let error = texts(&api, &file(path)).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{path}: {error:?}");
+        assert!(error.to_string().contains(told), "{path}: {error}");
+    }
+    let pattern = StreamSpec { read: Read::Files { pattern: "*.csv".to_owned(), once: true }, ..file("") };
+    let error = api.source().unwrap().describe(&pattern).await.unwrap_err();
+    assert!(error.to_string().contains("does not list what it has"), "{error}");
 }

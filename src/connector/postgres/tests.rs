@@ -13,7 +13,7 @@ use indexmap::IndexMap;
 use crate::{
     connector::{
         Bounds, Connection, Connector, Marks, Options, RunTime,
-        contract::{self, Row, World, made_at, orders},
+        contract::{self, Row, World, everything, made_at, orders},
         scan::{OpenSource, OpenSources, Scan, ScanTable},
         spec::{BadRows, CursorSpec, Mode, OnNull, Read, StreamSpec},
         tap::Tap,
@@ -206,24 +206,6 @@ fn table(name: &str) -> StreamSpec {
     StreamSpec { name: name.to_owned(), columns: IndexMap::new(), ..orders(Read::Table(name.to_owned())) }
 }
 
-/// Everything that a stream holds.
-async fn read(
-    connection: &dyn Connection,
-    stream: &StreamSpec,
-    tap: &Arc<Tap>,
-) -> Result<(SchemaRef, Vec<RecordBatch>)> {
-    let source = connection.source().unwrap();
-    let schema = source.describe(stream).await?;
-    let streams = [stream.clone()];
-    let now = chrono::DateTime::from_timestamp(1_800_000_000, 0).unwrap();
-    let bounds = source.bounds(&streams, &Marks::new(), RunTime { now, as_of: now }).await?;
-    let snapshot = source.snapshot(&streams, &bounds).await?;
-    let window = bounds.windows[&stream.name].clone();
-    let scan = Scan::new(stream.clone(), Arc::clone(&schema), window);
-    let rows = source.scan(&snapshot, &scan, Arc::clone(tap))?;
-    Ok((schema, rows.try_collect().await?))
-}
-
 #[test]
 fn the_readme_says_of_every_type_what_becomes_of_it() {
     let readme = std::fs::read_to_string("README.md").unwrap();
@@ -252,7 +234,7 @@ async fn every_type_goes_out_and_comes_back_as_it_was() {
             "CREATE TABLE {name} (n int, v {written}); INSERT INTO {name} VALUES {}, (-1, NULL)",
             values.join(", ")
         ));
-        let (found, batches) = read(&*connection, &table(&name), &Arc::default()).await.unwrap();
+        let (found, batches) = everything(&*connection, &table(&name), &Arc::default()).await.unwrap();
         let told = plain(&describe(found.field(1).data_type()));
         if told != plain(expected) {
             wrong.push(format!("{written} is {told}, not {}", plain(expected)));
@@ -331,7 +313,7 @@ async fn what_cannot_be_carried_is_refused_with_column_and_row() {
         schema.execute(&format!(
             "CREATE TABLE {name} (v {written}); INSERT INTO {name} VALUES (NULL), ({value})"
         ));
-        let error = read(&*connection, &table(&name), &Arc::default()).await.unwrap_err();
+        let error = everything(&*connection, &table(&name), &Arc::default()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Data, "{written}: {error}");
         let told = error.to_string();
         assert!(told.contains(why) && told.contains("`v`") && told.contains("row 2"), "{written}: {told}");
@@ -339,14 +321,14 @@ async fn what_cannot_be_carried_is_refused_with_column_and_row() {
         // Set aside, the row keeps its place in the table and its value.
         let aside = StreamSpec { bad_rows: BadRows::Quarantine, ..table(&name) };
         let tap = Arc::new(Tap::default());
-        let (_, batches) = read(&*connection, &aside, &tap).await.unwrap();
+        let (_, batches) = everything(&*connection, &aside, &tap).await.unwrap();
         assert_eq!((batches.iter().map(RecordBatch::num_rows).sum::<usize>(), tap.rejected_rows()), (1, 1));
         assert!(tap.rejects()[0].position.ends_with("ctid (0,2)"), "{}", tap.rejects()[0].position);
 
         // As text it is what the server says.
         let mut text = table(&name);
         text.columns.insert("v".to_owned(), "string".to_owned());
-        let (_, batches) = read(&*connection, &text, &Arc::default()).await.unwrap();
+        let (_, batches) = everything(&*connection, &text, &Arc::default()).await.unwrap();
         let shown = ArrayFormatter::try_new(batches[0].column(0), &FormatOptions::default())
             .unwrap()
             .value(1)
@@ -375,7 +357,7 @@ async fn a_value_that_a_column_of_the_target_would_cut_is_refused() {
     {
         let (from, to) = (format!("f{index}"), format!("t{index}"));
         schema.execute(&format!("CREATE TABLE {from} AS SELECT {value} AS v; CREATE TABLE {to} (v {kept})"));
-        let (found, batches) = read(&*connection, &table(&from), &Arc::default()).await.unwrap();
+        let (found, batches) = everything(&*connection, &table(&from), &Arc::default()).await.unwrap();
         let refused = contract::publish(&*connection, &to, Mode::Append, &found, batches).await;
         let error = refused.expect_err(kept);
         assert_eq!(error.kind(), ErrorKind::Data, "{kept}: {error}");
