@@ -926,8 +926,14 @@ impl Release<'_> {
                     bytes: tap.progress().0,
                     complete: tap.is_complete(),
                     totals: tap.totals(),
+                    nulled: tap.nulled(),
                 },
             );
+            for (column, count) in tap.nulled() {
+                record.warnings.push(format!(
+                    "source `{name}`: {count} values did not fit `{column}`, and are null there"
+                ));
+            }
             let before = base.and_then(|base| base.sources.get(name));
             // What nobody asked for was not read: its mark does not move. Nor does that of a range that was read again.
             let moves = tap.is_started() && !self.request.leaves_marks();

@@ -74,6 +74,7 @@ pub(crate) fn orders(read: Read) -> StreamSpec {
         timezone: None,
         bad_rows: BadRows::Error,
         max_bad_rows: 10,
+        unfit_as_null: Vec::new(),
     }
 }
 
@@ -255,7 +256,8 @@ async fn reads_what_is_asked_for(world: &dyn World) {
     assert_eq!(places.len(), 20, "{}: every row has a place of its own", world.name());
 }
 
-/// 6. and 7. A value that does not fit is told with column and place and without itself, or its row is set aside.
+/// 6. and 7. A value that does not fit is told with column and place and without itself; or the job lets its row be set aside, or
+///    lets it be a null that is counted.
 async fn sets_aside_or_refuses(world: &dyn World) {
     let rows = [Row::good(1), Row::bad(2), Row::good(3), Row::bad(4), Row::good(5)];
     world.add(&rows);
@@ -276,6 +278,15 @@ async fn sets_aside_or_refuses(world: &dyn World) {
         assert!(reject.row.contains("7.7731"), "{}: the row is kept whole: {}", world.name(), reject.row);
         assert!(!reject.position.is_empty());
     }
+
+    let as_null = StreamSpec { unfit_as_null: vec!["amount".to_owned()], ..world.stream() };
+    let view = View::open(world, as_null, &Marks::new(), 5).await;
+    let tap = Arc::new(Tap::default());
+    let rows = view.read(full(), &tap).await.unwrap();
+    assert_eq!(ids(&rows), [1, 2, 3, 4, 5], "{}", world.name());
+    let nulls: usize = rows.iter().map(|batch| batch.column(1).null_count()).sum();
+    assert_eq!((nulls, tap.rejected_rows()), (2, 0), "{}: where the job allows it", world.name());
+    assert_eq!(tap.nulled(), [("amount".to_owned(), 2)].into(), "{}: and counted", world.name());
 
     let one = StreamSpec { max_bad_rows: 1, ..aside };
     let view = View::open(world, one, &Marks::new(), 5).await;

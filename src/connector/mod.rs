@@ -369,8 +369,8 @@ pub const NOTHING_YET: &str = "floodmark:nothing_yet";
 /// 4. A scan of a projection gives those columns in that order; of none, the right number of rows.
 /// 5. Rows written after the snapshot was opened are not seen, and are in the next window.
 /// 6. Every row that left the source is counted in the tap: as a row, as filtered or as rejected.
-/// 7. A value that does not fit its column is an error that names column and position, or is set aside; never
-///    changed.
+/// 7. A value that does not fit its column is an error that names column and position, or its row is set aside, or it is a
+///    null that is counted; never changed in silence.
 #[async_trait]
 pub trait Source: Send + Sync {
     /// Whether scans leave out rows that do not meet the conditions of models.

@@ -23,6 +23,8 @@ pub struct RowBuilder<'a> {
     positions: Option<(usize, StringBuilder)>,
     rows: usize,
     bytes: usize,
+    /// The columns of values that became null since rows were taken, and of those in the row at hand.
+    nulled: Vec<String>,
 }
 
 impl<'a> RowBuilder<'a> {
@@ -52,7 +54,7 @@ impl<'a> RowBuilder<'a> {
                 ColumnBuilder::new(&column, &rules, BATCH_ROWS)?,
             ));
         }
-        Ok(Self { scan, columns, positions, rows: 0, bytes: 0 })
+        Ok(Self { scan, columns, positions, rows: 0, bytes: 0, nulled: Vec::new() })
     }
 
     /// A column that the row will not have.
@@ -76,10 +78,18 @@ impl<'a> RowBuilder<'a> {
         mut append: impl FnMut(usize, &mut ColumnBuilder) -> Result<usize, Misfit>,
         position: impl FnOnce() -> String,
     ) -> Result<(), String> {
+        let before = self.nulled.len();
         for (index, name, builder) in &mut self.columns {
             match append(index.unwrap_or(usize::MAX), builder) {
                 Ok(bytes) => self.bytes += bytes,
-                Err(why) => return Err(format!("`{name}` {why}")),
+                Err(_) if self.scan.stream.unfit_as_null.contains(name) => {
+                    builder.null();
+                    self.nulled.push(name.clone());
+                }
+                Err(why) => {
+                    self.nulled.truncate(before);
+                    return Err(format!("`{name}` {why}"));
+                }
             }
         }
         if let Some((_, positions)) = &mut self.positions {
@@ -96,6 +106,7 @@ impl<'a> RowBuilder<'a> {
     /// If a total cannot be kept.
     pub fn take(&mut self, tap: &Tap) -> Result<Option<RecordBatch>> {
         let rows = std::mem::take(&mut self.rows);
+        self.nulled.drain(..).for_each(|column| tap.null(&column));
         self.bytes = 0;
         let mut arrays: Vec<ArrayRef> =
             self.columns.iter_mut().map(|(_, _, builder)| builder.finish().slice(0, rows)).collect();

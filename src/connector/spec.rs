@@ -31,6 +31,8 @@ pub struct StreamSpec {
     pub bad_rows: BadRows,
     /// How many rows may be set aside before the run fails.
     pub max_bad_rows: u64,
+    /// Columns in which a value that does not fit becomes null, and is counted.
+    pub unfit_as_null: Vec<String>,
 }
 
 impl StreamSpec {
@@ -45,6 +47,7 @@ impl StreamSpec {
             timezone: None,
             bad_rows: BadRows::Error,
             max_bad_rows: 0,
+            unfit_as_null: Vec::new(),
         }
     }
 

@@ -3,9 +3,12 @@
 //! One [`Tap`] belongs to one stream of one run. Scans count into it, the renderer reads it while the run goes
 //! on, and the accounting takes it at the end.
 
-use std::sync::{
-    Mutex, PoisonError,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use arrow::record_batch::RecordBatch;
@@ -37,6 +40,7 @@ pub struct Tap {
     finished: AtomicBool,
     started: AtomicBool,
     rejects: Mutex<Vec<Reject>>,
+    nulled: Mutex<BTreeMap<String, u64>>,
     totals: Mutex<Option<Totals>>,
 }
 
@@ -127,6 +131,22 @@ impl Tap {
                 Ok(())
             }
         }
+    }
+
+    /// Counts a value that did not fit `column`, and is null there.
+    pub fn null(&self, column: &str) {
+        let mut nulled = self.nulled.lock().unwrap_or_else(PoisonError::into_inner);
+        match nulled.get_mut(column) {
+            Some(count) => *count += 1,
+            None => {
+                nulled.insert(column.to_owned(), 1);
+            }
+        }
+    }
+
+    /// How many values of each column did not fit, and are null.
+    pub fn nulled(&self) -> BTreeMap<String, u64> {
+        self.nulled.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Rows that came from the window, so far.

@@ -97,6 +97,9 @@ pub struct SourceSpec {
     pub bad_rows: BadRows,
     /// How many rows may be set aside for that before the run fails. Unless set, 1000.
     pub max_bad_rows: Option<u64>,
+    /// Columns in which a value that does not fit becomes null instead; the run counts them.
+    #[serde(default)]
+    pub unfit_as_null: Vec<String>,
     /// Control totals of what was read.
     pub totals: Option<TotalsSpec>,
 }
@@ -113,6 +116,8 @@ pub struct EachSpec {
     pub incremental: Option<IncrementalSpec>,
     /// The zone of timestamps that have none.
     pub timezone: Option<String>,
+    /// Columns in which a value that does not fit becomes null.
+    pub unfit_as_null: Vec<String>,
 }
 
 /// How often a file is read.

@@ -549,7 +549,11 @@ impl Planner<'_> {
                 .iter()
                 .flat_map(|cursor| &cursor.columns)
                 .map(|column| (column, self.document.place(&["sources", name, "incremental", "cursor"])));
-            for (column, place) in keys.chain(typed).chain(cursor) {
+            let unfit = spec
+                .unfit_as_null
+                .iter()
+                .map(|column| (column, self.document.place(&["sources", name, "unfit_as_null"])));
+            for (column, place) in keys.chain(typed).chain(cursor).chain(unfit) {
                 if schema.field_with_name(column).is_err() {
                     let names: Vec<&str> =
                         schema.fields().iter().map(|field| field.name().as_str()).collect();
@@ -628,6 +632,7 @@ impl Planner<'_> {
             timezone: source.timezone.clone(),
             bad_rows: source.bad_rows,
             max_bad_rows: source.max_bad_rows.unwrap_or(1000),
+            unfit_as_null: source.unfit_as_null.clone(),
         })
     }
 

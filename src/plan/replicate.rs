@@ -175,6 +175,7 @@ fn one(
         None => shared.incremental.clone().filter(|incremental| incremental.cursor.to_vec().iter().all(has)),
     };
     let columns = shared.columns.iter().filter(|(column, _)| has(column)).chain(&own.columns);
+    let unfit = shared.unfit_as_null.iter().filter(|column| has(column)).chain(&own.unfit_as_null);
     let source = SourceSpec {
         table: Some(table.name.clone()),
         tables: None,
@@ -182,6 +183,7 @@ fn one(
         each: IndexMap::new(),
         columns: columns.map(|(column, of)| (column.clone(), of.clone())).collect(),
         incremental,
+        unfit_as_null: unfit.cloned().collect(),
         timezone: own.timezone.or_else(|| shared.timezone.clone()),
         ..shared.clone()
     };

@@ -209,6 +209,15 @@ impl Job<'_> {
                 "A `file` is read whole on every run; use `files` to read each file once.",
             );
         }
+        self.once(&source.unfit_as_null, &["sources", name, "unfit_as_null"]);
+        let places = source.incremental.iter().flat_map(|incremental| incremental.cursor.to_vec());
+        for column in source.key.iter().cloned().chain(places).filter(|c| source.unfit_as_null.contains(c)) {
+            self.say(
+                &["sources", name, "unfit_as_null"],
+                format!("`{column}` says which row it is, and cannot be null"),
+                "Remove it here; such rows can be set aside: `bad_rows: quarantine`.",
+            );
+        }
         for (column, written) in &source.columns {
             if let Err(error) = written.parse::<ColumnType>() {
                 let word = written.split('(').next().unwrap_or_default().trim();

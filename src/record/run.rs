@@ -1,5 +1,7 @@
 //! The history of a run: the document that `run --output json` ends with and `.floodmark/runs/` keeps.
 
+use std::collections::BTreeMap;
+
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +76,9 @@ pub struct SourceReport {
     /// Control totals of the rows extracted and not rejected by parsing.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub totals: Vec<Total>,
+    /// Values that did not fit their column and are null, as the job allows: how many, by column.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub nulled: BTreeMap<String, u64>,
 }
 
 /// One output in a run.

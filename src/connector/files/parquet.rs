@@ -15,7 +15,7 @@ use ::parquet::{
     file::{properties::WriterProperties, writer::SerializedFileWriter},
 };
 use arrow::{
-    array::{Array, ArrayRef, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder},
+    array::{Array, ArrayRef, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder, new_null_array},
     compute::concat_batches,
     datatypes::SchemaRef,
     util::display::{ArrayFormatter, FormatOptions},
@@ -84,7 +84,7 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
         let batch = batch.map_err(|error| damaged(path, error))?;
         let rows = batch.num_rows() as u64;
         tap.bytes(size * rows / rows_in_all);
-        let fitting = match typed(&batch, path, number, scan)? {
+        let fitting = match typed(&batch, path, number, scan, tap)? {
             Ok(batch) => batch,
             Err(_) => sort_out(&batch, path, number, scan, tap)?,
         };
@@ -98,8 +98,15 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
 }
 
 /// A batch as the scan wants it, or the column that does not fit and why; `number` rows of the file came before.
-fn typed(batch: &RecordBatch, path: &str, number: u64, scan: &Scan) -> Result<Result<RecordBatch, String>> {
+fn typed(
+    batch: &RecordBatch,
+    path: &str,
+    number: u64,
+    scan: &Scan,
+    tap: &Tap,
+) -> Result<Result<RecordBatch, String>> {
     let rows = batch.num_rows();
+    let mut nulled = Vec::new();
     let mut arrays: Vec<ArrayRef> = Vec::with_capacity(scan.schema.fields().len());
     for field in scan.schema.fields() {
         if field.name() == POSITION_COLUMN {
@@ -114,9 +121,15 @@ fn typed(batch: &RecordBatch, path: &str, number: u64, scan: &Scan) -> Result<Re
             batch.column_by_name(field.name()).ok_or_else(|| Error::bug("a projected column is missing"))?;
         match cast_or_misfit(array, field.data_type()) {
             Ok(array) => arrays.push(array),
+            // Row by row, once a batch had one that does not fit.
+            Err(_) if rows == 1 && scan.stream.unfit_as_null.contains(field.name()) => {
+                nulled.push(field.name());
+                arrays.push(new_null_array(field.data_type(), 1));
+            }
             Err(Misfit(why)) => return Ok(Err(format!("`{}` {why}", field.name()))),
         }
     }
+    nulled.into_iter().for_each(|column| tap.null(column));
     let options = RecordBatchOptions::new().with_row_count(Some(rows));
     Ok(Ok(RecordBatch::try_new_with_options(Arc::clone(&scan.schema), arrays, &options)?))
 }
@@ -126,7 +139,7 @@ fn sort_out(batch: &RecordBatch, path: &str, number: u64, scan: &Scan, tap: &Tap
     let mut fitting = Vec::new();
     for row in 0..batch.num_rows() {
         let one = batch.slice(row, 1);
-        match typed(&one, path, number + row as u64, scan)? {
+        match typed(&one, path, number + row as u64, scan, tap)? {
             Ok(one) => fitting.push(one),
             Err(why) => {
                 let place = format!("`{path}` row {}", number + row as u64 + 1);
@@ -190,7 +203,7 @@ pub(super) fn data_file(
                 .iter()
                 .map(|field| match batch.column_by_name(field.name()) {
                     Some(array) => cast_exactly(array, field.data_type()),
-                    None => Ok(arrow::array::new_null_array(field.data_type(), rows)),
+                    None => Ok(new_null_array(field.data_type(), rows)),
                 })
                 .collect::<Result<Vec<_>>>()?;
             if !out.send(RecordBatch::try_new(Arc::clone(&schema), arrays)?) {

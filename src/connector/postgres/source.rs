@@ -669,12 +669,16 @@ impl<'a> Reader<'a> {
                 }
             }
         }
-        let mut bad = None;
+        let (mut bad, mut nulled) = (None, Vec::new());
         let mut bytes = 0;
         for (index, column) in self.columns.iter_mut().enumerate() {
             let value = self.fields.get(index).cloned().flatten().and_then(|range| row.get(range));
             bytes += value.map_or(0, <[u8]>::len);
-            if let Err(why) = column.append(value) {
+            let Err(why) = column.append(value) else { continue };
+            let unfit = self.given.get(index).filter(|given| stream.unfit_as_null.contains(&given.name));
+            if let (Some(given), Ok(())) = (unfit, column.append(None)) {
+                nulled.push(given.name.as_str());
+            } else {
                 bad = Some((index, why));
                 break;
             }
@@ -686,6 +690,7 @@ impl<'a> Reader<'a> {
             let position = self.position(this, row);
             return self.tap.reject(stream, position, format!("`{name}` {why}"), || self.json(row));
         }
+        nulled.into_iter().for_each(|column| self.tap.null(column));
         if self.positions.is_some() {
             let position = self.position(this, row);
             if let Some(positions) = &mut self.positions {

@@ -388,7 +388,7 @@ fn read(this: &SqliteConnection, database: &Sqlite, scan: &Scan, tap: &Tap, out:
                 }
             }
         }
-        let mut bad = None;
+        let (mut bad, mut nulled) = (None, Vec::new());
         for reader in &mut readers {
             let value = row.get_ref(reader.index).map_err(|error| failed(&error))?;
             if bad.is_some() {
@@ -396,6 +396,11 @@ fn read(this: &SqliteConnection, database: &Sqlite, scan: &Scan, tap: &Tap, out:
             }
             bytes += size(value);
             if let Err(why) = append(&mut reader.builder, value) {
+                if scan.stream.unfit_as_null.contains(&reader.name) {
+                    reader.builder.null();
+                    nulled.push(reader.name.clone());
+                    continue;
+                }
                 bad = Some(format!("`{}` {why}", reader.name));
             }
         }
@@ -406,6 +411,7 @@ fn read(this: &SqliteConnection, database: &Sqlite, scan: &Scan, tap: &Tap, out:
             tap.reject(&scan.stream, position(), reason, || row_json(row, &all))?;
             continue;
         }
+        nulled.iter().for_each(|column| tap.null(column));
         if with_position {
             positions.append_value(position());
         }
