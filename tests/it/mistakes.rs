@@ -80,6 +80,8 @@ fn mistakes_in_job_files() {
         ("partial_model_replaced", "file: orders.csv, columns: { amount: \"decimal(18,2)\" } }\nmodels:\n  clean:\ntarget:\n  connection: lake\n  outputs:\n    orders: { from: clean, mode: merge, key: [id] }", "files: \"*.csv\" }\nmodels:\n  clean:\ntarget:\n  connection: lake\n  outputs:\n    orders: { from: clean, mode: replace }"),
         ("cursor_on_files", "file: orders.csv", "file: orders.csv, incremental: { cursor: id }"),
         ("read_without_files", "file: orders.csv", "file: orders.csv, read: always"),
+        ("unknown_column_as_null", "file: orders.csv", "file: orders.csv, unfit_as_null: [amuont]"),
+        ("key_as_null", "file: orders.csv", "file: orders.csv, key: [id], unfit_as_null: [id]"),
         ("check_without_kind", "target:\n", "checks: { clean: [ { on_fail: warn } ] }\ntarget:\n"),
         ("check_of_unknown_model", "target:\n", "checks: { claen: [ { not_null: [id] } ] }\ntarget:\n"),
         ("check_of_unknown_column", "target:\n", "checks: { clean: [ { not_null: [ident] } ] }\ntarget:\n"),
