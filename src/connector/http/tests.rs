@@ -596,3 +596,48 @@ async fn a_file_that_is_cut_short_or_is_none_is_never_taken_as_whole() {
     let error = api.source().unwrap().describe(&pattern).await.unwrap_err();
     assert!(error.to_string().contains("does not list what it has"), "{error}");
 }
+
+/// P20, for files: cut anywhere, in any framing, it is an error or the whole file.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_is_cut_anywhere_is_never_taken_as_whole() {
+    use std::io::Write;
+    let text: String = (0..500).map(|n| format!("{n},{}.25\n", n * 7)).collect();
+    let plain = format!("id,amount\n{text}").into_bytes();
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    packed.write_all(&plain).unwrap();
+    let bodies = [("orders.csv", plain), ("orders.csv.gz", packed.finish().unwrap())];
+    // What is asked for as `/length/12/orders.csv` is cut after twelve fiftieths.
+    let served = bodies.clone();
+    let web = Web::new(move |asked| {
+        let parts: Vec<&str> = asked.path.split('/').collect();
+        let [_, framing, fiftieths, name] = parts[..] else { return answer("404 Not Found", "", "") };
+        let (_, body) = served.iter().find(|(known, _)| *known == name).unwrap();
+        let cut = body.len() * fiftieths.parse::<usize>().unwrap() / 50;
+        let (head, end) = match framing {
+            "length" => (format!("Content-Length: {}\r\n\r\n", body.len()), ""),
+            "chunked" => {
+                let end = if cut == body.len() { "\r\n0\r\n\r\n" } else { "" };
+                (format!("Transfer-Encoding: chunked\r\n\r\n{:x}\r\n", body.len()), end)
+            }
+            _ => ("\r\n".to_owned(), ""),
+        };
+        let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\n{head}");
+        [head.as_bytes(), &body[..cut], end.as_bytes()].concat()
+    });
+    let mut whole = 0;
+    for (name, _) in &bodies {
+        for framing in ["length", "chunked", "close"] {
+            for fiftieths in 0..=50 {
+                let api = open(&web.url, &json!({ "retry_timeout_ms": 0 }));
+                let found = texts(&api, &file(&format!("{framing}/{fiftieths}/{name}"))).await;
+                assert_eq!(
+                    found.is_ok(),
+                    fiftieths == 50 && framing != "close",
+                    "{framing} {fiftieths} {name}: {found:?}"
+                );
+                whole += found.map_or(0, |rows| rows.len());
+            }
+        }
+    }
+    assert_eq!(whole, 4 * 500);
+}
