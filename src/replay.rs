@@ -41,6 +41,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Waiting {
     rows: IndexMap<String, Spool>,
+    /// How many rows wait, also those that still cannot be read.
+    pub count: u64,
     /// What waits no longer, once they are through.
     pub settled: Settled,
     /// What a person should know.
@@ -74,6 +76,7 @@ impl Waiting {
         let mut seats: IndexMap<(String, bool), Seat> = IndexMap::new();
         let mut spools: IndexMap<String, SpoolWriter> = IndexMap::new();
         let mut again: IndexMap<String, u64> = IndexMap::new();
+        let mut count = 0;
         while let Some(batch) = quarantine.next().await {
             let batch = batch?;
             let seqs = batch.column(0).as_primitive::<Int64Type>();
@@ -88,6 +91,7 @@ impl Waiting {
                     *again.entry(on.to_owned()).or_default() += 1;
                     continue;
                 }
+                count += 1;
                 let seat = match seats.entry((on.to_owned(), raw)) {
                     indexmap::map::Entry::Occupied(seat) => seat.into_mut(),
                     indexmap::map::Entry::Vacant(free) => free.insert(Seat::new(plan, on, raw)?),
@@ -112,7 +116,7 @@ impl Waiting {
         let warnings = again.into_iter().map(|(on, rows)| {
             format!("{rows} rows of `{on}` are not replayed: it is read whole on every run, and they come again by themselves")
         });
-        Ok(Self { rows: rows.collect::<Result<_>>()?, settled: settles, warnings: warnings.collect() })
+        Ok(Self { rows: rows.collect::<Result<_>>()?, count, settled: settles, warnings: warnings.collect() })
     }
 
     /// Whether none wait.

@@ -556,6 +556,11 @@ impl Release<'_> {
         // Sources are let go before the target is locked: they may be the same database.
         drop(context);
         let sources = self.account(&taps, &windows, &row_rejects, record)?;
+        for (name, source) in &mut record.sources {
+            if waits(name).is_some() {
+                "set aside before".clone_into(&mut source.window);
+            }
+        }
         for (name, tap) in &taps {
             let rejects = tap.rejects();
             let rows = rejects.into_iter().map(|reject| {
@@ -581,6 +586,14 @@ impl Release<'_> {
         let before = self.base.map(LoadRecord::marks).unwrap_or_default();
         let after: Marks =
             sources.iter().filter_map(|(name, source)| Some((name.clone(), source.mark.clone()?))).collect();
+        // What all still does not hold waits where it is.
+        if let Some(waiting) = &waiting
+            && unchanged
+            && aside.rows() >= waiting.count
+        {
+            record.warnings.push(format!("none of the {} rows that wait holds yet", waiting.count));
+            return Ok(None);
+        }
         let settled = match waiting {
             Some(waiting) => waiting.settled,
             None if self.request.full_refresh => Settled::before(self.attempt.seq),

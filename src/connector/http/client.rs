@@ -432,7 +432,9 @@ impl Api {
         let chunked = header(header::TRANSFER_ENCODING).to_ascii_lowercase().contains("chunked");
         let ends =
             response.version() >= reqwest::Version::HTTP_2 || chunked || response.content_length().is_some();
-        if !ends {
+        // These show by themselves whether they are whole.
+        let shows = [".gz", ".zst", ".parquet", ".json"].iter().any(|ending| url.path().ends_with(ending));
+        if !ends && !shows {
             return Err(self
                 .error(ErrorKind::Failed, url, "a file without its length, from")
                 .note("a file that is cut short could not be told from a whole one")
