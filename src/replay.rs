@@ -7,31 +7,36 @@
 //! What is read whole on every run is not replayed: its rows come again by themselves. A model's row comes as the model made it: what
 //! was joined to it then is not looked up again, except by a check with `references`.
 //!
-//! Not done: rows of lists and structs, which the quarantine keeps as text that cannot be read back.
+//! A row that could not be read from a database is not replayed either: of it only some columns were asked for, and the database has it still.
+//!
+//! Not done: rows with lists and structs, which the quarantine keeps as text that cannot be read back.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use arrow::{
-    array::{AsArray, RecordBatch},
+    array::{AsArray, RecordBatch, new_null_array},
     datatypes::{DataType, Field, Int64Type, Schema, SchemaRef},
 };
-use datafusion::physical_plan::SendableRecordBatchStream;
+use datafusion::{
+    common::tree_node::TreeNodeRecursion, logical_expr::LogicalPlan, physical_plan::SendableRecordBatchStream,
+};
 use futures::StreamExt;
-use indexmap::IndexMap;
+use indexmap::{IndexMap, map::Entry};
+use serde_json::value::RawValue;
 
 use crate::{
-    check::READABLE,
+    check::{Check, READABLE},
     connector::{
-        columns::Misfit,
         json::{Object, UNREADABLE, append},
         rows::RowBuilder,
         scan::{POSITION_COLUMN, Scan, with_position},
         spec::{Read, StreamSpec},
         tap::Tap,
     },
-    error::{Error, Result},
-    plan::{Output, Plan, Replay},
-    record::Settled,
+    error::{Error, Result, without_values},
+    functions::cast::cast_exactly,
+    plan::{Output, Plan, Replay, scanned},
+    record::{Lot, Settled},
     spool::{Scratch, Spool, SpoolWriter},
     types::{ColumnType, describe},
     watermark::Window,
@@ -49,9 +54,15 @@ pub struct Waiting {
     pub warnings: Vec<String>,
 }
 
+/// What to do where rows that waited need others.
+const READ_AGAIN: &str = "Read both from their sources again: `floodmark backfill`, files under a new name, or `floodmark run --full-refresh`.";
+
+/// Under this key stands a row that the quarantine spelled, and that could not be read when it was replayed.
+const PLAIN: &str = "{\"_floodmark_plain\":";
+
 impl Waiting {
     /// Takes the rows that wait from a job's quarantine. Those of a source are counted in its tap, and set aside again where they
-    /// still cannot be read.
+    /// still cannot be read. A row that was set aside by several releases, since each read it again, comes once.
     ///
     /// # Errors
     ///
@@ -61,46 +72,48 @@ impl Waiting {
         plan: &Plan,
         replay: &Replay,
         settled: &Settled,
-        seq: u64,
         taps: &IndexMap<String, Arc<Tap>>,
         scratch: &Scratch,
     ) -> Result<Self> {
-        let settles = match replay.release {
-            None => Settled::before(seq),
-            Some(release) => {
-                let mut releases = settled.releases.clone();
-                releases.insert(release);
-                Settled { before: settled.before, releases }
-            }
-        };
-        let mut seats: IndexMap<(String, bool), Seat> = IndexMap::new();
-        let mut spools: IndexMap<String, SpoolWriter> = IndexMap::new();
-        let mut again: IndexMap<String, u64> = IndexMap::new();
+        let (mut seats, mut spools) = (IndexMap::new(), IndexMap::new());
+        let (mut settles, mut skipped, mut copies) = (settled.clone(), IndexMap::new(), Copies::default());
         let mut count = 0;
         while let Some(batch) = quarantine.next().await {
             let batch = batch?;
             let seqs = batch.column(0).as_primitive::<Int64Type>();
             let text = |column: usize, row| batch.column(column).as_string::<i32>().value(row);
             for row in 0..batch.num_rows() {
-                let release = seqs.value(row).cast_unsigned();
-                if settled.holds(release) || replay.release.is_some_and(|only| only != release) {
+                let (release, on) = (seqs.value(row).cast_unsigned(), text(1, row));
+                let lot = Lot { release, on: on.to_owned(), unread: text(2, row) == READABLE };
+                if settled.holds(&lot) || replay.release.is_some_and(|only| only != release) {
                     continue;
                 }
-                let (on, raw) = (text(1, row), text(2, row) == READABLE);
-                if !is_partial(plan, on, release)? {
-                    *again.entry(on.to_owned()).or_default() += 1;
+                let (kept, position) = (text(5, row), text(4, row));
+                let plain = kept.strip_prefix(PLAIN).and_then(|kept| kept.strip_suffix('}'));
+                let raw = lot.unread && plain.is_none();
+                if let Some(why) = stays(plan, on, release, raw)? {
+                    *skipped.entry((on.to_owned(), why)).or_insert(0_u64) += 1;
+                    continue;
+                }
+                settles.lots.insert(lot);
+                if !copies.is_new(release, on, position, kept) {
                     continue;
                 }
                 count += 1;
                 let seat = match seats.entry((on.to_owned(), raw)) {
-                    indexmap::map::Entry::Occupied(seat) => seat.into_mut(),
-                    indexmap::map::Entry::Vacant(free) => free.insert(Seat::new(plan, on, raw)?),
+                    Entry::Occupied(seat) => seat.into_mut(),
+                    Entry::Vacant(free) => free.insert(Seat::new(plan, on, raw)?),
                 };
-                let tap = taps.get(on);
                 let spool = spools
                     .entry(on.to_owned())
                     .or_insert_with(|| SpoolWriter::new(on, Arc::clone(&seat.schema), scratch));
-                seat.row(text(5, row), text(4, row), text(3, row), tap, spool)?;
+                let owned = str::to_owned;
+                let line = Line {
+                    row: owned(plain.unwrap_or(kept)),
+                    position: owned(position),
+                    reason: owned(text(3, row)),
+                };
+                seat.row(line, taps.get(on), spool)?;
             }
         }
         for ((on, _), seat) in &mut seats {
@@ -113,9 +126,9 @@ impl Waiting {
             tap.finish();
         }
         let rows = spools.into_iter().map(|(on, spool)| Ok((on, spool.finish()?)));
-        let warnings = again.into_iter().map(|(on, rows)| {
-            format!("{rows} rows of `{on}` are not replayed: it is read whole on every run, and they come again by themselves")
-        });
+        let warnings = skipped
+            .into_iter()
+            .map(|((on, why), rows)| format!("{rows} rows of `{on}` are not replayed, and wait on: {why}"));
         Ok(Self { rows: rows.collect::<Result<_>>()?, count, settled: settles, warnings: warnings.collect() })
     }
 
@@ -135,21 +148,82 @@ impl Waiting {
     ///
     /// What the output holds under their keys.
     pub fn refuse_overwriting(&self, plan: &Plan, output: &Output, updated: u64) -> Result<()> {
-        // Versions of a history are put in order by their own time.
-        let ordered = output.dimension.history && output.dimension.effective.is_some();
-        if updated == 0 || ordered || !self.reaches(plan, &output.from) {
+        if updated == 0 || !self.reaches(plan, &output.from) {
             return Ok(());
         }
         Err(Error::data(format!(
-            "output `{}` holds {updated} of the rows that were set aside already, with other values",
+            "the rows that were set aside would change {updated} that output `{}` holds",
             output.spec.name
         ))
         .note("what is there may be newer; the target is as it was")
-        .hint("Look with `floodmark quarantine show`; if what was set aside is to win, add `--overwrite`. What a database holds now is read by `floodmark backfill`."))
+        .hint("Look with `floodmark quarantine show`; if what was set aside is to win, add `--overwrite`; if it is not needed any more, `floodmark quarantine dismiss`. What a database holds now is read by `floodmark backfill`."))
+    }
+
+    /// Refuses checks that look for rows that waited where nothing is read now.
+    ///
+    /// # Errors
+    ///
+    /// The first such check.
+    pub fn refuse_looking(&self, plan: &Plan) -> Result<()> {
+        let looks = |check: &&Check| check.spec.references.is_some() || check.spec.query.is_some();
+        for check in plan.checks.iter().filter(looks).filter(|check| self.reaches(plan, &check.on)) {
+            if let Some(unread) = check.reads().iter().find(|read| self.is_unread(plan, read)) {
+                return Err(Error::data(format!(
+                    "check `{}` on `{}` looks into `{unread}`, of which a replay reads nothing",
+                    check.words(),
+                    check.on
+                ))
+                .note("the target is as it was")
+                .hint(READ_AGAIN));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a run would read what is new there, and a replay reads nothing.
+    fn is_unread(&self, plan: &Plan, relation: &str) -> bool {
+        is_partial(plan, relation) == Some(true) && !self.reaches(plan, relation)
+    }
+
+    /// Refuses a model in which rows that waited meet a source of which nothing is read now: they would find no partner there.
+    ///
+    /// # Errors
+    ///
+    /// The two that meet.
+    pub fn refuse_meeting(&self, plan: &Plan, model: &str, logical: &LogicalPlan) -> Result<()> {
+        let is_unread = |relation: &String| self.is_unread(plan, relation);
+        let mut met = None;
+        logical.apply_with_subqueries(|node| {
+            let sides = match node {
+                LogicalPlan::Join(join) => [scanned(&join.left), scanned(&join.right)],
+                node => {
+                    let mut inner = Vec::new();
+                    node.apply_subqueries(|subquery| {
+                        inner.extend(scanned(subquery));
+                        Ok(TreeNodeRecursion::Continue)
+                    })?;
+                    [node.inputs().into_iter().flat_map(scanned).collect(), inner]
+                }
+            };
+            let [left, right] = &sides;
+            for (one, other) in [(left, right), (right, left)] {
+                let waits = one.iter().find(|relation| self.reaches(plan, relation));
+                met = met
+                    .take()
+                    .or(waits.cloned().zip(other.iter().find(|relation| is_unread(relation)).cloned()));
+            }
+            Ok(TreeNodeRecursion::Continue)
+        })?;
+        let Some((waits, unread)) = met else { return Ok(()) };
+        Err(Error::data(format!(
+            "model `{model}` joins rows of `{waits}` that were set aside with `{unread}`, of which a replay reads nothing"
+        ))
+        .note("they would find no partner there; the target is as it was")
+        .hint(READ_AGAIN))
     }
 
     /// Whether rows that waited go into a source or model.
-    fn reaches(&self, plan: &Plan, relation: &str) -> bool {
+    pub fn reaches(&self, plan: &Plan, relation: &str) -> bool {
         self.rows.contains_key(relation)
             || plan
                 .models
@@ -159,15 +233,54 @@ impl Waiting {
 }
 
 /// Whether a source or model gives a run what is new only.
-fn is_partial(plan: &Plan, on: &str, release: u64) -> Result<bool> {
+fn is_partial(plan: &Plan, on: &str) -> Option<bool> {
     let stream = plan.streams.get(on).map(|stream| stream.partial);
-    stream.or_else(|| plan.models.get(on).map(|model| model.partial)).ok_or_else(|| {
+    stream.or_else(|| plan.models.get(on).map(|model| model.partial))
+}
+
+/// Why a row is not replayed, if it is not.
+fn stays(plan: &Plan, on: &str, release: u64, raw: bool) -> Result<Option<&'static str>> {
+    let partial = is_partial(plan, on).ok_or_else(|| {
         Error::configuration(format!(
             "release {release} set rows of `{on}` aside, and job `{}` has no source or model of that name",
             plan.id.job
         ))
-        .hint("Call it as it was called then, or replay other releases: `--release N`.")
+        .hint("Call it as it was called then, replay other releases (`--release N`), or let these go: `floodmark quarantine dismiss`.")
+    })?;
+    let of_database = plan
+        .streams
+        .get(on)
+        .is_some_and(|stream| matches!(stream.spec.read, Read::Table(_) | Read::Query { .. }));
+    Ok(if !partial {
+        Some("it is read whole on every run, and they come again by themselves")
+    } else if raw && of_database {
+        Some("they could not be read from their database, which `floodmark backfill` reads again")
+    } else {
+        None
     })
+}
+
+/// Rows that several releases set aside, since each read them again.
+#[derive(Default)]
+struct Copies(HashMap<blake3::Hash, (u64, u32, u32)>);
+
+impl Copies {
+    /// Whether this row is not one that an earlier release had: equal rows of one release are rows of their own.
+    fn is_new(&mut self, release: u64, on: &str, position: &str, row: &str) -> bool {
+        let mut hash = blake3::Hasher::new();
+        for part in [on, position, row] {
+            hash.update(&(part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+        let (last, nth, known) = self.0.entry(hash.finalize()).or_insert((release, 0, 0));
+        if *last != release {
+            (*last, *nth) = (release, 0);
+        }
+        *nth += 1;
+        let is_new = *nth > *known;
+        *known = (*known).max(*nth);
+        is_new
+    }
 }
 
 /// Where rows of one relation, kept in one spelling, become typed.
@@ -175,9 +288,11 @@ struct Seat {
     on: String,
     /// The columns that rows have in the job.
     schema: SchemaRef,
-    /// How they are read back: as the source spells values, or as the quarantine does.
+    /// Those that can be read back, and how: as the source spells values, or as the quarantine does.
     scan: Box<Scan>,
     lines: Vec<Line>,
+    /// Whether values are spelled as the source does.
+    raw: bool,
     is_source: bool,
 }
 
@@ -209,39 +324,25 @@ impl Seat {
             Some(stream) => plain(stream.spec.clone()),
             None => plain(StreamSpec::whole(on, Read::Table(on.to_owned()))),
         };
-        Self::of(spec, schema, stream.is_some())
+        Ok(Self::of(spec, schema, raw, stream.is_some()))
     }
 
     /// The place of rows of `schema`, spelled as `stream` says.
-    fn of(stream: StreamSpec, schema: SchemaRef, is_source: bool) -> Result<Self> {
+    fn of(stream: StreamSpec, schema: SchemaRef, raw: bool, is_source: bool) -> Self {
+        let fields = schema
+            .fields()
+            .iter()
+            .filter_map(|field| readable(field.data_type()).map(|read| Field::new(field.name(), read, true)));
+        let spelled = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+        // The rows of many releases come at once.
+        let stream = StreamSpec { max_bad_rows: u64::MAX, ..stream };
         let on = stream.name.clone();
-        let fields = schema.fields().iter().map(|field| {
-            let read = readable(field.data_type()).ok_or_else(|| {
-                Error::failed(format!(
-                    "rows of `{on}` cannot be replayed: `{}` is {}",
-                    field.name(),
-                    describe(field.data_type())
-                ))
-                .note("the quarantine keeps such values as text that cannot be read back")
-                .hint("Load them from the source again: `floodmark backfill`, or a file under a new name.")
-            })?;
-            Ok(Field::new(field.name(), read, true))
-        });
-        let spelled = Schema::new(fields.collect::<Result<Vec<_>>>()?);
-        let scan = Scan::new(stream, Arc::new(spelled), Window::Whole);
-        Ok(Self { on, schema, scan: Box::new(scan), lines: Vec::new(), is_source })
+        let scan = Box::new(Scan::new(stream, spelled, Window::Whole));
+        Self { on, schema, scan, lines: Vec::new(), raw, is_source }
     }
 
-    fn row(
-        &mut self,
-        row: &str,
-        position: &str,
-        reason: &str,
-        tap: Option<&Arc<Tap>>,
-        spool: &mut SpoolWriter,
-    ) -> Result<()> {
-        let owned = str::to_owned;
-        self.lines.push(Line { row: owned(row), position: owned(position), reason: owned(reason) });
+    fn row(&mut self, line: Line, tap: Option<&Arc<Tap>>, spool: &mut SpoolWriter) -> Result<()> {
+        self.lines.push(line);
         if self.lines.len() < ROWS { Ok(()) } else { self.flush(tap, spool) }
     }
 
@@ -258,30 +359,27 @@ impl Seat {
         for line in std::mem::take(&mut self.lines) {
             let object: Object<'_> = serde_json::from_str(&line.row).map_err(|error| {
                 Error::failed(format!("a row in the quarantine of `{}` is damaged", self.on))
-                    .note(error.to_string())
+                    .note(without_values(&error.to_string()))
             })?;
             let value = |name: &str| object.0.iter().find(|(key, _)| key == name).map(|(_, raw)| *raw);
-            let typed = if value(UNREADABLE).is_some() {
-                Err(line.reason)
-            } else {
-                batch.row(
-                    |index, builder| {
-                        let name = names.get(index).copied().unwrap_or_default();
-                        let raw = value(name)
-                            .ok_or_else(|| Misfit("was not read when the row was set aside".to_owned()))?;
-                        if nulls.iter().any(|null| null == raw.get()) {
+            let typed = match self.unfit(&value, &line) {
+                Some(why) => Err(why),
+                None => batch.row(
+                    |index, builder| match names.get(index).and_then(|name| value(name)) {
+                        Some(raw) if !nulls.iter().any(|null| null == raw.get()) => append(builder, raw),
+                        _ => {
                             builder.null();
-                            return Ok(0);
+                            Ok(0)
                         }
-                        append(builder, raw)
                     },
                     || line.position.clone(),
-                )
+                ),
             };
             let Err(why) = typed else { continue };
             self.take(&mut batch, tap, spool)?;
             if self.is_source {
-                tap.reject(&self.scan.stream, line.position, why, || line.row)?;
+                let row = if self.raw { line.row } else { format!("{PLAIN}{}}}", line.row) };
+                tap.reject(&self.scan.stream, line.position, why, || row)?;
             } else {
                 return Err(Error::data(format!("a row of `{}` that was set aside does not fit any more: {}: {why}", self.on, line.position))
                     .hint("Rows of a model come back as the model made them: let it have these columns, or load them from the source again."));
@@ -290,12 +388,31 @@ impl Seat {
         self.take(&mut batch, tap, spool)
     }
 
+    /// Why a row has not the columns that are wanted, if it has not.
+    fn unfit<'a>(&self, value: &impl Fn(&str) -> Option<&'a RawValue>, line: &Line) -> Option<String> {
+        if value(UNREADABLE).is_some() {
+            return Some(line.reason.clone());
+        }
+        self.schema.fields().iter().filter(|field| field.name() != POSITION_COLUMN).find_map(|field| {
+            let name = field.name();
+            match value(name) {
+                None => Some(format!("`{name}` was not read when the row was set aside")),
+                Some(raw) if readable(field.data_type()).is_none() && raw.get() != "null" => Some(format!(
+                    "`{name}` is {}, which the quarantine keeps as text that cannot be read back",
+                    describe(field.data_type())
+                )),
+                Some(_) => None,
+            }
+        })
+    }
+
     fn take(&self, batch: &mut RowBuilder<'_>, tap: &Tap, spool: &mut SpoolWriter) -> Result<()> {
         let Some(rows) = batch.take(tap)? else { return Ok(()) };
-        let arrays = rows.columns().iter().zip(self.schema.fields()).map(|(array, field)| {
-            crate::functions::cast::cast_exactly(array, field.data_type()).map_err(|error| {
+        let arrays = self.schema.fields().iter().map(|field| match rows.column_by_name(field.name()) {
+            Some(array) => cast_exactly(array, field.data_type()).map_err(|error| {
                 error.while_doing(format!("rows of `{}` that were set aside do not fit", self.on))
-            })
+            }),
+            None => Ok(new_null_array(field.data_type(), rows.num_rows())),
         });
         let arrays = arrays.collect::<Result<Vec<_>>>()?;
         spool.push(&RecordBatch::try_new(Arc::clone(&self.schema), arrays)?)
@@ -375,12 +492,17 @@ mod tests {
         )
         .unwrap();
         let stream = plain(StreamSpec::whole("rows", Read::Table("rows".to_owned())));
-        let mut seat = Seat::of(stream, rows.schema(), false).unwrap();
+        let mut seat = Seat::of(stream, rows.schema(), false, false);
         let spill = tempfile::tempdir().unwrap();
         let limits = Limits { memory_bytes: 64 << 20, spill: spill.path().to_owned() };
         let mut spool = SpoolWriter::new("rows", rows.schema(), &Scratch::new(limits).unwrap());
         for row in 0..rows.num_rows() {
-            seat.row(&row_json(&rows, row).unwrap(), "here", "", None, &mut spool).unwrap();
+            let line = Line {
+                row: row_json(&rows, row).unwrap(),
+                position: "here".to_owned(),
+                reason: String::new(),
+            };
+            seat.row(line, None, &mut spool).unwrap();
         }
         seat.flush(None, &mut spool).unwrap();
         let back: Vec<RecordBatch> = spool.finish().unwrap().stream().try_collect().await.unwrap();

@@ -111,7 +111,7 @@ pub struct Conductor {
     pub stop: CancellationToken,
     /// How connections are opened.
     pub opener: Opener,
-    /// Those that are open, by name: what planning fetched, the run reads.
+    /// Those that are open, by name, until a wave of jobs is done: what planning fetched, the run reads.
     pub opened: Mutex<Connections>,
 }
 
@@ -283,6 +283,8 @@ impl Conductor {
                 }
             });
             done.extend(join_all(runs.collect::<Vec<_>>()).await);
+            // What was fetched for this wave is let go; the next one reads its own.
+            self.opened.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
         Ok(done)
     }
@@ -502,6 +504,9 @@ impl Release<'_> {
             record.warnings.push("no rows wait in the quarantine".to_owned());
             return Ok(None);
         }
+        if let Some(waiting) = &waiting {
+            waiting.refuse_looking(plan)?;
+        }
         let waits = |name: &str| waiting.as_ref().and_then(|waiting| waiting.at(name));
         let mut row_rejects: HashMap<String, u64> = HashMap::new();
         for (name, stream) in &plan.streams {
@@ -520,6 +525,9 @@ impl Release<'_> {
         }
         for (name, model) in &plan.models {
             let view = typed(&context, &model.select).await?;
+            if let Some(waiting) = &waiting {
+                waiting.refuse_meeting(plan, name, &view)?;
+            }
             let view = match waits(name) {
                 Some(rows) => {
                     let rows = context.read_table(rows.table()?)?.into_unoptimized_plan();
@@ -530,7 +538,8 @@ impl Release<'_> {
             context.register_table(name, Arc::new(ViewTable::new(view, None)))?;
             if model.spool {
                 let count = self.write_down(&context, name, &mut aside, record).await;
-                count.map_err(|error| error.note(format!("while model `{name}` was made")))?;
+                let count = count.map_err(|error| error.note(format!("while model `{name}` was made")))?;
+                row_rejects.insert(name.clone(), count);
             }
         }
         self.whole_checks(&context, record).await?;
@@ -587,12 +596,19 @@ impl Release<'_> {
         let after: Marks =
             sources.iter().filter_map(|(name, source)| Some((name.clone(), source.mark.clone()?))).collect();
         // What all still does not hold waits where it is.
-        if let Some(waiting) = &waiting
-            && unchanged
-            && aside.rows() >= waiting.count
-        {
-            record.warnings.push(format!("none of the {} rows that wait holds yet", waiting.count));
-            return Ok(None);
+        if let (Some(waiting), true) = (&waiting, unchanged) {
+            let unread = taps.iter().map(|(name, tap)| (name, tap.rejected_rows()));
+            let again = unread.chain(row_rejects.iter().map(|(name, count)| (name, *count)));
+            let again: u64 =
+                again.filter(|(name, _)| waiting.reaches(plan, name)).map(|(_, count)| count).sum();
+            if again >= waiting.count {
+                record.warnings.push(format!("none of the {} rows that wait holds yet", waiting.count));
+                return Ok(None);
+            }
+            record.warnings.push(format!(
+                "{} rows hold, and change nothing that an output holds",
+                waiting.count - again
+            ));
         }
         let settled = match waiting {
             Some(waiting) => waiting.settled,
@@ -622,8 +638,8 @@ impl Release<'_> {
         let target = connections.get(&self.plan.target).and_then(|connection| connection.target());
         let target = target.ok_or_else(|| Error::bug("the target is not open"))?;
         let rows = target.quarantined(&self.plan.id).await?;
-        let (seq, scratch) = (self.attempt.seq, &self.attempt.scratch);
-        let waiting = Waiting::of(rows, self.plan, replay, &self.settled(), seq, taps, scratch).await?;
+        let scratch = &self.attempt.scratch;
+        let waiting = Waiting::of(rows, self.plan, replay, &self.settled(), taps, scratch).await?;
         record.warnings.extend(waiting.warnings.iter().cloned());
         Ok(Some(waiting))
     }

@@ -94,6 +94,9 @@ impl Adhoc {
             // What is behind `?` belongs to the file; who writes `http` on a command line means it.
             Some("http" | "https") => {
                 let (plain, query) = written.split_once('?').unwrap_or((written, ""));
+                // What is so long may be a signature.
+                let values = query.split('&').filter_map(|pair| Some(pair.split_once('=')?.1));
+                values.filter(|value| value.len() >= 20).for_each(crate::secret::remember);
                 let (folder, last) = plain.rsplit_once('/').unwrap_or((plain, ""));
                 let file = if query.is_empty() { last.to_owned() } else { format!("{last}?{query}") };
                 let plainly = if written.starts_with("http:") { "?allow_http=true" } else { "" };
@@ -200,7 +203,7 @@ impl Adhoc {
             }
         };
         let stem = |path: &str| {
-            let last = path.rsplit('/').next().unwrap_or_default();
+            let last = path.split('?').next().unwrap_or_default().rsplit('/').next().unwrap_or_default();
             last.split('.').next().unwrap_or_default().to_owned()
         };
         let is_url = copy.to.split_once(':').is_some_and(|(scheme, _)| scheme.len() > 1);

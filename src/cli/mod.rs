@@ -238,6 +238,14 @@ enum QuarantineVerb {
         #[command(flatten)]
         how: How,
     },
+    /// Let rows that were set aside go: they are not replayed any more, and stay to be looked at.
+    Dismiss {
+        /// The job.
+        job: String,
+        /// Only those of one release; unless given, all that wait.
+        #[arg(long, env = "FLOODMARK_RELEASE", value_name = "NUMBER")]
+        release: Option<u64>,
+    },
     /// The rows of a job.
     Show {
         /// The job.
@@ -425,6 +433,12 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
             let (conductor, mut request) = conductor(open()?, &how, false, Vec::new())?;
             request.replay = Some(Replay { release, overwrite });
             return run(&conductor, renderer, &[job], &[], &request, None).await;
+        }
+        Verb::Quarantine { verb: QuarantineVerb::Dismiss { job, release } } => {
+            let project = open()?;
+            select(&project, std::slice::from_ref(&job), &[])?;
+            let record = state::dismiss(&project, &job, release).await?;
+            renderer.dismissed(&job, record.as_ref());
         }
         Verb::Quarantine { verb: QuarantineVerb::Show { job, release, limit } } => {
             let project = open()?;

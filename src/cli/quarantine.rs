@@ -11,10 +11,11 @@ use futures::StreamExt;
 use serde::Serialize;
 
 use crate::{
+    check::READABLE,
     error::{Error, Result},
     names::JobId,
     project::Project,
-    record::Settled,
+    record::{Lot, Settled},
 };
 
 /// A job's quarantine, and which of it waits no longer.
@@ -55,13 +56,9 @@ pub(super) async fn count(project: &Project, jobs: &[String]) -> Result<Vec<Coun
                 *counts.entry(key).or_default() += 1;
             }
         }
-        counted.extend(counts.into_iter().map(|((release, on, check), rows)| Counted {
-            job: job.clone(),
-            release,
-            on,
-            check,
-            rows,
-            waiting: !settled.holds(release),
+        counted.extend(counts.into_iter().map(|((release, on, check), rows)| {
+            let lot = Lot { release, on: on.clone(), unread: check == READABLE };
+            Counted { job: job.clone(), release, on, check, rows, waiting: !settled.holds(&lot) }
         }));
     }
     Ok(counted)

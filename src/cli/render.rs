@@ -422,6 +422,20 @@ impl Renderer {
         table.print();
     }
 
+    /// What became of rows that were let go.
+    pub(super) fn dismissed(&self, job: &str, record: Option<&LoadRecord>) {
+        if self.json {
+            return self.json(&json!({ "job": job, "release": record.map(|record| record.seq) }));
+        }
+        match record {
+            Some(record) => say!(
+                "{job}: let go by release {}; `floodmark quarantine show {job}` still has them",
+                record.seq
+            ),
+            None => say!("{job}: no rows wait"),
+        }
+    }
+
     pub(super) fn state(&self, records: &[(String, Option<LoadRecord>)]) {
         if self.json {
             let records: BTreeMap<_, _> = records.iter().cloned().collect();

@@ -1,14 +1,19 @@
 //! `state`: what a target remembers of a job, and how to set it right. Each change is a commit of its own, without rows.
 
+use std::collections::BTreeSet;
+
+use arrow::{array::AsArray, datatypes::Int64Type};
 use chrono::{SecondsFormat, Utc};
+use futures::StreamExt;
 use uuid::Uuid;
 
 use crate::{
+    check::READABLE,
     connector::{Attempt, CommitOutcome, Connection, Target, spec::Mode},
     error::{Error, Result},
     names::JobId,
     project::{JobDocument, Project},
-    record::{LoadRecord, OutputRecord, RECORD_VERSION, Settled, columns_of},
+    record::{LoadRecord, Lot, OutputRecord, RECORD_VERSION, Settled, columns_of},
     runtime::{Clock, SystemClock},
     spool::Scratch,
     state::Store,
@@ -37,6 +42,22 @@ impl<'a> Opened<'a> {
             ))
             .hint("`floodmark connections list` says which kinds can be.")
         })
+    }
+
+    /// What waits in a job's quarantine.
+    async fn waiting(&self, id: &JobId, record: &LoadRecord) -> Result<BTreeSet<Lot>> {
+        let mut rows = self.target()?.quarantined(id).await?;
+        let mut lots = BTreeSet::new();
+        while let Some(batch) = rows.next().await {
+            let batch = batch?;
+            let text = |column: usize, row| batch.column(column).as_string::<i32>().value(row);
+            for row in 0..batch.num_rows() {
+                let release = batch.column(0).as_primitive::<Int64Type>().value(row).cast_unsigned();
+                lots.insert(Lot { release, on: text(1, row).to_owned(), unread: text(2, row) == READABLE });
+            }
+        }
+        lots.retain(|lot| !record.settled.holds(lot));
+        Ok(lots)
     }
 
     fn id(&self, job: &str) -> JobId {
@@ -166,6 +187,26 @@ pub(super) async fn reset(project: &Project, job: &str) -> Result<LoadRecord> {
     opened.commit(&id, Some(&base), record).await
 }
 
+/// Lets rows of the quarantine go: all that wait, or those of one release. The record, unless none wait.
+pub(super) async fn dismiss(
+    project: &Project,
+    job: &str,
+    release: Option<u64>,
+) -> Result<Option<LoadRecord>> {
+    let opened = Opened::new(project, job)?;
+    let id = opened.id(job);
+    let base = opened.target()?.last_record(&id).await?.ok_or_else(|| nothing(job))?;
+    let lots = opened.waiting(&id, &base).await?;
+    let lots: Vec<Lot> =
+        lots.into_iter().filter(|lot| release.is_none_or(|release| lot.release == release)).collect();
+    if lots.is_empty() {
+        return Ok(None);
+    }
+    let mut record = following(&id, Some(&base));
+    record.settled.lots.extend(lots);
+    opened.commit(&id, Some(&base), record).await.map(Some)
+}
+
 /// Goes on with the history of a job that had another name.
 pub(super) async fn rename(project: &Project, old: &str, job: &str) -> Result<LoadRecord> {
     if project.jobs.contains_key(old) {
@@ -175,6 +216,13 @@ pub(super) async fn rename(project: &Project, old: &str, job: &str) -> Result<Lo
     let opened = Opened::new(project, job)?;
     let (target, before, id) = (opened.target()?, opened.id(old), opened.id(job));
     let history = target.last_record(&before).await?.ok_or_else(|| nothing(old))?;
+    if let Some(lot) = opened.waiting(&before, &history).await?.first() {
+        return Err(Error::data(format!(
+            "rows that release {} of job `{old}` set aside still wait, and stay with the old name",
+            lot.release
+        ))
+        .hint("Under its old name replay them, or let them go: `floodmark quarantine replay`, `floodmark quarantine dismiss`."));
+    }
     let known = target.last_record(&id).await?;
     let renamed = match known {
         // Interrupted between its two steps.
@@ -194,6 +242,7 @@ pub(super) async fn rename(project: &Project, old: &str, job: &str) -> Result<Lo
     };
     // The old name has nothing any more, so that readers find each output once.
     let mut retired = following(&before, Some(&history));
+    retired.settled = Settled::before(retired.seq);
     retired.sources.clear();
     retired.outputs.clear();
     opened.commit(&before, Some(&history), retired).await?;

@@ -107,18 +107,22 @@ impl Condition {
             }
             Expr::BinaryExpr(BinaryExpr { left, op, right }) => {
                 let by = Comparison::of(*op)?;
-                match (column(left), column(right)) {
-                    (Some(column), None) => Some(Self::Compares { column, by, value: Value::of(right)? }),
-                    (None, Some(column)) => {
-                        Some(Self::Compares { column, by: by.turned(), value: Value::of(left)? })
-                    }
-                    _ => None,
-                }
+                let (column, by, value) = match (column(left), column(right)) {
+                    (Some(column), None) => (column, by, Value::of(right)?),
+                    (None, Some(column)) => (column, by.turned(), Value::of(left)?),
+                    _ => return None,
+                };
+                // How text is ordered is each system's own business.
+                let ordered = !matches!(by, Comparison::Equal | Comparison::NotEqual);
+                (!ordered || !matches!(value, Value::Text(_))).then_some(Self::Compares { column, by, value })
             }
             Expr::Between(Between { expr, negated: false, low, high }) => {
                 let bound =
                     |by, value| Some(Self::Compares { column: column(expr)?, by, value: Value::of(value)? });
-                Some(Self::All(vec![bound(Comparison::AtLeast, low)?, bound(Comparison::AtMost, high)?]))
+                let ends = [bound(Comparison::AtLeast, low)?, bound(Comparison::AtMost, high)?];
+                let is_text =
+                    ends.iter().any(|end| matches!(end, Self::Compares { value: Value::Text(_), .. }));
+                (!is_text).then_some(Self::All(ends.into()))
             }
             Expr::InList(InList { expr, list, negated }) => {
                 let column = column(expr)?;
@@ -310,6 +314,7 @@ mod tests {
             (col("name").in_list(vec![lit("a"), lit(ScalarValue::Utf8(None))], true), None),
             (col("id").between(lit(1), lit(9)), Some("id >= 1 and id <= 9")),
             (col("id").not_between(lit(1), lit(9)), None),
+            (col("name").gt(lit("a")), None),
             (col("name").is_null().or(col("id").eq(lit(1))), Some("name is null or id = 1")),
             (col("share").gt(col("id")).or(col("id").eq(lit(1))), None),
             // A part of what must all hold is a condition, too.

@@ -90,7 +90,7 @@ impl<'a> Scalar<'a> {
 }
 
 /// Under this key the quarantine keeps the text of a row that has no columns.
-pub const UNREADABLE: &str = "_text";
+pub const UNREADABLE: &str = "_floodmark_text";
 
 /// A row that has no columns, as the quarantine keeps it.
 pub fn unreadable(text: &str) -> String {

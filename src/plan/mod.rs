@@ -198,7 +198,8 @@ impl Stream {
         let what = match &self.spec.read {
             Read::Table(table) => format!("table `{table}`"),
             Read::Query { file, .. } => format!("query `{file}`"),
-            Read::File(path) => format!("file `{path}`"),
+            // What is behind `?` may be a signature.
+            Read::File(path) => format!("file `{}`", path.split('?').next().unwrap_or_default()),
             // Each file is remembered by itself.
             Read::Files { .. } => "files".to_owned(),
             Read::Request(request) => format!("request `{}`", request.path),
@@ -1022,7 +1023,7 @@ pub async fn typed(context: &SessionContext, select: &sql::Select) -> Result<Log
 }
 
 /// The tables that a plan scans, as often as it does.
-fn scanned(plan: &LogicalPlan) -> Vec<String> {
+pub fn scanned(plan: &LogicalPlan) -> Vec<String> {
     let mut tables = Vec::new();
     drop(plan.apply_with_subqueries(|node| {
         if let LogicalPlan::TableScan(scan) = node {

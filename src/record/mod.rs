@@ -20,8 +20,9 @@ use crate::{
 pub mod run;
 pub mod totals;
 
-/// The version of [`LoadRecord`] that this floodmark writes.
-pub const RECORD_VERSION: u32 = 1;
+/// The version of [`LoadRecord`] that this floodmark writes. Version 2 knows which rows of the quarantine are settled, which who does
+/// not know it would forget.
+pub const RECORD_VERSION: u32 = 2;
 
 /// One release of one job, as the target remembers it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,26 +65,37 @@ pub struct LoadRecord {
     pub settled: Settled,
 }
 
-/// Releases whose set-aside rows wait for nothing any more: they went through the job again, or everything was read anew.
+/// Which rows of the quarantine wait for nothing any more: they went through the job again, were let go, or everything was read anew.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settled {
-    /// All releases before this one.
+    /// All that releases before this one set aside.
     #[serde(default)]
     pub before: u64,
     /// And these.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
-    pub releases: BTreeSet<u64>,
+    pub lots: BTreeSet<Lot>,
+}
+
+/// What one release set aside of one source or model.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Lot {
+    /// The release.
+    pub release: u64,
+    /// The source or model.
+    pub on: String,
+    /// Whether the rows could not be read; the others met a check.
+    pub unread: bool,
 }
 
 impl Settled {
-    /// Those of all releases before `seq`.
+    /// All that releases before `seq` set aside.
     pub fn before(seq: u64) -> Self {
-        Self { before: seq, releases: BTreeSet::new() }
+        Self { before: seq, lots: BTreeSet::new() }
     }
 
-    /// Whether the rows that release `seq` set aside wait for nothing any more.
-    pub fn holds(&self, seq: u64) -> bool {
-        seq < self.before || self.releases.contains(&seq)
+    /// Whether the rows of a lot wait for nothing any more.
+    pub fn holds(&self, lot: &Lot) -> bool {
+        lot.release < self.before || self.lots.contains(lot)
     }
 
     fn is_nothing(&self) -> bool {

@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, reason = "a test may print")]
 
 mod adhoc;
+mod crash;
 mod example;
 mod history;
 mod mistakes;

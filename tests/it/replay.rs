@@ -168,12 +168,88 @@ fn an_old_row_does_not_win_over_a_newer_one_unless_it_is_told_to() {
         shop.job("", "-5");
         let (code, _, told) = shop.replay(&[]);
         assert_eq!(code, 3, "{target}: {told}");
-        assert!(told.contains("holds 1 of the rows that were set aside already"), "{told}");
+        assert!(told.contains("would change 1 that output `orders` holds"), "{told}");
         assert!(told.contains("--overwrite"), "{told}");
         assert_eq!(shop.waiting(), [(1, 4)]);
+        // What is not needed any more is let go, and stays to be looked at.
+        let (code, _, told) = shop.ask(&["state", "rename", "load", "load"]);
+        assert!(code == 2 && told.contains("still has a job"), "{told}");
         let (code, over, _) = shop.replay(&["--overwrite"]);
         assert_eq!((code, Shop::counts(&over)), (0, [0, 1, 2, 3]), "{target}: three still do not hold");
+        assert_eq!(shop.waiting(), [(3, 3)]);
+        let job = std::fs::read_to_string(shop.folder.path().join("jobs/load.yaml")).unwrap();
+        std::fs::remove_file(shop.folder.path().join("jobs/load.yaml")).unwrap();
+        shop.folder.write("jobs/other.yaml", job.replace("job: load", "job: other").as_bytes());
+        shop.folder.write("sql/mappings/other/clean.sql", b"SELECT id, customer, amount FROM orders\n");
+        let (code, _, told) = shop.ask(&["state", "rename", "load", "other"]);
+        assert!(code == 3 && told.contains("still wait"), "{target}: {told}");
+        std::fs::remove_file(shop.folder.path().join("jobs/other.yaml")).unwrap();
+        shop.folder.write("jobs/load.yaml", job.as_bytes());
+        assert_eq!(shop.ask(&["quarantine", "dismiss", "load", "--release", "2"]).1["release"], Value::Null);
+        assert_eq!(shop.ask(&["quarantine", "dismiss", "load"]).1["release"], 4, "{target}");
+        assert_eq!(shop.waiting(), []);
+        assert_eq!(shop.ask(&["quarantine", "show", "load"]).0, 0);
+        assert_eq!(shop.ask(&["run"]).1["outcome"], "nothing_new", "{target}");
     }
+}
+
+#[test]
+fn a_row_is_read_in_the_spelling_that_it_was_kept_in() {
+    let shop = Shop::new("{ kind: files, root: out }", "mode: append, totals: { sum: [amount] }");
+    let cast = b"SELECT id, customer, CAST(amount AS decimal(18,2)) AS amount FROM orders\n";
+    shop.folder.write("sql/mappings/load/clean.sql", cast);
+    let job = |least: &str, amount: &str| {
+        let job = JOB
+            .replace("FORMAT", "format: { delimiter: \";\", decimal: \",\", thousands: \".\" }")
+            .replace("LEAST", least)
+            .replace("MODE", shop.mode)
+            .replace("decimal(18,2)", amount);
+        shop.folder.write("jobs/load.yaml", job.as_bytes());
+    };
+    shop.folder.write("data/orders_1.csv", "id;customer;amount\n1;ada;1.234,50\n2;ada;1,50\n".as_bytes());
+    job("9999", "decimal(18,2)");
+    assert_eq!(shop.ask(&["run"]).1["quarantined"], 2);
+    // The first does not fit for a while: it is kept as the quarantine spelled it, not as the file does.
+    job("0", "decimal(4,2)");
+    assert_eq!(Shop::counts(&shop.replay(&[]).1), [1, 0, 1, 1]);
+    job("0", "decimal(18,2)");
+    let (_, mended, _) = shop.replay(&[]);
+    assert_eq!(Shop::counts(&mended), [1, 0, 2, 0]);
+    assert_eq!(mended["outputs"]["orders"]["totals"][0]["sums"][0][1], "1234.50");
+}
+
+#[test]
+fn rows_that_would_find_no_partner_are_not_replayed() {
+    let shop = Shop::new("{ kind: files, root: out }", "mode: append");
+    let job = JOB
+        .replace("FORMAT", "")
+        .replace("MODE", shop.mode)
+        .replace("file: customers.csv", "files: \"customers*.csv\"");
+    shop.folder.write("jobs/load.yaml", job.replace("LEAST", "0").as_bytes());
+    assert_eq!(shop.ask(&["run"]).1["quarantined"], 4);
+    let (code, _, told) = shop.replay(&[]);
+    assert_eq!(code, 3, "{told}");
+    assert!(told.contains("on `clean` looks into `customers`"), "{told}");
+    let job = job.replace("references: { column: customer, in: customers.customer }", "not_null: [id]");
+    std::fs::remove_dir_all(shop.folder.path().join("out")).unwrap();
+    std::fs::remove_dir_all(shop.folder.path().join(".floodmark")).unwrap();
+    shop.folder.write("jobs/load.yaml", job.replace("LEAST", "0").as_bytes());
+    let joined =
+        b"SELECT o.id, o.customer, o.amount FROM orders o JOIN customers c ON c.customer = o.customer\n";
+    shop.folder.write("sql/mappings/load/clean.sql", joined);
+    let (code, first, _) = shop.ask(&["run"]);
+    assert_eq!((code, Shop::counts(&first)), (0, [1, 0, 1, 3]), "a fifth has no partner");
+    shop.folder.write("jobs/load.yaml", job.replace("LEAST", "-5").as_bytes());
+    let (code, _, told) = shop.replay(&[]);
+    assert_eq!(code, 3, "{told}");
+    assert!(told.contains("joins rows of `orders` that were set aside with `customers`"), "{told}");
+    assert_eq!(shop.waiting(), [(1, 3)]);
+    // Beside each other they may stand.
+    let union =
+        b"SELECT id, customer, amount FROM orders UNION ALL SELECT 99, customer, 0.00 FROM customers\n";
+    shop.folder.write("sql/mappings/load/clean.sql", union);
+    let (code, mended, told) = shop.replay(&[]);
+    assert_eq!((code, Shop::counts(&mended)), (0, [1, 0, 2, 2]), "{told}");
 }
 
 #[test]

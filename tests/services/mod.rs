@@ -1,6 +1,10 @@
 //! Real servers for tests: started once by the scripts beside this file, shared by all tests, each in a schema or database of its own.
 
-use std::{path::Path, process::Command, sync::OnceLock};
+use std::{
+    path::Path,
+    process::Command,
+    sync::{Arc, OnceLock},
+};
 
 use postgres::{Client, NoTls};
 
@@ -24,6 +28,26 @@ fn service<const N: usize>(name: &str) -> [String; N] {
     assert!(output.status.success(), "no {name}: {}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).unwrap();
     text.lines().map(str::to_owned).collect::<Vec<_>>().try_into().unwrap()
+}
+
+/// The library that lets a process die, or its disk be full, at its nth call to the outside: see `faults.c`.
+pub fn faults() -> &'static Path {
+    static LIBRARY: OnceLock<(tempfile::TempDir, std::path::PathBuf)> = OnceLock::new();
+    let (_, library) = LIBRARY.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let library = folder.path().join("faults.so");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/services/faults.c");
+        let made = Command::new("cc")
+            .args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"])
+            .arg(&library)
+            .arg(source)
+            .arg("-ldl")
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        (folder, library)
+    });
+    library
 }
 
 /// The server, started if it does not run yet.
@@ -74,8 +98,8 @@ impl S3 {
         format!("t-{}", uuid::Uuid::now_v7().simple())
     }
 
-    /// Puts an object below a prefix, as another program would.
-    pub fn put(&self, prefix: &str, path: &str, bytes: &[u8]) {
+    /// What lies below a prefix, as another program sees it.
+    pub fn store(&self, prefix: &str) -> Arc<dyn object_store::ObjectStore> {
         let (key, secret) = &self.admin;
         let store = object_store::aws::AmazonS3Builder::new()
             .with_endpoint(&self.endpoint)
@@ -86,11 +110,16 @@ impl S3 {
             .with_secret_access_key(secret)
             .build()
             .unwrap();
-        let (path, bytes) = (format!("{prefix}/{path}"), bytes.to_vec());
+        Arc::new(object_store::prefix::PrefixStore::new(store, prefix))
+    }
+
+    /// Puts an object below a prefix, as another program would.
+    pub fn put(&self, prefix: &str, path: &str, bytes: &[u8]) {
+        let (store, bytes) = (self.store(prefix), bytes.to_vec());
         std::thread::scope(|scope| {
             let put = || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                let path = path.as_str().into();
+                let path = path.into();
                 let put = object_store::ObjectStoreExt::put(&store, &path, bytes.into());
                 runtime.block_on(put).unwrap();
             };

@@ -457,8 +457,15 @@ impl FilesConnection {
                         },
                         || format!("{path}:{}", row.line),
                     );
-                    let read = names.iter().filter(|name| *name != POSITION_COLUMN);
-                    appended.err().map(|why| (why, kept(read.map(|name| (name.as_str(), value(name))))))
+                    // Also what no model reads now; what the row lacks is null.
+                    let own = object.0.iter().map(|(key, raw)| (&**key, Some(*raw)));
+                    let known = names
+                        .iter()
+                        .filter(|name| *name != POSITION_COLUMN)
+                        .chain(scan.stream.columns.keys());
+                    let lacking =
+                        known.filter(|name| value(name).is_none()).map(|name| (name.as_str(), None));
+                    appended.err().map(|why| (why, kept(own.chain(lacking))))
                 }
             };
             if let Some((reason, kept)) = broken {

@@ -194,6 +194,11 @@ impl Api {
         })
     }
 
+    /// Whether the connection's own headers say which kinds of answers it takes.
+    pub(super) fn says_what_it_accepts(&self) -> bool {
+        self.options.headers.keys().any(|name| name.eq_ignore_ascii_case("accept"))
+    }
+
     fn error(&self, kind: ErrorKind, url: &Url, what: &str) -> Error {
         Error::new(kind, format!("connection `{}`: {what} `{}`", self.name, shown(url)))
     }
@@ -380,9 +385,16 @@ impl Api {
         if !status.is_success() {
             return Err(self.refused(url, status, response.headers(), repeatable));
         }
+        // What is not there yet, or only in part, is no file.
+        if into.is_some() && status != StatusCode::OK {
+            let error = self
+                .error(ErrorKind::Temporary, url, &format!("{status} instead of a whole file, from"))
+                .hint("Run again when it is there.");
+            return Err(Failure::Later(error, retry_after(response.headers())));
+        }
         let headers = response.headers().clone();
         let most = self.options.max_page_bytes.unwrap_or(64 << 20);
-        let mut body = BytesMut::new();
+        let (mut body, mut written) = (BytesMut::new(), 0_u64);
         let mut file = match into {
             Some(into) => {
                 self.is_file(url, &response).map_err(Failure::Never)?;
@@ -395,6 +407,7 @@ impl Api {
                 Ok(None) => break,
                 Ok(Some(chunk)) => match (&mut file, into) {
                     (Some(file), Some(into)) => {
+                        written += chunk.len() as u64;
                         file.write_all(&chunk).await.map_err(|error| unwritten(into, error))?;
                     }
                     _ => body.extend_from_slice(&chunk),
@@ -406,6 +419,17 @@ impl Api {
                         .hint("Run again: nothing of this run was published.");
                     return Err(if repeatable { Failure::Later(error, None) } else { Failure::Never(error) });
                 }
+            }
+            let most_of_file = self.options.max_file_bytes.unwrap_or(u64::MAX);
+            if written > most_of_file {
+                return Err(Failure::Never(
+                    self.error(
+                        ErrorKind::Data,
+                        url,
+                        &format!("a file of more than {most_of_file} bytes, from"),
+                    )
+                    .hint("If that is right, raise `max_file_bytes`."),
+                ));
             }
             if body.len() as u64 > most {
                 return Err(Failure::Never(
@@ -432,9 +456,7 @@ impl Api {
         let chunked = header(header::TRANSFER_ENCODING).to_ascii_lowercase().contains("chunked");
         let ends =
             response.version() >= reqwest::Version::HTTP_2 || chunked || response.content_length().is_some();
-        // These show by themselves whether they are whole.
-        let shows = [".gz", ".zst", ".parquet", ".json"].iter().any(|ending| url.path().ends_with(ending));
-        if !ends && !shows {
+        if !ends {
             return Err(self
                 .error(ErrorKind::Failed, url, "a file without its length, from")
                 .note("a file that is cut short could not be told from a whole one")

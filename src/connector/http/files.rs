@@ -5,7 +5,7 @@
 //!
 //! Not done: lists of files, which a web server does not have; going on with a file where it was cut.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, HeaderValue};
 use tokio::sync::Mutex;
@@ -25,7 +25,7 @@ use crate::{
 
 /// Files that were fetched, by what was asked for.
 #[derive(Debug, Default)]
-pub(super) struct Files(Mutex<BTreeMap<String, Arc<Fetched>>>);
+pub(super) struct Files(Mutex<HashMap<blake3::Hash, Arc<Fetched>>>);
 
 /// A file that was fetched. Gone when this is dropped.
 #[derive(Debug)]
@@ -50,8 +50,10 @@ impl Fetched {
 /// The request for a file, if a stream is one: named by `file:`, or an answer whose format has a kind.
 pub(super) fn request_for(stream: &StreamSpec) -> Result<Option<ApiRequest>> {
     let request = match &stream.read {
-        // A dollar sign in it stands for itself.
-        Read::File(path) => ApiRequest { path: path.replace('$', "$$"), ..ApiRequest::default() },
+        // A dollar sign and a hash in it stand for themselves.
+        Read::File(path) => {
+            ApiRequest { path: path.replace('$', "$$").replace('#', "%23"), ..ApiRequest::default() }
+        }
         Read::Request(request) if stream.format.as_ref().is_some_and(|format| format.kind.is_some()) => {
             request.as_ref().clone()
         }
@@ -79,9 +81,11 @@ impl HttpConnection {
     pub(super) async fn file(&self, stream: &StreamSpec, request: &ApiRequest) -> Result<Arc<Fetched>> {
         let mut ask = first_of(&self.api, stream, request, &(None, None))?;
         // As it is: what is unpacked on the way has no length any more.
-        ask.headers.entry(ACCEPT).or_insert(HeaderValue::from_static("*/*"));
+        if !self.api.says_what_it_accepts() {
+            ask.headers.entry(ACCEPT).or_insert(HeaderValue::from_static("*/*"));
+        }
         ask.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        let asked = format!("{:?}", (ask.method, &ask.url, &ask.body, &ask.headers));
+        let asked = fingerprint(&ask);
         // Who wants the same file waits, and reads the same copy.
         let mut files = self.files.0.lock().await;
         if let Some(known) = files.get(&asked) {
@@ -105,6 +109,23 @@ impl HttpConnection {
         let connection = folder(&self.api.name, &shown(&answer.url), copies.path().to_owned());
         Ok(Fetched { name, connection, _folder: copies })
     }
+}
+
+/// Tells requests apart by all that is asked, and holds none of it.
+fn fingerprint(ask: &Ask) -> blake3::Hash {
+    let mut hash = blake3::Hasher::new();
+    let mut part = |bytes: &[u8]| {
+        hash.update(&(bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    part(format!("{:?}", ask.method).as_bytes());
+    part(ask.url.as_str().as_bytes());
+    part(ask.body.as_deref().unwrap_or_default().as_bytes());
+    for (name, value) in &ask.headers {
+        part(name.as_str().as_bytes());
+        part(value.as_bytes());
+    }
+    hash.finalize()
 }
 
 /// What the file is called: as in its URL, with an ending that tells its format if the server does.

@@ -103,6 +103,8 @@ struct HttpOptions {
     retry_timeout_ms: Option<u64>,
     /// Bytes of one answer at most, decompressed. Unless set, 64 MiB.
     max_page_bytes: Option<u64>,
+    /// Bytes of one file at most. Unless set, as many as the disk takes.
+    max_file_bytes: Option<u64>,
     /// Pages of one list at most. Unless set, 100000.
     max_pages: Option<u64>,
     /// How far behind the server's clock a window ends, in milliseconds. Unless set, 60000.

@@ -27,7 +27,7 @@ use crate::{
         columns::{self, Misfit, TextRules, declared_schema, effective, last_closed_day},
         json::{Object, Scalar, append, kept, unreadable},
         rows::RowBuilder,
-        scan::{POSITION_COLUMN, Scan, held},
+        scan::{Scan, held},
         spec::{ApiRequest, CursorSpec, Method, OnNull, PageStyle, Read, StreamSpec},
         tap::Tap,
     },
@@ -122,6 +122,14 @@ fn request_of(stream: &StreamSpec) -> Result<&ApiRequest> {
         Read::Request(request) => Ok(request),
         _ => Err(Error::configuration(format!("source `{}` asks nothing of an API", stream.name))
             .hint("Use `request: { path: … }`.")),
+    }
+}
+
+/// Where a column is in a row, if the job says it in a way that can be followed.
+fn path_of(request: &ApiRequest, column: &str) -> Option<JsonPath> {
+    match request.fields.get(column) {
+        Some(written) => written.parse().ok(),
+        None => Some(JsonPath::name(column)),
     }
 }
 
@@ -512,11 +520,13 @@ impl<'a> Reading<'a> {
     /// One row: into the batch, filtered, or set aside.
     async fn row(&mut self, raw: &RawValue, place: &str) -> Result<()> {
         let stream = &self.scan.stream;
-        let fields = &self.fields;
+        let (fields, request) = (&self.fields, self.request);
         let reject = |reason: String| {
             let value = |path: &JsonPath| path.find(raw).ok().and_then(|found| found.first().copied());
-            let read = fields.iter().filter(|(name, _)| name != POSITION_COLUMN);
-            (reason, kept(read.map(|(name, path)| (name.as_str(), value(path)))))
+            // Also those that no model reads now.
+            let paths: Vec<_> =
+                stream.columns.keys().filter_map(|name| Some((name, path_of(request, name)?))).collect();
+            (reason, kept(paths.iter().map(|(name, path)| (name.as_str(), value(path)))))
         };
         let broken = match serde_json::from_str::<Object<'_>>(raw.get()) {
             Err(error) => {

@@ -646,7 +646,7 @@ pub(super) fn shown(wire: &Wire, value: &[u8]) -> Result<String, Misfit> {
         Wire::Bool => (value != [0]).to_string(),
         Wire::Int2 => i16::from_be_bytes(fixed(value)?).to_string(),
         Wire::Int4 => i32::from_be_bytes(fixed(value)?).to_string(),
-        Wire::Int8 | Wire::Money { .. } => i64::from_be_bytes(fixed(value)?).to_string(),
+        Wire::Int8 => i64::from_be_bytes(fixed(value)?).to_string(),
         Wire::UInt4 => u32::from_be_bytes(fixed(value)?).to_string(),
         Wire::UInt8 => u64::from_be_bytes(fixed(value)?).to_string(),
         Wire::Float4 => f32::from_be_bytes(fixed(value)?).to_string(),

@@ -4,6 +4,8 @@
 //! only: how it is ordered is the server's business. Floats (`-0`), clocks without a zone that the job puts into one, and whatever
 //! is shown in another form than the server's own are left to the model.
 
+use tokio_postgres::types::Type;
+
 use super::{
     bounds::text,
     source::{ReadAs, Shape},
@@ -15,27 +17,30 @@ use crate::{
     names::quoted,
 };
 
-/// `condition` for a WHERE; `None` if nothing of it can be asked of the server.
-pub(super) fn sql(condition: &Condition, shape: &Shape) -> Result<Option<String>> {
+/// `condition` for a WHERE; `None` if nothing of it can be asked of the server. In the columns `nulled` a model may see nulls that the
+/// server does not.
+pub(super) fn sql(condition: &Condition, shape: &Shape, nulled: &[String]) -> Result<Option<String>> {
     Ok(match condition {
         Condition::Compares { column, by, value } => compares(shape, column, *by, value)?,
         Condition::OneOf { column, values } => {
             let equal = values.iter().map(|value| compares(shape, column, Comparison::Equal, value));
             equal.collect::<Result<Option<Vec<_>>>>()?.map(|parts| joined(&parts, " OR "))
         }
-        Condition::Null { column, is } => match shape.column(column).map(|column| &column.read) {
+        Condition::Null { column, is: true } if nulled.contains(column) => None,
+        Condition::Null { column, is } => match shape.column(column) {
+            None => None,
             // A composite of nulls is null to the server.
-            Some(ReadAs::Wire(Wire::Struct(_), _)) | None => None,
-            Some(_) => Some(format!("{} IS {}NULL", quoted(column)?, if *is { "" } else { "NOT " })),
+            Some(known) if matches!(known.read, ReadAs::Wire(Wire::Struct(_), _)) => None,
+            Some(known) => Some(format!("({}) IS {}NULL", known.sql()?, if *is { "" } else { "NOT " })),
         },
         Condition::All(parts) => {
-            let known = parts.iter().filter_map(|part| sql(part, shape).transpose());
-            Some(known.collect::<Result<Vec<_>>>()?)
-                .filter(|parts| !parts.is_empty())
-                .map(|p| joined(&p, " AND "))
+            let known = parts.iter().filter_map(|part| sql(part, shape, nulled).transpose());
+            let known = known.collect::<Result<Vec<_>>>()?;
+            (!known.is_empty()).then(|| joined(&known, " AND "))
         }
         Condition::Any(parts) => {
-            let known = parts.iter().map(|part| sql(part, shape)).collect::<Result<Option<Vec<_>>>>()?;
+            let known =
+                parts.iter().map(|part| sql(part, shape, nulled)).collect::<Result<Option<Vec<_>>>>()?;
             known.map(|parts| joined(&parts, " OR "))
         }
     })
@@ -63,7 +68,7 @@ fn compares(shape: &Shape, column: &str, by: Comparison, value: &Value) -> Resul
         }
         // What a server in another encoding cannot spell it refuses.
         (Wire::Text, Value::Text(value)) if value.is_ascii() && !value.contains('\0') => {
-            return Ok(same_text(&name, known.type_name.as_deref(), by, value));
+            return Ok(same_text(&name, &known.of, by, value));
         }
         _ => return Ok(None),
     };
@@ -77,15 +82,13 @@ fn is_written(day: chrono::NaiveDate) -> bool {
 }
 
 /// Whether a text is, or is not, a value. A server that takes more for equal than we do gives more rows, and an index still serves.
-fn same_text(name: &str, type_name: Option<&str>, by: Comparison, value: &str) -> Option<String> {
-    let is_plain = type_name.is_none_or(|of| of.starts_with("character varying"));
-    // Blanks at its end mean nothing to it.
-    let is_padded =
-        type_name.is_some_and(|of| of.starts_with("character") && !of.starts_with("character varying"));
+fn same_text(name: &str, of: &Type, by: Comparison, value: &str) -> Option<String> {
+    let is_plain = matches!(*of, Type::TEXT | Type::VARCHAR);
     let literal = text(value);
     match by {
-        Comparison::Equal if is_plain || is_padded => Some(format!("{name} = {literal}")),
-        // An enum knows only its own values.
+        // Blanks at the end of a `character(n)` mean nothing to the server.
+        Comparison::Equal if is_plain || *of == Type::BPCHAR => Some(format!("{name} = {literal}")),
+        // An enum knows only its own values, and JSON no equality.
         Comparison::Equal => Some(format!("({name})::text = {literal}")),
         Comparison::NotEqual if is_plain => Some(format!("{name} COLLATE \"C\" <> {literal} COLLATE \"C\"")),
         _ => None,

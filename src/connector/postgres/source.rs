@@ -15,7 +15,7 @@ use chrono::{DateTime, NaiveDate};
 use chrono_tz::Tz;
 use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{Kind, Type};
 
 use super::{
     PostgresConnection, Session,
@@ -102,7 +102,9 @@ pub(super) struct ColumnShape {
     /// How it is read.
     pub(super) read: ReadAs,
     /// What it is in the server, where Arrow does not say it.
-    pub(super) type_name: Option<String>,
+    type_name: Option<String>,
+    /// What it is in the server, whatever it is read as; of a domain what it is made of.
+    pub(super) of: Type,
     /// Whether it may be null as far as the server knows.
     pub(super) may_be_null: bool,
 }
@@ -197,7 +199,11 @@ impl ColumnShape {
             (ReadAs::Text(column), Some(_)) => ReadAs::Text(effective(column, stream)),
             (read, _) => read,
         };
-        Self { name: column.name().to_owned(), read, type_name, may_be_null }
+        let mut of = column.type_().clone();
+        while let Kind::Domain(base) = of.kind() {
+            of = base.clone();
+        }
+        Self { name: column.name().to_owned(), read, type_name, of, may_be_null }
     }
 
     fn field(&self) -> Field {
@@ -455,7 +461,7 @@ async fn read(
     }
     let mut wanted: Vec<String> = (!window.is_empty()).then_some(window).into_iter().collect();
     for condition in &scan.conditions {
-        wanted.extend(filter::sql(condition, &shape)?);
+        wanted.extend(filter::sql(condition, &shape, &stream.unfit_as_null)?);
     }
     let filter = if wanted.is_empty() { String::new() } else { format!(" WHERE {}", wanted.join(" AND ")) };
     let limit = scan.limit.map(|rows| format!(" LIMIT {rows}")).unwrap_or_default();

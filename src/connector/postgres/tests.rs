@@ -462,8 +462,13 @@ async fn tls_is_verified_unless_the_project_says_otherwise() {
 }
 
 /// The rows of `facts` that a model selects, and how many the server sent for it.
-async fn selected(connection: &Arc<dyn Connection>, filter: &str, selective: bool) -> (Vec<i32>, u64) {
-    let (source, stream) = (connection.source().unwrap(), table("facts"));
+async fn selected(
+    connection: &Arc<dyn Connection>,
+    stream: StreamSpec,
+    filter: &str,
+    selective: bool,
+) -> (Vec<i32>, u64) {
+    let source = connection.source().unwrap();
     let schema = source.describe(&stream).await.unwrap();
     let bounds = Bounds { windows: [("facts".to_owned(), Window::Whole)].into(), ..Bounds::default() };
     let snapshot = source.snapshot(std::slice::from_ref(&stream), &bounds).await.unwrap();
@@ -535,12 +540,43 @@ async fn what_the_server_leaves_out_changes_no_result() {
         ("WHERE name IS NOT NULL AND id + 1 < 9", true),
         ("WHERE id < 0", true),
     ] {
-        let (expected, all) = selected(&connection, filter, false).await;
-        let (found, sent) = selected(&connection, filter, true).await;
+        let (expected, all) = selected(&connection, table("facts"), filter, false).await;
+        let (found, sent) = selected(&connection, table("facts"), filter, true).await;
         assert_eq!(found, expected, "{filter}");
         assert_eq!(all, 41, "{filter}");
         assert_eq!(sent < all, told, "{filter}: {sent} of {all} rows were sent");
     }
-    assert_eq!(selected(&connection, "LIMIT 3", true).await.1, 3);
-    assert_eq!(selected(&connection, "WHERE share > 5 LIMIT 3", true).await.1, 41);
+    // The same where the job declares what is text as text, and where it lets values be null.
+    let texts = ["name", "folded", "short", "padded", "feeling", "pair", "doc"];
+    let declared = StreamSpec {
+        columns: texts.map(|column| (column.to_owned(), "string".to_owned())).into(),
+        unfit_as_null: vec!["day".to_owned()],
+        ..table("facts")
+    };
+    schema.execute("UPDATE facts SET day = 'infinity' WHERE id = 3; UPDATE facts SET pair = ROW(1, NULL)::point2 WHERE id = 5");
+    for filter in [
+        "padded <> 'ab'",
+        "padded = 'ab'",
+        "padded = 'ab  '",
+        "folded <> 'a'",
+        "feeling <> 'sad'",
+        "feeling NOT IN ('sad', 'nothing that it knows')",
+        "feeling = 'nothing that it knows'",
+        "doc = '{\"n\": 5}'",
+        "doc <> '{\"n\": 5}'",
+        "pair IS NOT NULL",
+        "pair IS NULL",
+        "day IS NULL",
+        "day IS NULL OR id = 1",
+        "day IS NOT NULL",
+        "name BETWEEN 'a' AND 'b'",
+    ] {
+        let filter = format!("WHERE {filter}");
+        let (expected, _) = selected(&connection, declared.clone(), &filter, false).await;
+        let (found, _) = selected(&connection, declared.clone(), &filter, true).await;
+        assert_eq!(found, expected, "{filter}");
+    }
+    schema.execute("UPDATE facts SET day = NULL WHERE id = 3");
+    assert_eq!(selected(&connection, table("facts"), "LIMIT 3", true).await.1, 3);
+    assert_eq!(selected(&connection, table("facts"), "WHERE share > 5 LIMIT 3", true).await.1, 41);
 }

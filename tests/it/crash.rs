@@ -1,0 +1,269 @@
+//! The real binary, killed: before each of its calls that change the world outside, for every kind of target and every
+//! mode. After each death a reader sees what was there before or what is there after, and nothing else; then it is run again.
+//!
+//! A library before the C library counts the calls and kills (`tests/services/faults.c`). What one death leaves behind is what the next
+//! run starts from, as it is in life.
+
+use std::{collections::BTreeMap, fs, os::unix::process::ExitStatusExt, process::Command, sync::Arc};
+
+use arrow::{array::AsArray, datatypes::Int64Type};
+use futures::TryStreamExt;
+use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem, path::Path};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use serde_json::Value;
+
+use crate::{
+    services::{S3, Schema, faults, postgres, s3},
+    support::Folder,
+};
+
+/// The point after `nth`: the first forty are all tried, of the others every seventh; all, with `FLOODMARK_TEST_EXHAUSTIVE` set.
+fn next(nth: usize) -> usize {
+    let all = nth < 40 || std::env::var_os("FLOODMARK_TEST_EXHAUSTIVE").is_some();
+    nth + if all { 1 } else { 7 }
+}
+
+const MODES: [(&str, &str); 4] = [
+    ("append", "incremental: { cursor: id }"),
+    ("merge, key: [id]", ""),
+    ("replace", ""),
+    ("replace_range, range: [period]", ""),
+];
+
+/// Rows as a target holds them: id and amount.
+type Rows = BTreeMap<i64, Vec<i64>>;
+
+/// One job, its source and its target.
+struct Ledger {
+    folder: Folder,
+    schema: Option<Schema>,
+    store: Option<Arc<dyn ObjectStore>>,
+    next: i64,
+}
+
+impl Ledger {
+    fn new(target: &str, mode: &str, reading: &str) -> Self {
+        let schema = (target == "postgres").then(Schema::new);
+        let prefix = S3::prefix();
+        let connection = match target {
+            "files" => "{ kind: files, root: out }".to_owned(),
+            "sqlite" => "{ kind: sqlite, path: out.db }".to_owned(),
+            "s3" => {
+                let mut options = s3().options(&prefix);
+                options["kind"] = "s3".into();
+                options["secret_access_key"] = "${env:STORE_SECRET}".into();
+                options.to_string()
+            }
+            _ => format!(
+                "{{ kind: postgres, host: localhost, port: {}, database: postgres, user: admin, password: \"${{env:ERP_PASSWORD}}\", sslrootcert: {}, schema: {} }}",
+                postgres().port,
+                postgres().authority,
+                schema.as_ref().unwrap().name
+            ),
+        };
+        let job = format!(
+            "job: load\nsources:\n  lines: {{ connection: erp, table: lines, {reading} }}\ntarget:\n  connection: dw\n  outputs:\n    lines: {{ from: lines, mode: {mode} }}\n"
+        );
+        let folder = Folder::with(&[
+            ("connections.yaml", &format!("erp: {{ kind: sqlite, path: erp.db }}\ndw: {connection}\n")),
+            ("jobs/load.yaml", &job),
+        ]);
+        let store: Option<Arc<dyn ObjectStore>> = match target {
+            "files" => {
+                fs::create_dir_all(folder.path().join("out")).unwrap();
+                Some(Arc::new(LocalFileSystem::new_with_prefix(folder.path().join("out")).unwrap()))
+            }
+            "s3" => Some(s3().store(&prefix)),
+            _ => None,
+        };
+        let this = Self { folder, schema, store, next: 0 };
+        this.source("CREATE TABLE lines (id INTEGER PRIMARY KEY, period TEXT, amount INTEGER)");
+        this
+    }
+
+    fn source(&self, sql: &str) {
+        rusqlite::Connection::open(self.folder.path().join("erp.db")).unwrap().execute_batch(sql).unwrap();
+    }
+
+    /// Something new in the source: a row, and where the job reads everything also changes.
+    fn arrive(&mut self, appends: bool) -> Rows {
+        self.next += 1;
+        let id = self.next;
+        self.source(&format!("INSERT INTO lines VALUES ({id}, 'p{}', {id})", id % 3));
+        if !appends {
+            self.source("UPDATE lines SET amount = amount + 100 WHERE id % 2 = 0");
+        }
+        let database = rusqlite::Connection::open(self.folder.path().join("erp.db")).unwrap();
+        let mut statement = database.prepare("SELECT id, amount FROM lines").unwrap();
+        let rows = statement.query_map([], |row| Ok((row.get(0)?, vec![row.get(1)?]))).unwrap();
+        rows.map(Result::unwrap).collect()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.folder.command(arguments);
+        command.env("ERP_PASSWORD", password()).env("STORE_SECRET", secret());
+        command
+    }
+
+    /// Runs, to be killed before its `nth` call to the outside. Whether it was.
+    fn is_killed_at(&self, nth: usize) -> bool {
+        let mut command = self.command(&["run"]);
+        command.env("LD_PRELOAD", faults()).env("FAULT", "kill").env("FAULT_AT", nth.to_string());
+        let output = command.output().unwrap();
+        let killed = output.status.signal() == Some(9);
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(killed || output.status.success(), "{nth}: {:?} {told}", output.status);
+        killed
+    }
+
+    fn run(&self) -> Value {
+        let output = self.command(&["run", "--output", "json"]).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{told}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// What a reader sees that knows nothing of floodmark but where it says its releases are; and how many there are.
+    fn seen(&self) -> (Rows, u64) {
+        let mut rows = Rows::new();
+        let mut add = |id: i64, amount: i64| rows.entry(id).or_default().push(amount);
+        let numbers: Vec<i64> = if let Some(store) = &self.store {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let commits = Path::from("_floodmark/small/load/commits");
+                let listed: Vec<_> = store.list(Some(&commits)).try_collect().await.unwrap();
+                let mut names: Vec<Path> = listed.into_iter().map(|object| object.location).collect();
+                names.retain(|name| name.extension() == Some("json"));
+                names.sort();
+                if let Some(last) = names.last() {
+                    let bytes = store.get(last).await.unwrap().bytes().await.unwrap();
+                    let record: Value = serde_json::from_slice(&bytes).unwrap();
+                    for file in record["outputs"]["lines"]["files"].as_array().into_iter().flatten() {
+                        let path = Path::from(format!("lines/{}", file["path"].as_str().unwrap()));
+                        let bytes = store.get(&path).await.unwrap().bytes().await.unwrap();
+                        for batch in ParquetRecordBatchReaderBuilder::try_new(bytes).unwrap().build().unwrap()
+                        {
+                            let batch = batch.unwrap();
+                            let column = |name| {
+                                batch.column_by_name(name).unwrap().as_primitive::<Int64Type>().clone()
+                            };
+                            let (ids, amounts) = (column("id"), column("amount"));
+                            (0..batch.num_rows()).for_each(|row| add(ids.value(row), amounts.value(row)));
+                        }
+                    }
+                }
+                names
+                    .iter()
+                    .map(|name| name.filename().unwrap().trim_end_matches(".json").parse().unwrap())
+                    .collect()
+            })
+        } else if let Some(schema) = &self.schema {
+            schema.with(|client| {
+                let is_there =
+                    "SELECT to_regclass('lines') IS NOT NULL AND to_regclass('floodmark_log') IS NOT NULL";
+                if !client.query_one(is_there, &[]).unwrap().get::<_, bool>(0) {
+                    return Vec::new();
+                }
+                // Both from one snapshot.
+                let mut transaction = client
+                    .build_transaction()
+                    .isolation_level(::postgres::IsolationLevel::RepeatableRead)
+                    .start()
+                    .unwrap();
+                for row in transaction.query("SELECT id, amount FROM lines", &[]).unwrap() {
+                    add(row.get(0), row.get(1));
+                }
+                let log = transaction.query("SELECT seq FROM floodmark_log ORDER BY seq", &[]).unwrap();
+                log.iter().map(|row| row.get(0)).collect()
+            })
+        } else {
+            let database = rusqlite::Connection::open(self.folder.path().join("out.db")).unwrap();
+            let is_there: i64 = database
+                .query_row(
+                    "SELECT count(*) FROM sqlite_master WHERE name IN ('lines', 'floodmark_log')",
+                    [],
+                    |row| row.get(0),
+                )
+                .unwrap();
+            if is_there < 2 {
+                return (rows, 0);
+            }
+            let mut statement = database.prepare("SELECT id, amount FROM lines").unwrap();
+            let found = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+            found.map(Result::unwrap).for_each(|(id, amount)| add(id, amount));
+            let mut statement = database.prepare("SELECT seq FROM floodmark_log ORDER BY seq").unwrap();
+            statement.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
+        };
+        let count = numbers.len() as u64;
+        assert!(numbers.iter().copied().eq((1..).take(numbers.len())), "one record a release: {numbers:?}");
+        (rows, count)
+    }
+}
+
+fn password() -> &'static str {
+    &postgres().password
+}
+
+fn secret() -> &'static str {
+    &s3().admin.1
+}
+
+/// Kills runs into one kind of target, in all modes.
+fn killed_everywhere(target: &str) {
+    let mut points = 0;
+    for (mode, reading) in MODES {
+        let appends = mode == "append";
+        let mut ledger = Ledger::new(target, mode, reading);
+        let (mut before, mut after, mut releases) = (Rows::new(), ledger.arrive(appends), 0);
+        let mut nth = 1;
+        while {
+            let killed = ledger.is_killed_at(nth);
+            let (rows, count) = ledger.seen();
+            let landed = count > releases;
+            assert_eq!(
+                rows,
+                if landed { after.clone() } else { before },
+                "{target}, {mode}: killed at {nth}, release {count}"
+            );
+            assert!(count <= releases + 1 && (killed || landed), "{target}, {mode}, {nth}: release {count}");
+            before = rows;
+            if landed {
+                // What has landed is not loaded again; ranges are, and hold the same.
+                let repeats = mode.starts_with("replace_range");
+                assert_eq!(ledger.run()["outcome"] == "published", repeats, "{target}, {mode}, {nth}");
+                let (rows, count) = ledger.seen();
+                assert_eq!(rows, before, "{target}, {mode}: run again after {nth}");
+                releases = count;
+                after = ledger.arrive(appends);
+            }
+            points += usize::from(killed);
+            killed
+        } {
+            nth = next(nth);
+        }
+        assert_eq!(ledger.run()["outcome"], "published");
+        assert_eq!(ledger.seen(), (after, releases + 1), "{target}, {mode}: the last run");
+    }
+    println!("{target}: killed at {points} points");
+    assert!(points >= 100, "{target}: killed at {points} points only");
+}
+
+#[test]
+fn a_run_into_files_that_is_killed_anywhere_is_all_or_nothing() {
+    killed_everywhere("files");
+}
+
+#[test]
+fn a_run_into_sqlite_that_is_killed_anywhere_is_all_or_nothing() {
+    killed_everywhere("sqlite");
+}
+
+#[test]
+fn a_run_into_postgres_that_is_killed_anywhere_is_all_or_nothing() {
+    killed_everywhere("postgres");
+}
+
+#[test]
+fn a_run_into_a_bucket_that_is_killed_anywhere_is_all_or_nothing() {
+    killed_everywhere("s3");
+}

@@ -1,0 +1,63 @@
+/* What a test puts before the C library of a process: at the nth call that changes anything outside, the process dies, or the disk is
+ * full from there on. FAULT_AT says which call, from 1; FAULT says `kill` or `full`. What goes to the terminal does not count. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+static long at, count, full;
+
+__attribute__((constructor)) static void read_environment(void) {
+  const char *nth = getenv("FAULT_AT"), *what = getenv("FAULT");
+  at = nth ? atol(nth) : 0;
+  full = what && !strcmp(what, "full");
+}
+
+/* Whether the call fails. */
+static int touched(void) {
+  if (!at) return 0;
+  long now = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
+  if (!full && now == at) kill(getpid(), SIGKILL);
+  return full && now >= at;
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+#define COUNTED(type, name, parameters, arguments) \
+  type name parameters { if (!full) touched(); return REAL(name) arguments; }
+#define MAKING(name, parameters, arguments) \
+  int name parameters { if (touched()) { errno = ENOSPC; return -1; } return REAL(name) arguments; }
+
+/* A full disk takes no bytes and no names; sockets and pipes are no disk. */
+static int is_disk(int fd) { struct stat about; return fd > 2 && !fstat(fd, &about) && S_ISREG(about.st_mode); }
+#define FILLING(type, name, parameters, arguments) \
+  type name parameters { if (full ? is_disk(fd) && touched() : fd > 2 && touched()) { errno = ENOSPC; return -1; } return REAL(name) arguments; }
+
+FILLING(ssize_t, write, (int fd, const void *bytes, size_t length), (fd, bytes, length))
+FILLING(ssize_t, writev, (int fd, const struct iovec *parts, int number), (fd, parts, number))
+FILLING(ssize_t, pwrite, (int fd, const void *bytes, size_t length, off_t offset), (fd, bytes, length, offset))
+FILLING(ssize_t, pwrite64, (int fd, const void *bytes, size_t length, off64_t offset), (fd, bytes, length, offset))
+FILLING(int, ftruncate, (int fd, off_t length), (fd, length))
+FILLING(int, ftruncate64, (int fd, off64_t length), (fd, length))
+FILLING(int, fsync, (int fd), (fd))
+FILLING(int, fdatasync, (int fd), (fd))
+MAKING(mkdir, (const char *path, mode_t mode), (path, mode))
+MAKING(link, (const char *from, const char *to), (from, to))
+MAKING(linkat, (int old, const char *from, int new, const char *to, int flags), (old, from, new, to, flags))
+MAKING(symlink, (const char *to, const char *path), (to, path))
+MAKING(symlinkat, (const char *to, int folder, const char *path), (to, folder, path))
+MAKING(rename, (const char *from, const char *to), (from, to))
+MAKING(renameat, (int old, const char *from, int new, const char *to), (old, from, new, to))
+COUNTED(int, unlink, (const char *path), (path))
+COUNTED(int, connect, (int socket, const struct sockaddr *address, socklen_t length), (socket, address, length))
+COUNTED(ssize_t, send, (int socket, const void *bytes, size_t length, int flags), (socket, bytes, length, flags))
+COUNTED(ssize_t, sendto,
+        (int socket, const void *bytes, size_t length, int flags, const struct sockaddr *to, socklen_t size),
+        (socket, bytes, length, flags, to, size))
+COUNTED(ssize_t, sendmsg, (int socket, const struct msghdr *message, int flags), (socket, message, flags))
