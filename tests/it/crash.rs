@@ -17,10 +17,10 @@ use crate::{
     support::Folder,
 };
 
-/// The point after `nth`: the first forty are all tried, of the others every seventh; all, with `FLOODMARK_TEST_EXHAUSTIVE` set.
+/// The point after `nth`: the first hundred are all tried, of the others every fifth; all, with `FLOODMARK_TEST_EXHAUSTIVE` set.
 fn next(nth: usize) -> usize {
-    let all = nth < 40 || std::env::var_os("FLOODMARK_TEST_EXHAUSTIVE").is_some();
-    nth + if all { 1 } else { 7 }
+    let all = nth < 100 || std::env::var_os("FLOODMARK_TEST_EXHAUSTIVE").is_some();
+    nth + if all { 1 } else { 5 }
 }
 
 const MODES: [(&str, &str); 4] = [

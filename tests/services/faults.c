@@ -34,10 +34,13 @@ static int touched(void) {
 #define MAKING(name, parameters, arguments) \
   int name parameters { if (touched()) { errno = ENOSPC; return -1; } return REAL(name) arguments; }
 
-/* A full disk takes no bytes and no names; sockets and pipes are no disk. */
-static int is_disk(int fd) { struct stat about; return fd > 2 && !fstat(fd, &about) && S_ISREG(about.st_mode); }
+/* What is written to counts if it is a file or a socket, and not what wakes a thread; a full disk is files only. */
+static int counts(int fd) {
+  struct stat about;
+  return fd > 2 && !fstat(fd, &about) && (S_ISREG(about.st_mode) || (!full && S_ISSOCK(about.st_mode)));
+}
 #define FILLING(type, name, parameters, arguments) \
-  type name parameters { if (full ? is_disk(fd) && touched() : fd > 2 && touched()) { errno = ENOSPC; return -1; } return REAL(name) arguments; }
+  type name parameters { if (counts(fd) && touched()) { errno = ENOSPC; return -1; } return REAL(name) arguments; }
 
 FILLING(ssize_t, write, (int fd, const void *bytes, size_t length), (fd, bytes, length))
 FILLING(ssize_t, writev, (int fd, const struct iovec *parts, int number), (fd, parts, number))
