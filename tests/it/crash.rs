@@ -4,7 +4,13 @@
 //! A library before the C library counts the calls and kills (`tests/services/faults.c`). What one death leaves behind is what the next
 //! run starts from, as it is in life.
 
-use std::{collections::BTreeMap, fs, os::unix::process::ExitStatusExt, process::Command, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::process::ExitStatusExt,
+    process::{Command, Output},
+    sync::Arc,
+};
 
 use arrow::{array::AsArray, datatypes::Int64Type};
 use futures::TryStreamExt;
@@ -17,9 +23,9 @@ use crate::{
     support::Folder,
 };
 
-/// The point after `nth`: the first hundred are all tried, of the others every fifth; all, with `FLOODMARK_TEST_EXHAUSTIVE` set.
-fn next(nth: usize) -> usize {
-    let all = nth < 100 || std::env::var_os("FLOODMARK_TEST_EXHAUSTIVE").is_some();
+/// The point after `nth`: of the first `many` all are tried, of the others every fifth; all, with `FLOODMARK_TEST_EXHAUSTIVE` set.
+fn next(nth: usize, many: usize) -> usize {
+    let all = nth < many || std::env::var_os("FLOODMARK_TEST_EXHAUSTIVE").is_some();
     nth + if all { 1 } else { 5 }
 }
 
@@ -105,11 +111,25 @@ impl Ledger {
         command
     }
 
+    /// Runs with a fault at its `nth` call to the outside.
+    fn run_with(&self, fault: &str, nth: usize) -> Output {
+        let mut command = self.command(&["run"]);
+        command.env("LD_PRELOAD", faults()).env("FAULT", fault).env("FAULT_AT", nth.to_string());
+        command.env("FAULT_MARK", self.folder.path().join("mark")).output().unwrap()
+    }
+
+    /// Runs on a disk that is full from the `nth` call on; `None` if it is not called so often. The exit code, and what was told.
+    fn is_full_at(&self, nth: usize) -> Option<(i32, String)> {
+        let mark = self.folder.path().join("mark");
+        drop(fs::remove_file(&mark));
+        let output = self.run_with("full", nth);
+        mark.exists()
+            .then(|| (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned()))
+    }
+
     /// Runs, to be killed before its `nth` call to the outside. Whether it was.
     fn is_killed_at(&self, nth: usize) -> bool {
-        let mut command = self.command(&["run"]);
-        command.env("LD_PRELOAD", faults()).env("FAULT", "kill").env("FAULT_AT", nth.to_string());
-        let output = command.output().unwrap();
+        let output = self.run_with("kill", nth);
         let killed = output.status.signal() == Some(9);
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(killed || output.status.success(), "{nth}: {:?} {told}", output.status);
@@ -239,7 +259,7 @@ fn killed_everywhere(target: &str) {
             points += usize::from(killed);
             killed
         } {
-            nth = next(nth);
+            nth = next(nth, 40);
         }
         assert_eq!(ledger.run()["outcome"], "published");
         assert_eq!(ledger.seen(), (after, releases + 1), "{target}, {mode}: the last run");
@@ -266,4 +286,99 @@ fn a_run_into_postgres_that_is_killed_anywhere_is_all_or_nothing() {
 #[test]
 fn a_run_into_a_bucket_that_is_killed_anywhere_is_all_or_nothing() {
     killed_everywhere("s3");
+}
+
+/// The disk is full at any write: the run says so and leaves what was there; when there is room again, it goes through.
+fn full_everywhere(target: &str) {
+    let mut points = 0;
+    for (mode, reading) in MODES {
+        let appends = mode == "append";
+        let mut ledger = Ledger::new(target, mode, reading);
+        let (mut before, mut after, mut releases) = (Rows::new(), ledger.arrive(appends), 0);
+        let mut nth = 1;
+        while let Some((code, told)) = ledger.is_full_at(nth) {
+            points += 1;
+            let (rows, count) = ledger.seen();
+            let landed = count > releases;
+            assert_eq!(
+                rows,
+                if landed { after.clone() } else { before.clone() },
+                "{target}, {mode}: full at {nth}"
+            );
+            // What comes after the commit is a cache, and a warning.
+            assert_eq!(code == 0, landed, "{target}, {mode}, {nth}: {told}");
+            if !landed {
+                assert!(
+                    [1, 75].contains(&code) && told.contains("error"),
+                    "{target}, {mode}, {nth}: {code} {told}"
+                );
+                let why =
+                    ["No space left", "disk is full", "disk I/O error"].iter().any(|why| told.contains(why));
+                assert!(why, "{target}, {mode}, {nth}: {told}");
+            }
+            if landed || nth % 5 == 0 {
+                let outcome = ledger.run()["outcome"].clone();
+                assert!(landed || outcome == "published", "{target}, {mode}, {nth}: {outcome}");
+                let (rows, count) = ledger.seen();
+                assert_eq!(rows, after, "{target}, {mode}: once there is room after {nth}");
+                (before, releases) = (rows, count);
+                after = ledger.arrive(appends);
+            }
+            nth = next(nth, 10);
+        }
+    }
+    println!("{target}: full at {points} points");
+    assert!(points >= 40, "{target}: full at {points} points only");
+}
+
+#[test]
+fn a_disk_that_is_full_at_any_write_of_files_is_a_clean_error() {
+    full_everywhere("files");
+}
+
+#[test]
+fn a_disk_that_is_full_at_any_write_of_sqlite_is_a_clean_error() {
+    full_everywhere("sqlite");
+}
+
+/// P6: the local store is a cache. Gone, cut, flipped or old, it changes nothing: the target decides.
+fn forgetful(target: &str) {
+    let mut ledger = Ledger::new(target, "append", "incremental: { cursor: id }");
+    let folder = ledger.folder.path().join(".floodmark");
+    ledger.arrive(true);
+    ledger.run();
+    let old = fs::read(folder.join("state.db")).unwrap();
+    let mut go_on = |what: &str, damaged: Option<&[u8]>| {
+        for leftover in ["state.db-wal", "state.db-shm", "state.db-journal"] {
+            drop(fs::remove_file(folder.join(leftover)));
+        }
+        match damaged {
+            Some(bytes) => fs::write(folder.join("state.db"), bytes).unwrap(),
+            None => fs::remove_dir_all(&folder).unwrap(),
+        }
+        let expected = ledger.arrive(true);
+        assert_eq!(ledger.run()["outcome"], "published", "{target}: {what}");
+        assert_eq!(ledger.seen().0, expected, "{target}: {what}");
+        fs::read(folder.join("state.db")).unwrap_or_default()
+    };
+    let mut whole = go_on("as it is", Some(&old));
+    for parts in 0..4 {
+        let cut = whole.len() * parts / 4;
+        let after = go_on(&format!("cut to {cut} bytes"), whole.get(..cut));
+        whole = if after.is_empty() { whole } else { after };
+    }
+    for sample in 0..64 {
+        let at = whole.len() * sample / 64;
+        let mut flipped = whole.clone();
+        flipped[at] ^= 0xff;
+        go_on(&format!("byte {at} flipped"), Some(&flipped));
+    }
+    go_on("an old copy", Some(&old));
+    go_on("gone", None);
+}
+
+#[test]
+fn what_this_machine_remembers_decides_nothing() {
+    forgetful("files");
+    forgetful("sqlite");
 }

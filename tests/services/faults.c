@@ -1,8 +1,10 @@
 /* What a test puts before the C library of a process: at the nth call that changes anything outside, the process dies, or the disk is
- * full from there on. FAULT_AT says which call, from 1; FAULT says `kill` or `full`. What goes to the terminal does not count. */
+ * full from there on. FAULT_AT says which call, from 1; FAULT says `kill` or `full`; the file FAULT_MARK is made when the disk is full for the
+ * first time. What goes to the terminal does not count. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,6 +27,7 @@ static int touched(void) {
   if (!at) return 0;
   long now = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
   if (!full && now == at) kill(getpid(), SIGKILL);
+  if (full && now == at && getenv("FAULT_MARK")) close(creat(getenv("FAULT_MARK"), 0600));
   return full && now >= at;
 }
 
