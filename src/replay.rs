@@ -14,7 +14,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use arrow::{
-    array::{AsArray, RecordBatch, new_null_array},
+    array::AsArray,
     datatypes::{DataType, Field, Int64Type, Schema, SchemaRef},
 };
 use datafusion::{
@@ -25,7 +25,7 @@ use indexmap::{IndexMap, map::Entry};
 use serde_json::value::RawValue;
 
 use crate::{
-    check::{Check, READABLE},
+    check::{Check, lot},
     connector::{
         json::{Object, UNREADABLE, append},
         rows::RowBuilder,
@@ -34,9 +34,9 @@ use crate::{
         tap::Tap,
     },
     error::{Error, Result, without_values},
-    functions::cast::cast_exactly,
     plan::{Output, Plan, Replay, scanned},
-    record::{Lot, Settled},
+    record::Settled,
+    session,
     spool::{Scratch, Spool, SpoolWriter},
     types::{ColumnType, describe},
     watermark::Window,
@@ -84,7 +84,7 @@ impl Waiting {
             let text = |column: usize, row| batch.column(column).as_string::<i32>().value(row);
             for row in 0..batch.num_rows() {
                 let (release, on) = (seqs.value(row).cast_unsigned(), text(1, row));
-                let lot = Lot { release, on: on.to_owned(), unread: text(2, row) == READABLE };
+                let lot = lot(release, on, text(2, row));
                 if settled.holds(&lot) || replay.release.is_some_and(|only| only != release) {
                     continue;
                 }
@@ -408,14 +408,10 @@ impl Seat {
 
     fn take(&self, batch: &mut RowBuilder<'_>, tap: &Tap, spool: &mut SpoolWriter) -> Result<()> {
         let Some(rows) = batch.take(tap)? else { return Ok(()) };
-        let arrays = self.schema.fields().iter().map(|field| match rows.column_by_name(field.name()) {
-            Some(array) => cast_exactly(array, field.data_type()).map_err(|error| {
-                error.while_doing(format!("rows of `{}` that were set aside do not fit", self.on))
-            }),
-            None => Ok(new_null_array(field.data_type(), rows.num_rows())),
-        });
-        let arrays = arrays.collect::<Result<Vec<_>>>()?;
-        spool.push(&RecordBatch::try_new(Arc::clone(&self.schema), arrays)?)
+        let rows = session::conformed(&rows, &self.schema).map_err(|error| {
+            error.while_doing(format!("rows of `{}` that were set aside do not fit", self.on))
+        })?;
+        spool.push(&rows)
     }
 }
 
@@ -440,8 +436,8 @@ mod tests {
     use arrow::{
         array::{
             ArrayRef, BinaryArray, BooleanArray, Date32Array, Decimal128Array, Float32Array, Float64Array,
-            Int16Array, Int64Array, StringArray, Time64MicrosecondArray, TimestampMicrosecondArray,
-            UInt64Array,
+            Int16Array, Int64Array, RecordBatch, StringArray, Time64MicrosecondArray,
+            TimestampMicrosecondArray, UInt64Array,
         },
         compute::concat_batches,
     };

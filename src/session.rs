@@ -106,27 +106,33 @@ fn config(hash_joins: bool) -> SessionConfig {
 /// The rows with exactly the columns of `schema`, by name: cast without loss, null where a column is missing.
 pub fn conform(rows: SendableRecordBatchStream, schema: SchemaRef) -> SendableRecordBatchStream {
     let columns = Arc::clone(&schema);
-    let conformed = rows.map(move |batch| {
-        let batch = batch?;
-        let count = batch.num_rows();
-        let arrays = columns
-            .fields()
-            .iter()
-            .map(|field| {
-                let array = match batch.column_by_name(field.name()) {
-                    Some(array) if array.data_type() == field.data_type() => Arc::clone(array),
-                    Some(array) => cast_exactly(array, field.data_type()).map_err(|error| {
-                        error.while_doing(format!("column `{}` cannot be converted", field.name()))
-                    })?,
-                    None => arrow::array::new_null_array(field.data_type(), count),
-                };
-                if !field.is_nullable() && array.null_count() > 0 {
-                    return Err(Error::data(format!("column `{}` must not be null", field.name())));
-                }
-                Ok(array)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(RecordBatch::try_new(Arc::clone(&columns), arrays)?)
-    });
+    let conformed = rows.map(move |batch| Ok(conformed(&batch?, &columns)?));
     Box::pin(RecordBatchStreamAdapter::new(schema, conformed))
+}
+
+/// A batch with exactly the columns of `schema`, as [`conform`] makes them.
+///
+/// # Errors
+///
+/// If a value cannot become its column's type without loss, or is null where none may be.
+pub fn conformed(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
+    let count = batch.num_rows();
+    let arrays = schema
+        .fields()
+        .iter()
+        .map(|field| {
+            let array = match batch.column_by_name(field.name()) {
+                Some(array) if array.data_type() == field.data_type() => Arc::clone(array),
+                Some(array) => cast_exactly(array, field.data_type()).map_err(|error| {
+                    error.while_doing(format!("column `{}` cannot be converted", field.name()))
+                })?,
+                None => arrow::array::new_null_array(field.data_type(), count),
+            };
+            if !field.is_nullable() && array.null_count() > 0 {
+                return Err(Error::data(format!("column `{}` must not be null", field.name())));
+            }
+            Ok(array)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(RecordBatch::try_new(Arc::clone(schema), arrays)?)
 }

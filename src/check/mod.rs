@@ -21,7 +21,10 @@ use crate::{
     job::{CheckSpec, OnFail, micros, parts_per_million},
     names::{quoted, quoted_list},
     plan::sql::Select,
-    record::run::{CheckReport, Verdict},
+    record::{
+        Lot,
+        run::{CheckReport, Verdict},
+    },
 };
 
 /// One check of a plan.
@@ -265,6 +268,11 @@ fn flag(index: usize) -> String {
 
 /// What a row is set aside by that could not be read: no check, but its source.
 pub const READABLE: &str = "readable";
+
+/// The lot of a row that `release` set aside of `on` by `check`.
+pub fn lot(release: u64, on: &str, check: &str) -> Lot {
+    Lot { release, on: on.to_owned(), unread: check == READABLE }
+}
 
 /// The columns of rows that were set aside.
 pub fn quarantine_schema() -> SchemaRef {

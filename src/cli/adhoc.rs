@@ -38,7 +38,7 @@ pub(super) struct Adhoc {
 /// Where something is: a connection, and what to read there.
 struct Found {
     connection: String,
-    /// A file or a pattern, if the place is one.
+    /// What a source reads there, if the place is a file or a pattern.
     file: Option<String>,
 }
 
@@ -86,7 +86,7 @@ impl Adhoc {
                 let is_file = last.contains(['.', '*']) && !folder.ends_with('/') && !folder.ends_with(':');
                 let question = if options.is_empty() { "" } else { "?" };
                 if is_file {
-                    (format!("{folder}{question}{options}"), Some(last.to_owned()))
+                    (format!("{folder}{question}{options}"), Some(read_file(last)))
                 } else {
                     (written.to_owned(), None)
                 }
@@ -100,7 +100,7 @@ impl Adhoc {
                 let (folder, last) = plain.rsplit_once('/').unwrap_or((plain, ""));
                 let file = if query.is_empty() { last.to_owned() } else { format!("{last}?{query}") };
                 let plainly = if written.starts_with("http:") { "?allow_http=true" } else { "" };
-                (format!("{folder}/{plainly}"), Some(file))
+                (format!("{folder}/{plainly}"), Some(format!("file: {}", quoted(&file))))
             }
             Some(_) => (written.to_owned(), None),
             None => {
@@ -115,7 +115,7 @@ impl Adhoc {
                     fixed
                 };
                 let file = path.strip_prefix(&fixed).unwrap_or(&path).to_string_lossy().into_owned();
-                (format!("file://{}", fixed.display()), Some(file))
+                (format!("file://{}", fixed.display()), Some(read_file(&file)))
             }
         };
         Ok(Found { connection: self.connection(url), file })
@@ -170,7 +170,7 @@ impl Adhoc {
             let found = self.place(&place)?;
             let what = match (table, found.file) {
                 (Some(table), _) => format!("table: {}", quoted(&table)),
-                (None, Some(file)) => read_file(&file, is_web(&place)),
+                (None, Some(file)) => file,
                 (None, None) => {
                     return Err(Error::configuration(format!(
                         "`{}` is a database, and names no table",
@@ -193,7 +193,7 @@ impl Adhoc {
                 self.write(QUERY, query)?;
                 format!("query: {QUERY}")
             }
-            (None, None, Some(file)) => read_file(&file, is_web(&copy.from)),
+            (None, None, Some(file)) => file,
             (None, None, None) => {
                 return Err(Error::configuration(format!(
                     "nothing says what to copy from `{}`",
@@ -287,15 +287,9 @@ pub(super) fn plain(error: Error) -> Error {
     }
 }
 
-fn read_file(file: &str, is_web: bool) -> String {
-    // A web server has no patterns, and its `?` is none.
-    let key = if !is_web && file.contains(['*', '?', '[', '{']) { "read: always, files" } else { "file" };
+fn read_file(file: &str) -> String {
+    let key = if file.contains(['*', '?', '[', '{']) { "read: always, files" } else { "file" };
     format!("{key}: {}", quoted(file))
-}
-
-/// Whether a place is a file of a web server.
-fn is_web(place: &str) -> bool {
-    place.starts_with("http://") || place.starts_with("https://")
 }
 
 /// A text as YAML and JSON take it.

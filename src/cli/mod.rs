@@ -396,7 +396,7 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
                 with_upstream(&conductor, &select(&conductor.project, std::slice::from_ref(&job), &[])?);
             let plans = conductor.plan_all(&conductor.waves(&selected)?, &request).await?;
             if let Some(plan) = plans.get(&job) {
-                renderer.plan(plan);
+                renderer.plan(plan, &plan.asked(&conductor.scratch).await?);
             }
         }
         Verb::Preview { job, model, limit, how } => {

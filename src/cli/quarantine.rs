@@ -11,11 +11,11 @@ use futures::StreamExt;
 use serde::Serialize;
 
 use crate::{
-    check::READABLE,
+    check::lot,
     error::{Error, Result},
     names::JobId,
     project::Project,
-    record::{Lot, Settled},
+    record::Settled,
 };
 
 /// A job's quarantine, and which of it waits no longer.
@@ -57,8 +57,8 @@ pub(super) async fn count(project: &Project, jobs: &[String]) -> Result<Vec<Coun
             }
         }
         counted.extend(counts.into_iter().map(|((release, on, check), rows)| {
-            let lot = Lot { release, on: on.clone(), unread: check == READABLE };
-            Counted { job: job.clone(), release, on, check, rows, waiting: !settled.holds(&lot) }
+            let waiting = !settled.holds(&lot(release, &on, &check));
+            Counted { job: job.clone(), release, on, check, rows, waiting }
         }));
     }
     Ok(counted)

@@ -21,7 +21,7 @@ use tracing_subscriber::{
 
 use super::quarantine::Counted;
 use crate::{
-    connector::{CatalogTable, Identity},
+    connector::{CatalogTable, Identity, condition::Condition},
     error::{Error, Problem, Result, without_values},
     plan::Plan,
     project::Project,
@@ -204,9 +204,13 @@ impl Renderer {
         }
     }
 
-    pub(super) fn plan(&self, plan: &Plan) {
+    /// A plan, and what is asked of each of its sources.
+    pub(super) fn plan(&self, plan: &Plan, asked: &IndexMap<&str, Vec<Condition>>) {
+        let asks_for = |source: &str| -> Vec<String> {
+            asked.get(source).into_iter().flatten().map(ToString::to_string).collect()
+        };
         if self.json {
-            let sources: Vec<_> = plan.streams.iter().map(|(name, stream)| json!({ "source": name, "connection": stream.connection, "reads": if stream.partial { "what is new" } else { "everything" }, "written_down": stream.spool, "asks_for": stream.conditions.iter().map(ToString::to_string).collect::<Vec<_>>(), "columns": columns(&stream.schema) })).collect();
+            let sources: Vec<_> = plan.streams.iter().map(|(name, stream)| json!({ "source": name, "connection": stream.connection, "reads": if stream.partial { "what is new" } else { "everything" }, "written_down": stream.spool, "asks_for": asks_for(name), "columns": columns(&stream.schema) })).collect();
             let models: Vec<_> = plan.models.iter().map(|(name, model)| json!({ "model": name, "file": model.select.file.path, "sees": if model.partial { "partial" } else { "whole" }, "written_down": model.spool, "reads": model.select.reads, "columns": columns(&model.schema) })).collect();
             let checks: Vec<_> =
                 plan.checks.iter().map(|check| json!({ "on": check.on, "check": check.words() })).collect();
@@ -217,17 +221,16 @@ impl Renderer {
             self.warning(warning);
         }
         say!("{}  as of {}\n", plan.id, plan.as_of.to_rfc3339_opts(chrono::SecondsFormat::Secs, true));
-        let asks = plan.streams.values().any(|stream| !stream.conditions.is_empty());
+        let asks = asked.values().any(|conditions| !conditions.is_empty());
         let mut table =
             Table::new(&["source", "connection", "reads", "columns", if asks { "asks for" } else { "" }]);
         for (name, stream) in &plan.streams {
-            let conditions: Vec<String> = stream.conditions.iter().map(ToString::to_string).collect();
             table.row([
                 name.clone(),
                 stream.connection.clone(),
                 sees(stream.partial, stream.spool),
                 stream.schema.fields().len().to_string(),
-                conditions.join(" and "),
+                asks_for(name).join(" and "),
             ]);
         }
         table.print();

@@ -8,7 +8,7 @@ use futures::StreamExt;
 use uuid::Uuid;
 
 use crate::{
-    check::READABLE,
+    check::lot,
     connector::{Attempt, CommitOutcome, Connection, Target, spec::Mode},
     error::{Error, Result},
     names::JobId,
@@ -53,7 +53,7 @@ impl<'a> Opened<'a> {
             let text = |column: usize, row| batch.column(column).as_string::<i32>().value(row);
             for row in 0..batch.num_rows() {
                 let release = batch.column(0).as_primitive::<Int64Type>().value(row).cast_unsigned();
-                lots.insert(Lot { release, on: text(1, row).to_owned(), unread: text(2, row) == READABLE });
+                lots.insert(lot(release, text(1, row), text(2, row)));
             }
         }
         lots.retain(|lot| !record.settled.holds(lot));

@@ -126,6 +126,31 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// What is asked of each source that leaves out what its model does not want, as far as a source can be told.
+    ///
+    /// # Errors
+    ///
+    /// If a model cannot be computed.
+    pub async fn asked(&self, scratch: &Scratch) -> Result<IndexMap<&str, Vec<Condition>>> {
+        let context = session::for_models(scratch, self.as_of, Arc::new(OpenSources::default()));
+        for (name, stream) in &self.streams {
+            context.register_table(name, scan_table(stream, Window::Whole))?;
+        }
+        for (name, model) in &self.models {
+            context.register_table(name, placeholder(name, &model.schema))?;
+        }
+        let mut asked = IndexMap::new();
+        for (name, stream) in self.streams.iter().filter(|(_, stream)| stream.selective && !stream.spool) {
+            let reader = self.models.values().find(|model| model.select.reads.contains(name));
+            let Some(reader) = reader else { continue };
+            let logical = context.state().optimize(&typed(&context, &reader.select).await?)?;
+            asked.insert(name.as_str(), conditions(&logical, name, &stream.schema));
+        }
+        Ok(asked)
+    }
+}
+
 /// A source in a plan.
 #[derive(Debug, Clone)]
 pub struct Stream {
@@ -143,8 +168,6 @@ pub struct Stream {
     pub totals: Option<TotalsSpec>,
     /// Whether its source leaves out what a model does not want.
     pub selective: bool,
-    /// What it is known to leave out nothing but: conditions of the model that reads it.
-    pub conditions: Vec<Condition>,
 }
 
 impl Stream {
@@ -408,12 +431,6 @@ impl Planner<'_> {
             let count = readers.get(name).copied().unwrap_or_default();
             model.spool = count > 1 || checks.iter().any(|check| check.on == *name);
         }
-        for (name, stream) in streams.iter_mut().filter(|(_, stream)| stream.selective && !stream.spool) {
-            let reader = models.values().find(|model| model.select.reads.contains(name));
-            let Some(reader) = reader else { continue };
-            let logical = context.state().optimize(&typed(&context, &reader.select).await?)?;
-            stream.conditions = conditions(&logical, name, &stream.schema);
-        }
         Ok(Plan {
             id: JobId { project: self.project.name.clone(), job: self.job.job.clone() },
             as_of: self.request.as_of,
@@ -580,7 +597,6 @@ impl Planner<'_> {
                 Stream {
                     // Control totals are of all rows.
                     selective: readable.applies_conditions() && source.totals.is_none(),
-                    conditions: Vec::new(),
                     spec,
                     connection,
                     schema,

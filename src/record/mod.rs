@@ -83,7 +83,7 @@ pub struct Lot {
     pub release: u64,
     /// The source or model.
     pub on: String,
-    /// Whether the rows could not be read; the others met a check.
+    /// Whether the rows could not be read; the others did not meet a check.
     pub unread: bool,
 }
 

@@ -228,41 +228,69 @@ fn secret() -> &'static str {
     &s3().admin.1
 }
 
+/// A target that faults come upon: what it holds, what it should hold after the next release, and how many there were.
+struct Tried {
+    ledger: Ledger,
+    target: &'static str,
+    mode: &'static str,
+    before: Rows,
+    after: Rows,
+    releases: u64,
+}
+
+impl Tried {
+    /// One for each mode.
+    fn modes(target: &'static str) -> impl Iterator<Item = Self> {
+        MODES.into_iter().map(move |(mode, reading)| {
+            let mut ledger = Ledger::new(target, mode, reading);
+            let after = ledger.arrive(mode == "append");
+            Self { ledger, target, mode, before: Rows::new(), after, releases: 0 }
+        })
+    }
+
+    /// Whether the release landed in spite of the fault at `nth`. The target holds what was there before or what is there after.
+    fn landed(&mut self, nth: usize) -> bool {
+        let (rows, count) = self.ledger.seen();
+        let landed = count > self.releases;
+        let expected = if landed { &self.after } else { &self.before };
+        assert_eq!(&rows, expected, "{}, {}: a fault at {nth}, release {count}", self.target, self.mode);
+        assert!(count <= self.releases + 1, "{}, {}, {nth}: release {count}", self.target, self.mode);
+        landed
+    }
+
+    /// Runs again without a fault, to the end; then something new comes. How that run went.
+    fn goes_on(&mut self, nth: usize) -> Value {
+        let run = self.ledger.run();
+        let (rows, count) = self.ledger.seen();
+        assert_eq!(rows, self.after, "{}, {}: run again after {nth}", self.target, self.mode);
+        (self.before, self.releases) = (rows, count);
+        self.after = self.ledger.arrive(self.mode == "append");
+        run
+    }
+}
+
 /// Kills runs into one kind of target, in all modes.
-fn killed_everywhere(target: &str) {
+fn killed_everywhere(target: &'static str) {
     let mut points = 0;
-    for (mode, reading) in MODES {
-        let appends = mode == "append";
-        let mut ledger = Ledger::new(target, mode, reading);
-        let (mut before, mut after, mut releases) = (Rows::new(), ledger.arrive(appends), 0);
+    for mut tried in Tried::modes(target) {
+        let mode = tried.mode;
         let mut nth = 1;
         while {
-            let killed = ledger.is_killed_at(nth);
-            let (rows, count) = ledger.seen();
-            let landed = count > releases;
-            assert_eq!(
-                rows,
-                if landed { after.clone() } else { before },
-                "{target}, {mode}: killed at {nth}, release {count}"
-            );
-            assert!(count <= releases + 1 && (killed || landed), "{target}, {mode}, {nth}: release {count}");
-            before = rows;
+            let killed = tried.ledger.is_killed_at(nth);
+            let landed = tried.landed(nth);
+            assert!(killed || landed, "{target}, {mode}, {nth}");
             if landed {
                 // What has landed is not loaded again; ranges are, and hold the same.
                 let repeats = mode.starts_with("replace_range");
-                assert_eq!(ledger.run()["outcome"] == "published", repeats, "{target}, {mode}, {nth}");
-                let (rows, count) = ledger.seen();
-                assert_eq!(rows, before, "{target}, {mode}: run again after {nth}");
-                releases = count;
-                after = ledger.arrive(appends);
+                assert_eq!(tried.goes_on(nth)["outcome"] == "published", repeats, "{target}, {mode}, {nth}");
             }
             points += usize::from(killed);
             killed
         } {
             nth = next(nth, 40);
         }
-        assert_eq!(ledger.run()["outcome"], "published");
-        assert_eq!(ledger.seen(), (after, releases + 1), "{target}, {mode}: the last run");
+        assert_eq!(tried.ledger.run()["outcome"], "published");
+        assert_eq!(tried.ledger.seen(), (tried.after, tried.releases + 1), "{target}, {mode}: the last run");
     }
     println!("{target}: killed at {points} points");
     assert!(points >= 100, "{target}: killed at {points} points only");
@@ -289,22 +317,14 @@ fn a_run_into_a_bucket_that_is_killed_anywhere_is_all_or_nothing() {
 }
 
 /// The disk is full at any write: the run says so and leaves what was there; when there is room again, it goes through.
-fn full_everywhere(target: &str) {
+fn full_everywhere(target: &'static str) {
     let mut points = 0;
-    for (mode, reading) in MODES {
-        let appends = mode == "append";
-        let mut ledger = Ledger::new(target, mode, reading);
-        let (mut before, mut after, mut releases) = (Rows::new(), ledger.arrive(appends), 0);
+    for mut tried in Tried::modes(target) {
+        let mode = tried.mode;
         let mut nth = 1;
-        while let Some((code, told)) = ledger.is_full_at(nth) {
+        while let Some((code, told)) = tried.ledger.is_full_at(nth) {
             points += 1;
-            let (rows, count) = ledger.seen();
-            let landed = count > releases;
-            assert_eq!(
-                rows,
-                if landed { after.clone() } else { before.clone() },
-                "{target}, {mode}: full at {nth}"
-            );
+            let landed = tried.landed(nth);
             // What comes after the commit is a cache, and a warning.
             assert_eq!(code == 0, landed, "{target}, {mode}, {nth}: {told}");
             if !landed {
@@ -317,12 +337,8 @@ fn full_everywhere(target: &str) {
                 assert!(why, "{target}, {mode}, {nth}: {told}");
             }
             if landed || nth % 5 == 0 {
-                let outcome = ledger.run()["outcome"].clone();
+                let outcome = tried.goes_on(nth)["outcome"].clone();
                 assert!(landed || outcome == "published", "{target}, {mode}, {nth}: {outcome}");
-                let (rows, count) = ledger.seen();
-                assert_eq!(rows, after, "{target}, {mode}: once there is room after {nth}");
-                (before, releases) = (rows, count);
-                after = ledger.arrive(appends);
             }
             nth = next(nth, 10);
         }

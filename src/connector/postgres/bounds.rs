@@ -225,7 +225,7 @@ pub(super) fn condition(shape: &Shape, stream: &StreamSpec, window: &Window) -> 
 }
 
 /// A bound as a literal; one of a clock without a zone moved by `wide`.
-fn literal(value: &CursorValue, wide: TimeDelta) -> String {
+pub(super) fn literal(value: &CursorValue, wide: TimeDelta) -> String {
     match value {
         CursorValue::Int(value) => format!("({value})::int8"),
         CursorValue::Date(value) => format!("{}::date", text(&value.format("%Y-%m-%d").to_string())),

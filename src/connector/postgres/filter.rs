@@ -4,10 +4,11 @@
 //! only: how it is ordered is the server's business. Floats (`-0`), clocks without a zone that the job puts into one, and whatever
 //! is shown in another form than the server's own are left to the model.
 
+use chrono::TimeDelta;
 use tokio_postgres::types::Type;
 
 use super::{
-    bounds::text,
+    bounds::{literal, text},
     source::{ReadAs, Shape},
     types::Wire,
 };
@@ -15,6 +16,7 @@ use crate::{
     connector::condition::{Comparison, Condition, Value},
     error::Result,
     names::quoted,
+    watermark::CursorValue,
 };
 
 /// `condition` for a WHERE; `None` if nothing of it can be asked of the server. In the columns `nulled` a model may see nulls that the
@@ -54,17 +56,20 @@ fn compares(shape: &Shape, column: &str, by: Comparison, value: &Value) -> Resul
     let Some(known) = shape.column(column) else { return Ok(None) };
     let ReadAs::Wire(wire, None) = &known.read else { return Ok(None) };
     let name = quoted(column)?;
+    let at = |value| literal(&value, TimeDelta::zero());
     let literal = match (wire, value) {
-        (Wire::Int2 | Wire::Int4 | Wire::Int8, Value::Int(value)) => format!("({value})::int8"),
+        (Wire::Int2 | Wire::Int4 | Wire::Int8, Value::Int(value)) => at(CursorValue::Int(*value)),
         (Wire::Decimal { .. }, Value::Int(value)) => format!("({value})::numeric"),
         (Wire::Decimal { .. }, Value::Decimal(digits)) => format!("({digits})::numeric"),
         (Wire::Bool, Value::Bool(value)) => value.to_string(),
-        (Wire::Date, Value::Date(day)) if is_written(*day) => format!("{}::date", text(&day.to_string())),
+        (Wire::Date, Value::Date(day)) if is_written(*day) => at(CursorValue::Date(*day)),
         (Wire::Timestamp, Value::Timestamp { at, zoned: false }) if is_written(at.date_naive()) => {
             format!("{}::timestamp", text(&at.format("%Y-%m-%d %H:%M:%S%.6f").to_string()))
         }
-        (Wire::TimestampTz, Value::Timestamp { at, zoned: true }) if is_written(at.date_naive()) => {
-            format!("{}::timestamptz", text(&at.format("%Y-%m-%d %H:%M:%S%.6f+00").to_string()))
+        (Wire::TimestampTz, Value::Timestamp { at: instant, zoned: true })
+            if is_written(instant.date_naive()) =>
+        {
+            at(CursorValue::Instant(*instant))
         }
         // What a server in another encoding cannot spell it refuses.
         (Wire::Text, Value::Text(value)) if value.is_ascii() && !value.contains('\0') => {
