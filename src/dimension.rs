@@ -50,6 +50,15 @@ pub struct Dimension {
 }
 
 impl Dimension {
+    /// The rows of an output `t` that stand: of a history the last versions, and none that is marked as gone.
+    pub fn standing(&self) -> String {
+        match (self.history, self.deletes) {
+            (true, _) => format!("SELECT * FROM t WHERE {VALID_TO} IS NULL"),
+            (false, Deletes::Soft) => format!("SELECT * FROM t WHERE {DELETED_AT} IS NULL"),
+            (false, _) => "SELECT * FROM t".to_owned(),
+        }
+    }
+
     /// Whether the output's own rows must be looked at.
     pub fn looks_back(&self) -> bool {
         self.history || self.deletes != Deletes::Ignore
@@ -181,9 +190,9 @@ impl Sides<'_> {
             (true, _) => {
                 let since = self.schema.field_with_name(VALID_FROM).map(|field| self.now(field.data_type()));
                 let now = since.unwrap_or_else(|_| "NULL".to_owned());
-                format!("(SELECT * FROM t WHERE {VALID_TO} IS NULL AND {VALID_FROM} < {now})")
+                format!("({} AND {VALID_FROM} < {now})", self.dimension.standing())
             }
-            (false, Deletes::Soft) => format!("(SELECT * FROM t WHERE {DELETED_AT} IS NULL)"),
+            (false, Deletes::Soft) => format!("({})", self.dimension.standing()),
             _ => "t".to_owned(),
         }
     }

@@ -22,8 +22,12 @@ pub enum ErrorKind {
     Data,
     /// Something failed while running: a disk, a query, a permission. Exit code 1.
     Failed,
-    /// It may work later: locked by another run, a busy database. Exit code 75.
+    /// A query needs more memory than the limit. Exit code 1.
+    Memory,
+    /// It may work in a moment: a connection was lost, a lock was not to be had. A run tries again. Exit code 75.
     Temporary,
+    /// Another run of the job is at work, or was faster. Exit code 75.
+    Busy,
     /// The user, or the scheduler, stopped the run. Exit code 130 or 143.
     Interrupted,
     /// A bug in floodmark. Exit code 70.
@@ -168,9 +172,14 @@ impl Error {
         Self::new(ErrorKind::Failed, message)
     }
 
-    /// It may work later.
+    /// It may work in a moment.
     pub fn temporary(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Temporary, message)
+    }
+
+    /// Another run of the job is at work, or was faster.
+    pub fn busy(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Busy, message)
     }
 
     /// A bug in floodmark.
@@ -336,7 +345,7 @@ impl From<DataFusionError> for Error {
             }
             DataFusionError::Execution(what) => return Self::data(without_values(strip_prefixes(what))),
             DataFusionError::ResourcesExhausted(what) => {
-                return Self::failed("the memory limit is too small for this query")
+                return Self::new(ErrorKind::Memory, "the memory limit is too small for this query")
                     .note(first_line(what))
                     .hint(
                         "Raise `limits: { memory: … }` in floodmark.yaml, or join and sort fewer columns.",

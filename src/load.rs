@@ -3,6 +3,7 @@
 use crate::{
     connector::{Staged, spec::OutputSpec},
     error::{Error, Result},
+    names::JobId,
 };
 
 /// Refuses keys that are null or come twice.
@@ -49,6 +50,12 @@ pub fn as_announced(output: &OutputSpec, staged: &Staged, found: (u64, u64, u64)
         .hint("Nothing was published. Run again."));
     }
     Ok(())
+}
+
+/// Why an attempt is rejected whose sequence number is not the next one.
+pub fn overtaken(job: &JobId) -> Error {
+    Error::busy(format!("another run of `{job}` committed first"))
+        .hint("Nothing of this run was published. Run again: it starts where the other ended.")
 }
 
 fn rows(count: u64) -> &'static str {

@@ -8,8 +8,11 @@
 //!
 //! # What it does not do
 //!
-//! It does not retry: the caller starts another run. It does not lock the job: of two runs at once, the sequence number
-//! lets one commit, and the other ends with exit code 75.
+//! It does not lock the job: of two runs at once, the sequence number lets one commit, and the other ends with exit code 75. A lease
+//! only saves the second one the work.
+//!
+//! A run is one or more tries, each from the target's last record on: another one begins after what may pass
+//! ([`crate::patience`]), and once more, with joins that sort and spill, where a hash join did not fit into the memory.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,14 +21,11 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use datafusion::{
-    datasource::ViewTable, logical_expr::LogicalPlanBuilder, physical_plan::SendableRecordBatchStream,
-    prelude::SessionContext,
-};
+use datafusion::{physical_plan::SendableRecordBatchStream, prelude::SessionContext};
 use futures::{StreamExt, future::join_all};
 use indexmap::IndexMap;
 use tokio_util::sync::CancellationToken;
@@ -33,31 +33,26 @@ use tracing::{Instrument, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::{
-    check::{Check, READABLE, Sorter, quarantine_batch, quarantine_schema, row_query, whole},
-    connector::{
-        Attempt, Bounds, CommitOutcome, Connection, Load, Marks, RunTime, Staged,
-        scan::{OpenSource, OpenSources},
-        spec::{Mode, StreamSpec},
-        tap::Tap,
-    },
+    check::{Check, READABLE, quarantine_batch, whole},
+    connector::{Attempt, CommitOutcome, Connection, Load, Marks, Staged, spec::Mode, tap::Tap},
     dimension::Sides,
     error::{Error, ErrorKind, Result},
+    extract::{Extract, Joins, Reading, Relations},
     history,
     job::parts_per_million,
-    names::quoted,
-    plan::{self, Backfill, Output, Plan, Promised, Replay, Request, scan_table, typed},
+    lease::{Lease, Leased},
+    plan::{self, Backfill, Output, Plan, Promised, Replay, Request},
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::{
         LoadRecord, OutputRecord, RECORD_VERSION, Settled, SourceRecord, columns_of,
         run::{CheckReport, Counts, Outcome, OutputReport, RUN_VERSION, RunRecord, SourceReport, Verdict},
         totals::{RowHash, Totals},
     },
-    replay::Waiting,
-    runtime::Clock,
+    runtime::{self, Clock},
     secret, session,
-    spool::{Scratch, Spool, SpoolWriter},
+    spool::{Scratch, Spool},
     state::Store,
-    watermark::{Position, Window},
+    watermark::Window,
 };
 
 /// What the renderer looks at while runs go on: the sources and outputs of each job, and their counters.
@@ -85,7 +80,7 @@ pub enum Counter {
 }
 
 impl Progress {
-    fn watch(&self, job: &str, name: &str, counter: Counter) {
+    pub(crate) fn watch(&self, job: &str, name: &str, counter: Counter) {
         let watched = Watched { job: job.to_owned(), name: name.to_owned(), counter };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(watched);
     }
@@ -259,7 +254,7 @@ impl Conductor {
         waves: &[Vec<String>],
         request: &Request,
     ) -> Result<Vec<(RunRecord, Option<Error>)>> {
-        drop(self.unless_stopped(Box::pin(self.plan_all(waves, request))).await?);
+        drop(self.plan_patiently(waves, request).await?);
         let mut done: Vec<(RunRecord, Option<Error>)> = Vec::new();
         for wave in waves {
             let runs = wave.iter().filter_map(|name| self.project.jobs.get(name)).map(|job| {
@@ -289,6 +284,35 @@ impl Conductor {
         Ok(done)
     }
 
+    /// Plans everything, and again while that may help.
+    async fn plan_patiently(
+        &self,
+        waves: &[Vec<String>],
+        request: &Request,
+    ) -> Result<IndexMap<String, Plan>> {
+        let (began, mut tries) = (Instant::now(), 0);
+        loop {
+            tries += 1;
+            let planned = self.unless_stopped(Box::pin(self.plan_all(waves, request))).await;
+            let Err(error) = &planned else { return planned };
+            let Some(wait) = self.project.patience.next(error.kind(), tries, began.elapsed()) else {
+                return planned;
+            };
+            warn!("{error}: tried again");
+            self.pause(wait).await?;
+        }
+    }
+
+    /// Waits for as long, more or less, unless the run is stopped.
+    async fn pause(&self, wait: Duration) -> Result<()> {
+        let wait = runtime::jittered(wait);
+        self.unless_stopped(async {
+            runtime::sleep(wait).await;
+            Ok(())
+        })
+        .await
+    }
+
     /// What `work` comes to, unless the run is stopped before.
     async fn unless_stopped<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
@@ -298,7 +322,8 @@ impl Conductor {
         }
     }
 
-    fn blank(&self, job: &JobDocument, request: &Request) -> RunRecord {
+    /// The record of a run that has done nothing yet.
+    pub(crate) fn blank(&self, job: &JobDocument, request: &Request) -> RunRecord {
         RunRecord {
             v: RUN_VERSION,
             run_id: Uuid::now_v7(),
@@ -327,7 +352,7 @@ impl Conductor {
         let mut request = request.clone();
         request.params.retain(|param, _| job.job.params.contains_key(param));
         let span = info_span!("run", job = %job.job.job, run_id = %record.run_id);
-        let result = Box::pin(self.attempt(job, &request, &mut record)).instrument(span.clone()).await;
+        let result = Box::pin(self.tries(job, &request, &mut record)).instrument(span.clone()).await;
         record.duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let error = match result {
             Ok(outcome) => {
@@ -356,8 +381,59 @@ impl Conductor {
         (record, error)
     }
 
-    async fn attempt(&self, job: &JobDocument, request: &Request, record: &mut RunRecord) -> Result<Outcome> {
+    /// Tries until the run has succeeded, or trying again would not help.
+    async fn tries(&self, job: &JobDocument, request: &Request, record: &mut RunRecord) -> Result<Outcome> {
         info!(as_of = %request.as_of, environment = self.project.environment, "begins");
+        let _lease = match Lease::take(&self.project, &job.job.job, record.run_id, &self.clock) {
+            Ok(Leased::Held(lease)) => Some(lease),
+            Ok(Leased::Passed(whom)) => {
+                record.warnings.push(whom);
+                None
+            }
+            Err(error) if error.kind() == ErrorKind::Busy => return Err(error),
+            Err(error) => {
+                record.warnings.push(format!("other runs of this job are not kept out: {error}"));
+                None
+            }
+        };
+        let began = Instant::now();
+        let (mut tries, mut joins, mut unsettled) = (0, Joins::Hashed, None);
+        let mut blank = record.clone();
+        loop {
+            tries += 1;
+            let error = match Box::pin(self.attempt(job, request, joins, &mut unsettled, record)).await {
+                Ok(outcome) => return Ok(outcome),
+                Err(error) => error,
+            };
+            let why = error.problems().first().map(|problem| problem.message.clone()).unwrap_or_default();
+            let told = if error.kind() == ErrorKind::Memory && joins == Joins::Hashed {
+                joins = Joins::Sorted;
+                format!("{why}: planned again, with joins that sort and spill")
+            } else {
+                let Some(wait) = self.project.patience.next(error.kind(), tries, began.elapsed()) else {
+                    return Err(match tries {
+                        1 => error,
+                        _ => error.note(format!("this was try {tries} of the run")),
+                    });
+                };
+                self.pause(wait).await?;
+                format!("{why}: tried again")
+            };
+            warn!("{told}");
+            blank.warnings.push(told);
+            record.clone_from(&blank);
+        }
+    }
+
+    /// One try. An earlier one whose commit nobody answered is `unsettled`: if it has landed after all, this one only says so.
+    async fn attempt(
+        &self,
+        job: &JobDocument,
+        request: &Request,
+        joins: Joins,
+        unsettled: &mut Option<Unsettled>,
+        record: &mut RunRecord,
+    ) -> Result<Outcome> {
         let connections = self.connections(job)?;
         let promised = Promised::new();
         let planned = plan::plan(&self.project, job, request, &promised, &connections, &self.scratch);
@@ -368,6 +444,14 @@ impl Conductor {
         let target = open.target().ok_or_else(|| Error::bug("the target cannot be written"))?;
         let base = self.unless_stopped(target.last_record(&plan.id)).await?;
         info!(release = base.as_ref().map_or(0, |base| base.seq), "the target was asked");
+        if let Some(Unsettled { committing, report }) = unsettled.take() {
+            let there = self.unless_stopped(target.record_at(&plan.id, committing.seq)).await?;
+            if there.is_some_and(|there| there.attempt_id == committing.attempt_id) {
+                record.warnings.extend(report.warnings.iter().cloned());
+                *record = RunRecord { warnings: std::mem::take(&mut record.warnings), ..report };
+                return Ok(self.committed(&plan, &committing, record));
+            }
+        }
         let remembered = Store::open(&self.project.root)
             .and_then(|store| store.incarnation(&plan.id, &plan.target))
             .ok()
@@ -390,8 +474,15 @@ impl Conductor {
             scratch: self.scratch.clone(),
         };
         let load = target.begin(&plan.id, &attempt, base.as_ref()).await?;
-        let mut release =
-            Release { plan: &plan, base: base.as_ref(), attempt: &attempt, conductor: self, load, request };
+        let mut release = Release {
+            plan: &plan,
+            base: base.as_ref(),
+            attempt: &attempt,
+            conductor: self,
+            load,
+            request,
+            joins,
+        };
         let staged = self.unless_stopped(Box::pin(release.stage(&connections, &marks, record))).await;
         let load_record = match staged {
             Ok(Some(load_record)) => load_record,
@@ -404,32 +495,52 @@ impl Conductor {
                 return Err(error);
             }
         };
-        let changed =
-            record.outputs.values().any(|output| output.inserted + output.updated + output.deleted > 0)
-                || record.quarantined > 0;
         match release.load.commit(&load_record).await {
-            CommitOutcome::Committed => {}
-            CommitOutcome::Rejected(error) => return Err(error),
+            CommitOutcome::Committed(warning) => {
+                record.warnings.extend(warning);
+                Ok(self.committed(&plan, &load_record, record))
+            }
+            CommitOutcome::Rejected(error) => Err(error),
             CommitOutcome::Unknown(error) => {
                 // The answer was lost. The target knows.
-                let landed = target.record_at(&plan.id, attempt.seq).await.map_err(|_| error.clone())?;
-                if landed.is_none_or(|landed| landed.attempt_id != attempt.id) {
-                    return Err(error.hint("The target says that nothing was published. Run again."));
+                match target.record_at(&plan.id, attempt.seq).await {
+                    Ok(Some(landed)) if landed.attempt_id == attempt.id => {
+                        Ok(self.committed(&plan, &load_record, record))
+                    }
+                    _ => {
+                        *unsettled = Some(Unsettled { committing: load_record, report: record.clone() });
+                        Err(error.note("whether this release was published is not known: its answer was lost").hint(
+                            "Run again: it asks the target first, and loads nothing that is there already.",
+                        ))
+                    }
                 }
             }
         }
+    }
+
+    /// A release has landed: what is left to do, of which nothing can undo it.
+    fn committed(&self, plan: &Plan, load_record: &LoadRecord, record: &mut RunRecord) -> Outcome {
         record.seq = Some(load_record.seq);
         info!(release = load_record.seq, "committed");
         let remembered = Store::open(&self.project.root)
-            .and_then(|store| store.remember(&plan.id, &plan.target, &load_record));
+            .and_then(|store| store.remember(&plan.id, &plan.target, load_record));
         if let Err(error) = remembered {
             record.warnings.push(format!("the local store could not be brought up to date: {error}"));
         }
         if self.stop.is_cancelled() {
             record.warnings.push("interrupted after the commit had landed: the run is finished".to_owned());
         }
-        Ok(if changed { Outcome::Published } else { Outcome::NothingNew })
+        let changes = |output: &OutputReport| output.inserted + output.updated + output.deleted > 0;
+        let changed = record.outputs.values().any(changes) || record.quarantined > 0;
+        if changed { Outcome::Published } else { Outcome::NothingNew }
     }
+}
+
+/// A release that was committing when its answer was lost, and what its run came to until then.
+#[derive(Debug)]
+struct Unsettled {
+    committing: LoadRecord,
+    report: RunRecord,
 }
 
 /// Refuses a backfill that would hold rows twice, or that reads nothing.
@@ -465,8 +576,8 @@ pub fn exit_code(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::Configuration => 2,
         ErrorKind::Data => 3,
-        ErrorKind::Failed => 1,
-        ErrorKind::Temporary => 75,
+        ErrorKind::Failed | ErrorKind::Memory => 1,
+        ErrorKind::Temporary | ErrorKind::Busy => 75,
         ErrorKind::Interrupted => 130,
         ErrorKind::Bug => 70,
     }
@@ -480,10 +591,8 @@ struct Release<'a> {
     conductor: &'a Conductor,
     load: Box<dyn Load>,
     request: &'a Request,
+    joins: Joins,
 }
-
-/// What is set aside while a release is staged.
-struct Aside(SpoolWriter);
 
 impl Release<'_> {
     /// Extracts, maps, checks, stages and audits. The record to commit, or `None` where there is nothing to remember.
@@ -494,54 +603,18 @@ impl Release<'_> {
         record: &mut RunRecord,
     ) -> Result<Option<LoadRecord>> {
         let plan = self.plan;
-        let (open, windows) = self.open(connections, marks, record).await?;
-        let taps: IndexMap<String, Arc<Tap>> =
-            open.0.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.tap))).collect();
-        let context = session::for_models(&self.attempt.scratch, plan.as_of, Arc::new(open));
-        let mut aside = Aside(SpoolWriter::new("set aside", quarantine_schema(), &self.attempt.scratch));
-        let waiting = self.waiting(connections, &taps, record).await?;
-        if waiting.as_ref().is_some_and(Waiting::is_empty) {
-            record.warnings.push("no rows wait in the quarantine".to_owned());
-            return Ok(None);
-        }
-        if let Some(waiting) = &waiting {
-            waiting.refuse_looking(plan)?;
-        }
+        let extract = Extract {
+            plan,
+            base: self.base,
+            scratch: &self.attempt.scratch,
+            conductor: self.conductor,
+            request: self.request,
+            joins: self.joins,
+            reading: Reading::New,
+        };
+        let Some(relations) = extract.relations(connections, marks, record).await? else { return Ok(None) };
+        let Relations { context, taps, windows, waiting, mut aside, row_rejects } = relations;
         let waits = |name: &str| waiting.as_ref().and_then(|waiting| waiting.at(name));
-        let mut row_rejects: HashMap<String, u64> = HashMap::new();
-        for (name, stream) in &plan.streams {
-            match waits(name) {
-                Some(rows) => context.register_table(name, rows.table()?)?,
-                None => {
-                    let window = windows.get(name).cloned().unwrap_or(Window::Whole);
-                    context.register_table(name, scan_table(stream, window))?
-                }
-            };
-            if stream.spool {
-                let count = self.write_down(&context, name, &mut aside, record).await;
-                let count = count.map_err(|error| error.note(format!("while source `{name}` was read")))?;
-                row_rejects.insert(name.clone(), count);
-            }
-        }
-        for (name, model) in &plan.models {
-            let view = typed(&context, &model.select).await?;
-            if let Some(waiting) = &waiting {
-                waiting.refuse_meeting(plan, name, &view)?;
-            }
-            let view = match waits(name) {
-                Some(rows) => {
-                    let rows = context.read_table(rows.table()?)?.into_unoptimized_plan();
-                    LogicalPlanBuilder::from(view).union(rows)?.build()?
-                }
-                None => view,
-            };
-            context.register_table(name, Arc::new(ViewTable::new(view, None)))?;
-            if model.spool {
-                let count = self.write_down(&context, name, &mut aside, record).await;
-                let count = count.map_err(|error| error.note(format!("while model `{name}` was made")))?;
-                row_rejects.insert(name.clone(), count);
-            }
-        }
         self.whole_checks(&context, record).await?;
         for check in &record.checks {
             info!(
@@ -575,9 +648,9 @@ impl Release<'_> {
             let rows = rejects.into_iter().map(|reject| {
                 [name.clone(), READABLE.to_owned(), reject.reason, reject.position, reject.row]
             });
-            aside.0.push(&quarantine_batch(rows)?)?;
+            aside.push(&quarantine_batch(rows)?)?;
         }
-        let aside = aside.0.finish()?;
+        let aside = aside.finish()?;
         record.quarantined = aside.rows();
         if aside.rows() > 0 {
             self.load.quarantine(aside.stream()).await?;
@@ -627,157 +700,6 @@ impl Release<'_> {
         self.base.map(|base| base.settled.clone()).unwrap_or_default()
     }
 
-    /// The rows of the quarantine that go through the job now, if it is asked to replay any.
-    async fn waiting(
-        &self,
-        connections: &Connections,
-        taps: &IndexMap<String, Arc<Tap>>,
-        record: &mut RunRecord,
-    ) -> Result<Option<Waiting>> {
-        let Some(replay) = &self.request.replay else { return Ok(None) };
-        let target = connections.get(&self.plan.target).and_then(|connection| connection.target());
-        let target = target.ok_or_else(|| Error::bug("the target is not open"))?;
-        let rows = target.quarantined(&self.plan.id).await?;
-        let scratch = &self.attempt.scratch;
-        let waiting = Waiting::of(rows, self.plan, replay, &self.settled(), taps, scratch).await?;
-        record.warnings.extend(waiting.warnings.iter().cloned());
-        Ok(Some(waiting))
-    }
-
-    /// Fixes the windows, then opens one snapshot a connection.
-    async fn open(
-        &self,
-        connections: &Connections,
-        marks: &Marks,
-        record: &mut RunRecord,
-    ) -> Result<(OpenSources, IndexMap<String, Window>)> {
-        let time = RunTime { now: self.conductor.clock.now(), as_of: self.plan.as_of };
-        let mut by_connection: IndexMap<&str, Vec<StreamSpec>> = IndexMap::new();
-        for stream in self.plan.streams.values() {
-            by_connection.entry(&stream.connection).or_default().push(stream.spec.clone());
-        }
-        let (mut open, mut windows) = (OpenSources::default(), IndexMap::new());
-        let mut bounds: Vec<(&str, Vec<StreamSpec>, Bounds)> = Vec::new();
-        for (name, streams) in by_connection {
-            let source = connections
-                .get(name)
-                .and_then(|connection| connection.source())
-                .ok_or_else(|| Error::bug("a source is not open"))?;
-            let mut fixed = source.bounds(&streams, marks, time).await?;
-            if self.request.leaves_marks() {
-                self.read_again(&streams, &mut fixed)?;
-            }
-            for warning in &fixed.warnings {
-                warn!("{warning}");
-            }
-            for (source, window) in &fixed.windows {
-                info!(source, %window, "the window is fixed");
-            }
-            record.warnings.extend(fixed.warnings.iter().cloned());
-            windows.extend(fixed.windows.clone());
-            bounds.push((name, streams, fixed));
-        }
-        self.refuse_changed_files_on_append(&windows)?;
-        for (name, streams, fixed) in bounds {
-            let Some(connection) = connections.get(name) else { continue };
-            let source = connection.source().ok_or_else(|| Error::bug("a source is not open"))?;
-            let snapshot = source.snapshot(&streams, &fixed).await?;
-            for stream in streams {
-                let totals = self.plan.streams.get(&stream.name).and_then(|stream| stream.totals.clone());
-                let tap = Arc::new(Tap::with_totals(totals));
-                self.conductor.progress.watch(
-                    &self.plan.id.job,
-                    &stream.name,
-                    Counter::Read(Arc::clone(&tap)),
-                );
-                open.0.insert(
-                    stream.name.clone(),
-                    OpenSource { connection: Arc::clone(connection), snapshot: snapshot.clone(), tap },
-                );
-            }
-        }
-        Ok((open, windows))
-    }
-
-    /// Puts the range of a backfill, or nothing, in the place of what is new. Sources without a cursor are read as ever; of files,
-    /// none.
-    fn read_again(&self, streams: &[StreamSpec], fixed: &mut Bounds) -> Result<()> {
-        for stream in streams.iter().filter_map(|spec| self.plan.streams.get(&spec.name)) {
-            let name = &stream.spec.name;
-            let range = match &self.request.backfill {
-                Some(backfill) => stream.again(backfill)?,
-                None => None,
-            };
-            let window = match (range, fixed.windows.get(name)) {
-                (Some(window), _) => window,
-                // Nothing of it: the next run reads what is new.
-                (None, Some(Window::Cursor { lo, .. })) => {
-                    let at = lo.clone().unwrap_or(Position(Vec::new()));
-                    Window::Cursor { lo: Some(at.clone()), from: Some(at.clone()), hi: at }
-                }
-                (None, Some(Window::Files { seen, at, .. })) => {
-                    Window::Files { new: Vec::new(), seen: seen.clone(), at: *at }
-                }
-                (None, _) => Window::Whole,
-            };
-            fixed.windows.insert(name.clone(), window);
-        }
-        Ok(())
-    }
-
-    /// A file that was read and has changed would be appended a second time.
-    fn refuse_changed_files_on_append(&self, windows: &IndexMap<String, Window>) -> Result<()> {
-        let Some(output) =
-            self.plan.outputs.iter().find(|output| output.spec.mode == Mode::Append && !output.spec.rebuild)
-        else {
-            return Ok(());
-        };
-        for (name, window) in windows {
-            let Window::Files { new, seen, .. } = window else { continue };
-            if let Some(file) = new.iter().find(|file| seen.iter().any(|known| known.path == file.path)) {
-                return Err(Error::data(format!("source `{name}`: `{}` was read before and has changed", file.path))
-                    .note(format!("output `{}` appends, and would hold the rows of both versions", output.spec.name))
-                    .hint("Deliver corrections under a new name, use `mode: merge` with a `key`, or load anew with `--full-refresh`."));
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes a relation down, sorts its rows out, and puts the spool in its place. How many rows were set aside.
-    async fn write_down(
-        &self,
-        context: &SessionContext,
-        name: &str,
-        aside: &mut Aside,
-        record: &mut RunRecord,
-    ) -> Result<u64> {
-        let checks: Vec<&Check> = self.plan.checks.iter().filter(|check| check.on == name).collect();
-        let schema = self.relation_schema(name)?;
-        let sql = row_query(name, &checks, &schema)?.unwrap_or(format!("SELECT * FROM {}", quoted(name)?));
-        let mut rows = context.sql(&sql).await?.execute_stream().await?;
-        let mut sorter = Sorter::new(checks);
-        let mut spool = SpoolWriter::new(name, Arc::clone(&schema), &self.attempt.scratch);
-        let mut count = 0;
-        while let Some(batch) = rows.next().await {
-            let (kept, set_aside) = sorter.sort(&batch?)?;
-            count += set_aside.len() as u64;
-            aside.0.push(&quarantine_batch(set_aside)?)?;
-            spool.push(&conform_batch(&kept, &schema)?)?;
-        }
-        record.checks.extend(sorter.reports());
-        let spool: Spool = spool.finish()?;
-        info!(relation = name, rows = spool.rows(), set_aside = count, "written down");
-        context.deregister_table(name)?;
-        context.register_table(name, spool.table()?)?;
-        Ok(count)
-    }
-
-    fn relation_schema(&self, name: &str) -> Result<arrow::datatypes::SchemaRef> {
-        let stream = self.plan.streams.get(name).map(|stream| &stream.schema);
-        let schema = stream.or_else(|| self.plan.models.get(name).map(|model| &model.schema));
-        schema.cloned().ok_or_else(|| Error::bug(format!("no relation `{name}`")))
-    }
-
     /// The checks that look at all rows together, once every relation that they read is there.
     async fn whole_checks(&self, context: &SessionContext, record: &mut RunRecord) -> Result<()> {
         let names: Vec<String> = self.plan.streams.keys().chain(self.plan.models.keys()).cloned().collect();
@@ -800,22 +722,7 @@ impl Release<'_> {
         connections: &Connections,
         record: &mut RunRecord,
     ) -> Result<(Staged, String)> {
-        let columns =
-            crate::names::quoted_list(output.schema.fields().iter().map(|field| field.name().as_str()))?;
-        let from = quoted(&output.from)?;
-        let sql = match &output.latest_by {
-            Some(latest) => {
-                // Of a history every version has a latest row of its own.
-                let key = output.spec.key.iter().chain(&output.dimension.effective);
-                let key = crate::names::quoted_list(key.map(String::as_str))?;
-                let latest = quoted(latest)?;
-                format!(
-                    "SELECT {columns} FROM (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY {latest} DESC NULLS LAST) AS _nth FROM {from}) WHERE _nth = 1"
-                )
-            }
-            None => format!("SELECT {columns} FROM {from}"),
-        };
-        let rows = context.sql(&sql).await?.execute_stream().await?;
+        let rows = context.sql(&output.sql()?).await?.execute_stream().await?;
         let rows = session::conform(rows, Arc::clone(&output.schema));
         let counted =
             Arc::new(Mutex::new((RowHash::new(&output.schema)?, output.totals.clone().map(Totals::new))));
@@ -1062,31 +969,6 @@ fn refuse(checks: &[CheckReport], job: &str) -> Result<()> {
         error = error.note(format!("`{}` on `{}` found {}{places}", check.check, check.on, check.found));
     }
     Err(error.hint("Nothing was published. Mend the data or the mapping; or say in the job what may pass: `max_rows`, `on_fail: quarantine`, `on_fail: warn`."))
-}
-
-fn conform_batch(
-    batch: &arrow::array::RecordBatch,
-    schema: &arrow::datatypes::SchemaRef,
-) -> Result<arrow::array::RecordBatch> {
-    let arrays = batch
-        .columns()
-        .iter()
-        .zip(schema.fields())
-        .map(|(array, field)| {
-            if array.data_type() == field.data_type() {
-                Ok(Arc::clone(array))
-            } else {
-                crate::functions::cast::cast_exactly(array, field.data_type())
-            }
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let nullable: Vec<_> = schema.fields().iter().map(|field| field.as_ref().clone()).collect();
-    let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-    Ok(arrow::array::RecordBatch::try_new_with_options(
-        Arc::new(arrow::datatypes::Schema::new(nullable)),
-        arrays,
-        &options,
-    )?)
 }
 
 /// Rows that are hashed and summed while they pass.

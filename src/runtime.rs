@@ -154,6 +154,17 @@ pub async fn sleep(duration: std::time::Duration) {
     tokio::time::sleep(duration).await;
 }
 
+/// What `work` comes to, if it does within that time.
+pub async fn within<T>(time: std::time::Duration, work: impl Future<Output = T>) -> Option<T> {
+    tokio::time::timeout(time, work).await.ok()
+}
+
+/// Between half of a wait and all of it, so that those who failed together do not come back together.
+pub fn jittered(wait: std::time::Duration) -> std::time::Duration {
+    let [random, ..] = *uuid::Uuid::new_v4().as_bytes();
+    wait / 2 + wait.mul_f64(f64::from(random) / 512.0)
+}
+
 /// Spaces out what should not happen too often.
 #[derive(Debug)]
 pub struct Pace {

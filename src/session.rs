@@ -5,7 +5,10 @@
 
 use std::sync::Arc;
 
-use arrow::{array::RecordBatch, datatypes::SchemaRef};
+use arrow::{
+    array::{RecordBatch, RecordBatchOptions},
+    datatypes::SchemaRef,
+};
 use chrono::{DateTime, Utc};
 use datafusion::{
     error::DataFusionError,
@@ -134,5 +137,6 @@ pub fn conformed(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch>
             Ok(array)
         })
         .collect::<Result<Vec<_>>>()?;
-    Ok(RecordBatch::try_new(Arc::clone(schema), arrays)?)
+    let options = RecordBatchOptions::new().with_row_count(Some(count));
+    Ok(RecordBatch::try_new_with_options(Arc::clone(schema), arrays, &options)?)
 }

@@ -25,8 +25,12 @@ pub struct Store {
     database: Sqlite,
 }
 
+/// How long to wait for another run that writes here: what is only a cache holds nobody up. A write-ahead log would, by a
+/// patience of its own.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 const TABLES: &str = "
-    PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+    PRAGMA journal_mode = DELETE; PRAGMA synchronous = NORMAL;
     CREATE TABLE IF NOT EXISTS runs (run_id TEXT PRIMARY KEY, job TEXT NOT NULL, started_at TEXT NOT NULL, document TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS targets (job TEXT NOT NULL, target TEXT NOT NULL, incarnation TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (job, target)) WITHOUT ROWID;";
 
@@ -43,7 +47,7 @@ impl Store {
         let path = folder.join("state.db");
         let open = || -> rusqlite::Result<Sqlite> {
             let database = Sqlite::open(&path)?;
-            database.busy_timeout(Duration::from_secs(5))?;
+            database.busy_timeout(PATIENCE)?;
             database.execute_batch(TABLES)?;
             Ok(database)
         };

@@ -84,6 +84,17 @@ impl Position {
         Self(values)
     }
 
+    /// Whether both are points in time, and `self` is the earlier one by an hour at most.
+    pub fn is_shortly_before(&self, other: &Self) -> bool {
+        match (self.0.first(), other.0.first()) {
+            (Some(CursorValue::Instant(earlier)), Some(CursorValue::Instant(later))) => {
+                let between = later.signed_duration_since(*earlier);
+                between > chrono::TimeDelta::zero() && between <= chrono::TimeDelta::hours(1)
+            }
+            _ => false,
+        }
+    }
+
     /// `self` moved back by `overlap`, on its first component. Text does not move.
     #[must_use]
     pub fn back(&self, overlap: Overlap) -> Self {

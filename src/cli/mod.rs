@@ -19,6 +19,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     plan::{Backfill, Replay, Request},
     project::{self, Project},
+    reconcile::{Question, reconcile},
     run::{Conductor, Progress, exit_code, find_project},
     runtime::{self, Clock, SystemClock},
     spool::Scratch,
@@ -27,6 +28,7 @@ use crate::{
 use render::Renderer;
 
 mod adhoc;
+mod clean;
 mod init;
 mod preview;
 mod quarantine;
@@ -155,6 +157,34 @@ enum Verb {
         /// Only this source; unless given, every one that is read by a cursor.
         #[arg(long, env = "FLOODMARK_SOURCE", value_name = "NAME")]
         source: Option<String>,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Remove files that attempts left behind which died: no release lists them.
+    Clean {
+        /// The jobs; all, unless given.
+        jobs: Vec<String>,
+        /// How old they must be: longer than the longest run.
+        #[arg(long, env = "FLOODMARK_GRACE", default_value = "7d", value_name = "SPAN")]
+        grace: String,
+        /// Only show them.
+        #[arg(long, env = "FLOODMARK_DRY_RUN")]
+        dry_run: bool,
+    },
+    /// Compare what outputs hold with what their sources say, down to the keys that differ.
+    ///
+    /// Sources are read up to their watermarks and go through the job's models. Ends with 3 where something differs.
+    Reconcile {
+        /// The job.
+        job: String,
+        /// Only this output.
+        table: Option<String>,
+        /// The columns that tell rows apart; unless given, the output's key, or all its columns.
+        #[arg(long, env = "FLOODMARK_KEY", value_delimiter = ',', value_name = "COLUMN")]
+        key: Vec<String>,
+        /// How many differences to list, for each output.
+        #[arg(long, env = "FLOODMARK_LIMIT", default_value_t = 20, value_name = "KEYS")]
+        limit: usize,
         #[command(flatten)]
         how: How,
     },
@@ -467,6 +497,19 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
             let (conductor, mut request) = conductor(open()?, &how, false, Vec::new())?;
             request.backfill = Some(Backfill { from, to, source });
             return run(&conductor, renderer, &[job], &[], &request, None).await;
+        }
+        Verb::Clean { jobs, grace, dry_run } => {
+            let project = open()?;
+            let jobs = select(&project, &jobs, &[])?;
+            renderer.cleaned(&clean::clean(&project, &jobs, &grace, dry_run).await?, dry_run);
+        }
+        Verb::Reconcile { job, table, key, limit, how } => {
+            let (conductor, request) = conductor(open()?, &how, false, Vec::new())?;
+            select(&conductor.project, std::slice::from_ref(&job), &[])?;
+            let question = Question { output: table, key, limit };
+            let reconciled = Box::pin(reconcile(&conductor, &job, &question, &request)).await?;
+            renderer.reconciled(&reconciled);
+            return Ok(if reconciled.agrees { 0 } else { exit_code(ErrorKind::Data) });
         }
         Verb::Sql { query, limit } => {
             let mut adhoc = adhoc::Adhoc::new()?;

@@ -19,12 +19,13 @@ use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
 
-use super::quarantine::Counted;
+use super::{clean::Found, quarantine::Counted};
 use crate::{
     connector::{CatalogTable, Identity, condition::Condition},
     error::{Error, Problem, Result, without_values},
     plan::Plan,
     project::Project,
+    reconcile::{Kind, Reconciled},
     record::{LoadRecord, run::RunRecord},
     run::{Counter, Progress},
     runtime,
@@ -535,6 +536,105 @@ impl Renderer {
         listed.print();
     }
 
+    /// Files that no release lists, removed or only shown.
+    pub(super) fn cleaned(&self, found: &[Found], dry_run: bool) {
+        if self.json {
+            return self.json(&json!({ "removed": !dry_run, "files": found }));
+        }
+        let bytes: u64 = found.iter().map(|file| file.bytes).sum();
+        let (would, files) =
+            (if dry_run { "would be removed" } else { "removed" }, count(found.len(), "file"));
+        if found.is_empty() {
+            say!("nothing to remove");
+            return;
+        }
+        let mut table = Table::new(&["job", "file", "bytes", "written"]);
+        for file in found {
+            table.row([file.job.clone(), file.path.clone(), thousands(file.bytes), file.written_at.clone()]);
+        }
+        table.print();
+        say!("{files} {would}, {} bytes", thousands(bytes));
+    }
+
+    /// What outputs hold, beside what their sources say.
+    pub(super) fn reconciled(&self, reconciled: &Reconciled) {
+        if self.json {
+            return self.json(&json!(reconciled));
+        }
+        for warning in &reconciled.warnings {
+            self.warning(&Problem::new(warning));
+        }
+        for compared in &reconciled.outputs {
+            let what = match (compared.agrees(), compared.complete) {
+                (true, _) => "agrees with its sources".to_owned(),
+                (false, true) if compared.differences == 1 => "1 key differs".to_owned(),
+                (false, true) => format!("{} keys differ", thousands(compared.differences)),
+                (false, false) => format!("more than {} keys differ", thousands(compared.differences)),
+            };
+            say!("{}: {what} (release {} of `{}`)", compared.output, reconciled.release, reconciled.job);
+            if compared.waiting > 0 {
+                say!(
+                    "  {} not compared: the next run writes {}",
+                    count(usize::try_from(compared.waiting).unwrap_or(usize::MAX), "key"),
+                    if compared.waiting == 1 { "it" } else { "them" }
+                );
+            }
+            say!("");
+            let (source, target) = (&compared.source, &compared.target);
+            let mut table = Table::new(&["", "sources", "output", ""]);
+            let equal = |same: bool| if same { "" } else { "differs" }.to_owned();
+            table.row([
+                "rows".to_owned(),
+                thousands(source.rows),
+                thousands(target.rows),
+                equal(source.rows == target.rows),
+            ]);
+            for (column, sum) in &source.totals {
+                let held = target.totals.get(column).cloned().unwrap_or_default();
+                table.row([format!("sum of {column}"), grouped(sum), grouped(&held), equal(*sum == held)]);
+            }
+            let short = |hash: &str| hash.get(..16).unwrap_or(hash).to_owned();
+            table.row([
+                "row hash".to_owned(),
+                short(&source.hash),
+                short(&target.hash),
+                equal(source.hash == target.hash),
+            ]);
+            table.print();
+            if compared.differing.is_empty() {
+                continue;
+            }
+            let mut head: Vec<&str> = compared.key.iter().map(String::as_str).collect();
+            head.extend(["is", "in"]);
+            let mut table = Table::new(&head);
+            for difference in &compared.differing {
+                let key = difference.key.values().map(|value| value.clone().unwrap_or("null".to_owned()));
+                let is = match difference.kind {
+                    Kind::Missing if difference.source_rows == 1 => "missing".to_owned(),
+                    Kind::Missing => format!("missing {} times", difference.source_rows),
+                    Kind::Extra => "in the output only".to_owned(),
+                    Kind::Changed => "changed".to_owned(),
+                    Kind::Repeated => format!(
+                        "there {}, not {}",
+                        times(difference.target_rows),
+                        times(difference.source_rows)
+                    ),
+                };
+                let null = |value: &Option<String>| value.clone().unwrap_or("null".to_owned());
+                let columns = difference.columns.iter();
+                let columns = columns.map(|(column, [source, target])| {
+                    format!("{column}: {} -> {}", null(source), null(target))
+                });
+                table.row(key.chain([is, columns.collect::<Vec<_>>().join(", ")]));
+            }
+            table.print();
+            let left = compared.differences - compared.differing.len() as u64;
+            if left > 0 {
+                say!("  and {} more; `--limit` lists them\n", thousands(left));
+            }
+        }
+    }
+
     pub(super) fn reached(&self, name: &str, answer: &Result<Identity>) {
         match answer {
             Ok(identity) if self.json => {
@@ -667,6 +767,15 @@ fn columns(schema: &arrow::datatypes::Schema) -> serde_json::Value {
         .iter()
         .map(|field| json!({ "name": field.name(), "type": crate::types::describe(field.data_type()) }))
         .collect()
+}
+
+/// How often something is there.
+fn times(number: usize) -> String {
+    match number {
+        1 => "once".to_owned(),
+        2 => "twice".to_owned(),
+        _ => format!("{} times", thousands(number as u64)),
+    }
 }
 
 fn count(number: usize, what: &str) -> String {

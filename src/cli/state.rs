@@ -75,7 +75,7 @@ impl<'a> Opened<'a> {
         };
         let load = self.target()?.begin(id, &attempt, base).await?;
         match load.commit(&record).await {
-            CommitOutcome::Committed => {}
+            CommitOutcome::Committed(_) => {}
             CommitOutcome::Rejected(error) | CommitOutcome::Unknown(error) => return Err(error),
         }
         Store::open(&self.project.root)?.remember(id, &self.document.job.target.connection, &record)?;

@@ -20,6 +20,7 @@ use super::spec::StreamSpec;
 use crate::{
     error::{Error, Result},
     types::{ColumnType, UTC},
+    watermark::Overlap,
 };
 
 /// Why a value does not fit its column. Never holds the value.
@@ -110,6 +111,31 @@ pub fn last_closed_day(now: DateTime<Utc>, stream: &StreamSpec) -> Result<NaiveD
         Some(name) => now.with_timezone(&zone(name)?).date_naive(),
         None => (now - chrono::TimeDelta::hours(12)).date_naive(),
     })
+}
+
+/// The latest end of a window, not after `now`, below which a clock in `zone` can show no more times, as [`in_zone`] reads
+/// them: where it goes back, it shows times again, and the later one is read as the first. `overlap` reads so far behind the end
+/// again, so that it may lie so much later.
+pub fn last_closed_instant(now: DateTime<Utc>, zone: Tz, overlap: Option<Overlap>) -> DateTime<Utc> {
+    let passes = |at: DateTime<Utc>| zone.from_local_datetime(&at.with_timezone(&zone).naive_local());
+    let chrono::LocalResult::Ambiguous(first, second) = passes(now) else { return now };
+    let closed = if now < second.to_utc() {
+        // The first time round: all that it shows from where the two passes begin may come again.
+        let (mut before, mut within) = (now - second.signed_duration_since(first), now);
+        while within - before > chrono::TimeDelta::seconds(1) {
+            let between = before + chrono::TimeDelta::seconds((within - before).num_seconds() / 2);
+            let is_within = matches!(passes(between), chrono::LocalResult::Ambiguous(..));
+            *if is_within { &mut within } else { &mut before } = between;
+        }
+        // Clocks change at whole seconds.
+        chrono::SubsecRound::trunc_subsecs(within, 0)
+    } else {
+        first.to_utc()
+    };
+    match overlap {
+        Some(Overlap::Micros(micros)) => now.min(closed + chrono::TimeDelta::microseconds(micros)),
+        _ => closed,
+    }
 }
 
 /// The type a column has after its stream's zone is applied: with `timezone:`, wall-clock timestamps become
@@ -717,6 +743,35 @@ mod tests {
 
     fn rules() -> TextRules {
         TextRules { decimal: b'.', thousands: None, date: None, timestamp: None, zone: None }
+    }
+
+    #[test]
+    fn a_window_ends_where_no_clock_shows_an_earlier_time_again() {
+        let at = |text: &str| DateTime::parse_from_rfc3339(text).unwrap().to_utc();
+        let half = Some(Overlap::Micros(1_800_000_000));
+        #[rustfmt::skip]
+        let cases = [
+            // now                     overlap  end
+            ("2026-10-25T23:59:59Z",   None,    "2026-10-25T23:59:59Z"),
+            ("2026-10-24T23:59:59.5Z", None,    "2026-10-24T23:59:59.5Z"),
+            // 02:00 the first time, and how long clocks show what they will show again.
+            ("2026-10-25T00:00:00Z",   None,    "2026-10-25T00:00:00Z"),
+            ("2026-10-25T00:00:00.7Z", None,    "2026-10-25T00:00:00Z"),
+            ("2026-10-25T00:59:59.9Z", None,    "2026-10-25T00:00:00Z"),
+            ("2026-10-25T00:20:00Z",   half,    "2026-10-25T00:20:00Z"),
+            ("2026-10-25T00:50:00Z",   half,    "2026-10-25T00:30:00Z"),
+            // 02:00 the second time.
+            ("2026-10-25T01:00:00Z",   None,    "2026-10-25T00:00:00Z"),
+            ("2026-10-25T01:40:00.5Z", None,    "2026-10-25T00:40:00.5Z"),
+            ("2026-10-25T01:40:00Z",   half,    "2026-10-25T01:10:00Z"),
+            ("2026-10-25T02:00:00Z",   None,    "2026-10-25T02:00:00Z"),
+            // Nothing comes twice where clocks go forward.
+            ("2026-03-29T01:00:00Z",   None,    "2026-03-29T01:00:00Z"),
+        ];
+        for (now, overlap, end) in cases {
+            let found = last_closed_instant(at(now), Tz::Europe__Berlin, overlap);
+            assert_eq!(found, at(end), "{now} {overlap:?}");
+        }
     }
 
     #[test]

@@ -413,7 +413,7 @@ async fn follow(open: &impl Fn() -> Arc<dyn Connection>, tries: &[Try]) {
                 assert_eq!(same, staged, "4: what one try stages the other does not see: {one:?}");
                 let record = other.record(&same, one.mode);
                 let outcome = other.load.commit(&record).await;
-                assert!(matches!(outcome, CommitOutcome::Committed), "{outcome:?}");
+                assert!(matches!(outcome, CommitOutcome::Committed(None)), "{outcome:?}");
                 (lines, seq) = (after, seq + 1);
                 let record = release.record(&staged, one.mode);
                 let outcome = release.load.commit(&record).await;
@@ -422,7 +422,7 @@ async fn follow(open: &impl Fn() -> Arc<dyn Connection>, tries: &[Try]) {
             End::Commit => {
                 let record = release.record(&staged, one.mode);
                 let outcome = release.load.commit(&record).await;
-                assert!(matches!(outcome, CommitOutcome::Committed), "{outcome:?}");
+                assert!(matches!(outcome, CommitOutcome::Committed(None)), "{outcome:?}");
                 (lines, seq) = (after, seq + 1);
                 let found = last(open).await.unwrap();
                 assert_eq!((found.seq, found.attempt_id), (seq, record.attempt_id), "2");
@@ -453,7 +453,7 @@ async fn refuses(name: &str, open: &impl Fn() -> Arc<dyn Connection>) {
     let mut release = Release::begin(&*connection, 0).await;
     let staged = release.load.stage(&output(Mode::Merge), stream(&first)).await.unwrap();
     let record = release.record(&staged, Mode::Merge);
-    assert!(matches!(release.load.commit(&record).await, CommitOutcome::Committed));
+    assert!(matches!(release.load.commit(&record).await, CommitOutcome::Committed(None)));
 
     let [id, period, amount] = [0, 1, 2].map(|index| lines_schema().field(index).clone());
     let more = Field::new("more", DataType::Utf8, true);
@@ -517,7 +517,7 @@ pub(crate) async fn publish(
     let mut record = release.record(&staged, mode);
     record.outputs = [(name.to_owned(), record.outputs.swap_remove("lines").unwrap())].into();
     match release.load.commit(&record).await {
-        CommitOutcome::Committed => Ok(staged),
+        CommitOutcome::Committed(_) => Ok(staged),
         CommitOutcome::Rejected(error) | CommitOutcome::Unknown(error) => Err(error),
     }
 }

@@ -317,6 +317,13 @@ impl Bounds {
             (None, Some(Mark::Cursor(lo))) => lo.clone(),
             (None, _) => Position(Vec::new()),
         };
+        // A transaction that a run before this one did not see yet may be older than where that run ended: then nothing is new.
+        let hi = match mark {
+            Some(Mark::Cursor(lo)) if exactness == Exactness::Margin && hi.is_shortly_before(lo) => {
+                lo.clone()
+            }
+            _ => hi,
+        };
         let overlap = stream.cursor.as_ref().and_then(|cursor| cursor.overlap);
         let window = Window::after(mark, hi, overlap).map_err(|error| {
             Error::data(format!("source `{}`: {error}", stream.name))
@@ -428,6 +435,15 @@ pub trait Target: Send + Sync {
     async fn current(&self, job: &JobId, output: &str) -> Result<Option<Current>>;
     /// The rows that the job's releases set aside: the columns of `check::quarantine_schema`, behind the release's `seq`.
     async fn quarantined(&self, job: &JobId) -> Result<SendableRecordBatchStream>;
+    /// What attempts that died left behind of a job and its outputs, and wrote before `before`: no release lists it.
+    async fn orphans(&self, _: &JobId, _: &[String], _: DateTime<Utc>) -> Result<Vec<Orphan>> {
+        // What a database has not committed is gone with the session.
+        Ok(Vec::new())
+    }
+    /// Removes what [`orphans`](Self::orphans) found.
+    async fn remove(&self, _: &[Orphan]) -> Result<()> {
+        Ok(())
+    }
     /// Starts one attempt of a release on top of `base`, the last record.
     async fn begin(&self, job: &JobId, attempt: &Attempt, base: Option<&LoadRecord>)
     -> Result<Box<dyn Load>>;
@@ -441,6 +457,17 @@ pub fn quarantined_schema() -> SchemaRef {
     Arc::new(Schema::new(
         [Field::new("seq", DataType::Int64, false)].into_iter().chain(texts).collect::<Vec<_>>(),
     ))
+}
+
+/// A file that no release lists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Orphan {
+    /// Relative to the target's root.
+    pub path: String,
+    /// Its size.
+    pub bytes: u64,
+    /// When it was written.
+    pub written_at: DateTime<Utc>,
 }
 
 /// What an output is before a load.
@@ -496,8 +523,8 @@ impl Staged {
 /// What came of a commit. `Unknown` is settled by asking the target, never by guessing.
 #[derive(Debug)]
 pub enum CommitOutcome {
-    /// The release is visible.
-    Committed,
+    /// The release is visible. What could not be done behind it, for people: nothing of it can undo the release.
+    Committed(Option<String>),
     /// It is not, and will not be.
     Rejected(Error),
     /// The answer was lost.

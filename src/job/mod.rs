@@ -395,15 +395,16 @@ pub fn micros(written: &str) -> Option<i64> {
     let written = written.trim();
     let at = written.find(|c: char| !c.is_ascii_digit())?;
     let (number, unit) = written.split_at(at);
-    let seconds = match unit.trim() {
-        "s" => 1,
-        "m" | "min" => 60,
-        "h" => 3600,
-        "d" => 86_400,
-        "w" => 7 * 86_400,
+    let each = match unit.trim() {
+        "ms" => 1_000,
+        "s" => 1_000_000,
+        "m" | "min" => 60_000_000,
+        "h" => 3_600_000_000,
+        "d" => 86_400_000_000,
+        "w" => 604_800_000_000,
         _ => return None,
     };
-    number.parse::<i64>().ok()?.checked_mul(seconds)?.checked_mul(1_000_000)
+    number.parse::<i64>().ok()?.checked_mul(each)
 }
 
 #[cfg(test)]

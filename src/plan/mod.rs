@@ -29,7 +29,7 @@ use crate::{
         param::{Param, ParamError},
     },
     model::plain_schema,
-    names::JobId,
+    names::{JobId, quoted, quoted_list},
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::totals::{Totals, TotalsSpec},
     session,
@@ -262,6 +262,25 @@ pub struct Output {
     pub dimension: Dimension,
     /// What the target promises.
     pub guarantee: Guarantee,
+}
+
+impl Output {
+    /// The rows that it takes from its model: where several have one key, the one that `latest_by` prefers.
+    ///
+    /// # Errors
+    ///
+    /// If a column cannot be named.
+    pub fn sql(&self) -> Result<String> {
+        let columns = quoted_list(self.schema.fields().iter().map(|field| field.name().as_str()))?;
+        let from = quoted(&self.from)?;
+        let Some(latest) = &self.latest_by else { return Ok(format!("SELECT {columns} FROM {from}")) };
+        // Of a history every version has a latest row of its own.
+        let key = quoted_list(self.spec.key.iter().chain(&self.dimension.effective).map(String::as_str))?;
+        let latest = quoted(latest)?;
+        Ok(format!(
+            "SELECT {columns} FROM (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY {latest} DESC NULLS LAST) AS _nth FROM {from}) WHERE _nth = 1"
+        ))
+    }
 }
 
 /// Columns of outputs that jobs of this project publish, by connection and output: what a job sees that is planned

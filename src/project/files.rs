@@ -40,6 +40,12 @@ pub struct LimitsSpec {
     pub memory: Option<String>,
     /// The folder for what does not fit. Unless set, `.floodmark/spill`.
     pub spill: Option<String>,
+    /// How often a run tries again after what may pass: a lost connection, a deadlock, a server that starts anew. Unless set, 3.
+    pub retries: Option<u32>,
+    /// How long after its start a run may still try again: `30s`, `10m`. Unless set, `10m`.
+    pub retry_within: Option<String>,
+    /// How long a run that shows no sign of life keeps others on this machine from its job. Unless set, `1m`.
+    pub lease: Option<String>,
 }
 
 /// A number of bytes: `512MiB`, `2GiB`, `100MB`.

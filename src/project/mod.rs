@@ -8,6 +8,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use chrono::{DateTime, Utc};
@@ -16,8 +17,9 @@ use indexmap::IndexMap;
 use crate::{
     connector::{CONNECTORS, Connection, Connector, Options},
     error::{Error, ErrorKind, Place, Problem, Result, SourceText, nearest},
-    job::JobFile,
+    job::{self, JobFile},
     names::{is_name, is_output_name},
+    patience::Patience,
     runtime::Limits,
     secret,
 };
@@ -41,6 +43,10 @@ pub struct Project {
     pub settings: files::EnvironmentSpec,
     /// Its limits.
     pub limits: Limits,
+    /// How often and how long its runs try again.
+    pub patience: Patience,
+    /// How long a run that shows no sign of life keeps others from its job.
+    pub lease: Duration,
     /// Its connections, by name.
     pub connections: IndexMap<String, ConnectionFile>,
     /// Its jobs, by name.
@@ -180,7 +186,26 @@ impl Project {
                     .hint("Such as `512MiB` or `2GiB`."),
             );
         }
+        let mut span = |key: &str, written: Option<&String>| -> Option<Duration> {
+            let micros = job::micros(written?).and_then(|micros| u64::try_from(micros).ok());
+            if micros.is_none() {
+                problems.push(
+                    Problem::new(format!("`{key}` is no span of time"))
+                        .at(document.place(&["limits", key]))
+                        .hint("Such as `30s`, `10m` or `1h`."),
+                );
+            }
+            micros.map(Duration::from_micros)
+        };
+        let patience = Patience::default();
+        let patience = Patience {
+            retries: file.limits.retries.unwrap_or(patience.retries),
+            within: span("retry_within", file.limits.retry_within.as_ref()).unwrap_or(patience.within),
+        };
+        let lease = span("lease", file.limits.lease.as_ref()).unwrap_or(Duration::from_secs(60));
         let project = Self {
+            patience,
+            lease,
             root: root.to_owned(),
             name: file.project.clone(),
             environment,

@@ -182,12 +182,36 @@ fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a dyn Array> {
         .ok_or_else(|| Error::bug(format!("totals of a column that is not there: {name}")))
 }
 
+/// A sum of hashes modulo 2^256: least significant limb first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HashSum([u64; 4]);
+
+impl HashSum {
+    /// Adds the BLAKE3 of one row.
+    pub fn add(&mut self, hash: &blake3::Hash) {
+        let mut carry = false;
+        for (limb, bytes) in self.0.iter_mut().zip(hash.as_bytes().chunks_exact(8)) {
+            let value = bytes.iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
+            let (sum, over) = limb.overflowing_add(value);
+            let (sum, over_again) = sum.overflowing_add(u64::from(carry));
+            *limb = sum;
+            carry = over || over_again;
+        }
+    }
+}
+
+impl std::fmt::Display for HashSum {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d] = self.0;
+        write!(f, "{d:016x}{c:016x}{b:016x}{a:016x}")
+    }
+}
+
 /// The order-free hash of rows.
 #[derive(Debug)]
 pub struct RowHash {
     converter: RowConverter,
-    /// 256 bits, least significant limb first.
-    sum: [u64; 4],
+    sum: HashSum,
     rows: u64,
 }
 
@@ -199,7 +223,7 @@ impl RowHash {
     /// If a column's type has no row format.
     pub fn new(schema: &Schema) -> Result<Self> {
         let fields = schema.fields().iter().map(|field| SortField::new(field.data_type().clone())).collect();
-        Ok(Self { converter: RowConverter::new(fields)?, sum: [0; 4], rows: 0 })
+        Ok(Self { converter: RowConverter::new(fields)?, sum: HashSum::default(), rows: 0 })
     }
 
     /// Adds the rows of `batch`.
@@ -210,15 +234,7 @@ impl RowHash {
     pub fn add(&mut self, batch: &RecordBatch) -> Result<()> {
         let rows = self.converter.convert_columns(batch.columns())?;
         for row in &rows {
-            let hash = blake3::hash(row.as_ref());
-            let mut carry = false;
-            for (limb, bytes) in self.sum.iter_mut().zip(hash.as_bytes().chunks_exact(8)) {
-                let value = bytes.iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
-                let (sum, over) = limb.overflowing_add(value);
-                let (sum, over_again) = sum.overflowing_add(u64::from(carry));
-                *limb = sum;
-                carry = over || over_again;
-            }
+            self.sum.add(&blake3::hash(row.as_ref()));
             self.rows += 1;
         }
         Ok(())
@@ -226,8 +242,7 @@ impl RowHash {
 
     /// The hash, with its algorithm's name.
     pub fn finish(&self) -> String {
-        let [a, b, c, d] = self.sum;
-        format!("blake3-256-sum:{}:{d:016x}{c:016x}{b:016x}{a:016x}", self.rows)
+        format!("blake3-256-sum:{}:{}", self.rows, self.sum)
     }
 }
 

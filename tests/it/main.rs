@@ -3,17 +3,22 @@
 #![expect(clippy::print_stdout, reason = "a test may print")]
 
 mod adhoc;
+mod clocks;
 mod crash;
 mod example;
 mod history;
+mod ledger;
 mod mistakes;
 mod platform;
 mod postgres;
+mod reconcile;
 mod replay;
 mod replicate;
+mod rivals;
 #[path = "../services/mod.rs"]
 #[expect(unreachable_pub, dead_code, reason = "shared with the unit tests, which use the rest")]
 mod services;
 mod support;
 mod targets;
 mod tidy;
+mod wire;

@@ -108,7 +108,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 const SMALL: &[(&str, &str)] = &[
-    ("floodmark.yaml", "project: small\n"),
+    ("floodmark.yaml", "project: small\nlimits: { retries: 0 }\n"),
     ("connections.yaml", "data: { kind: files, root: data }\nlake: { kind: files, root: out }\n"),
     (
         "jobs/load.yaml",

@@ -1,11 +1,12 @@
-/* What a test puts before the C library of a process: at the nth call that changes anything outside, the process dies, or the disk is
- * full from there on. FAULT_AT says which call, from 1; FAULT says `kill` or `full`; the file FAULT_MARK is made when the disk is full for the
- * first time. What goes to the terminal does not count. */
+/* What a test puts before the C library of a process: at the nth call that changes anything outside, the process dies, or stands still, or
+ * the disk is full from there on. FAULT_AT says which call, from 1; FAULT says `kill`, `stop`, `full` or `count`; the file FAULT_MARK is made when
+ * the disk is full for the first time, and holds the number of calls at the end where they are counted. What goes to the terminal does not count. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -14,19 +15,28 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static long at, count, full;
+static long at, count, full, strikes;
 
 __attribute__((constructor)) static void read_environment(void) {
   const char *nth = getenv("FAULT_AT"), *what = getenv("FAULT");
   at = nth ? atol(nth) : 0;
   full = what && !strcmp(what, "full");
+  strikes = what && !strcmp(what, "stop") ? SIGSTOP : SIGKILL;
+}
+
+__attribute__((destructor)) static void write_count(void) {
+  const char *what = getenv("FAULT"), *mark = getenv("FAULT_MARK");
+  if (!what || strcmp(what, "count") || !mark) return;
+  int fd = creat(mark, 0600);
+  dprintf(fd, "%ld", count);
+  close(fd);
 }
 
 /* Whether the call fails. */
 static int touched(void) {
   if (!at) return 0;
   long now = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
-  if (!full && now == at) kill(getpid(), SIGKILL);
+  if (!full && now == at) kill(getpid(), strikes);
   if (full && now == at && getenv("FAULT_MARK")) close(creat(getenv("FAULT_MARK"), 0600));
   return full && now >= at;
 }

@@ -8,6 +8,7 @@ use std::{
 
 use postgres::{Client, NoTls};
 
+pub mod proxy;
 pub mod web;
 
 /// The PostgreSQL server that tests share.

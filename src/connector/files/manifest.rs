@@ -16,8 +16,10 @@
 //! newest sequence number, from which readers walk on: so that finding the newest record costs three requests and no listing.
 
 use std::{
-    fs, io,
+    fs::{self, TryLockError},
+    io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use arrow::datatypes::SchemaRef;
@@ -36,6 +38,12 @@ use crate::{
 
 /// How many old releases stay readable through `releases/`.
 const KEPT_RELEASES: usize = 2;
+
+/// How long one run waits while another one switches `current`, which takes a moment.
+const SWITCHING: Duration = Duration::from_secs(2);
+
+/// How long to wait between two looks at the lock.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 impl FilesConnection {
     /// The newest record of a job.
@@ -84,7 +92,21 @@ impl FilesConnection {
         let path = root.join(job_path(job)).join("lock");
         let failed = |error| Error::io("lock", path.display(), error);
         let lock = fs::File::options().create(true).append(true).open(&path).map_err(failed)?;
-        lock.lock().map_err(failed)?;
+        let mut waited = Duration::ZERO;
+        while let Err(error) = lock.try_lock() {
+            match error {
+                TryLockError::Error(error) => return Err(failed(error)),
+                TryLockError::WouldBlock if waited >= SWITCHING => {
+                    return Err(Error::busy(format!(
+                        "another run holds `{}`, and stands still",
+                        path.display()
+                    ))
+                    .hint("Let it go on, or stop it."));
+                }
+                TryLockError::WouldBlock => std::thread::sleep(LOOK_AGAIN),
+            }
+            waited += LOOK_AGAIN;
+        }
         match self.newest(job)? {
             Some(newest) => switch_current(root, job, &newest),
             None => Ok(()),
@@ -112,7 +134,7 @@ impl FilesConnection {
     }
 
     /// The jobs that published into this place.
-    fn jobs(&self) -> Result<Vec<JobId>> {
+    pub(super) fn jobs(&self) -> Result<Vec<JobId>> {
         let mut jobs = Vec::new();
         for project in self.place.names("_floodmark")?.1 {
             for job in self.place.names(&format!("_floodmark/{project}"))?.1 {

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 pub mod bucket;
 mod csv;
 mod durable;
+mod garbage;
 mod input;
 mod json;
 mod manifest;

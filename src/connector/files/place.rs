@@ -92,6 +92,8 @@ pub(super) struct Bucket {
     credentials: &'static str,
     /// Whether conditional puts were seen to work.
     probed: AtomicBool,
+    /// How long to wait before a commit whose answer was lost is put again; each time twice as long.
+    patience: Duration,
     /// Copies of objects that are read out of order.
     copies: Copies,
 }
@@ -127,7 +129,14 @@ impl Bucket {
         spill: PathBuf,
     ) -> Self {
         let copies = Copies { spill, folder: OnceLock::new(), files: Mutex::default() };
-        Self { store, shown, credentials, probed: AtomicBool::new(false), copies }
+        let patience = Duration::from_millis(100);
+        Self { store, shown, credentials, probed: AtomicBool::new(false), patience, copies }
+    }
+
+    /// The same, with another first wait.
+    #[cfg(test)]
+    pub(super) fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     pub(super) fn store(&self) -> Arc<dyn ObjectStore> {
@@ -202,10 +211,11 @@ impl Bucket {
         }
         let path = format!("_floodmark/probe/{}", uuid::Uuid::new_v4().simple());
         let failed = |error| self.error("write", "_floodmark/probe", error);
-        let first = self.put_new(&path, b"probe").map_err(failed)?;
-        let second = self.put_new(&path, b"again").map_err(failed)?;
+        // Refused the first time as well, it was there: the store's library repeats a put whose answer was lost.
+        self.put_new(&path, b"probe").map_err(failed)?;
+        let again = self.put_new(&path, b"again").map_err(failed)?;
         wait(async { drop(self.store.delete(&object(&path)).await) });
-        if !first || second {
+        if again {
             return Err(Error::configuration(format!(
                 "the store of `{}` ignores conditional puts, and two runs could publish the same release",
                 self.shown
@@ -464,11 +474,11 @@ impl Place {
                 }
                 Err(error) => last = Some(error),
             }
-            std::thread::sleep(Duration::from_millis(100) * 2_u32.pow(again));
+            std::thread::sleep(bucket.patience * 2_u32.pow(again));
         }
         Err(match last {
             Some(error) => bucket.error("write", path, error),
-            None => Error::temporary(format!("`{path}` is being written by another run")).hint("Run again."),
+            None => Error::busy(format!("`{path}` is being written by another run")).hint("Run again."),
         })
     }
 

@@ -7,18 +7,20 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use chrono::{DateTime, Utc};
 use datafusion::physical_plan::SendableRecordBatchStream;
 use indexmap::IndexMap;
 
 use super::{FilesConnection, manifest::job_path, merge::Staging, parquet, place::Listed};
 use crate::{
     connector::{
-        Attempt, CommitOutcome, Current, Load, Staged, Target,
+        Attempt, CommitOutcome, Current, Load, Orphan, Staged, Target,
         evolve::evolve,
         quarantined_schema,
         spec::{Guarantee, Mode, OutputSpec},
     },
-    error::{Error, Result},
+    error::{ErrorKind, Result},
+    load::overtaken,
     names::JobId,
     record::{DataFile, LoadRecord, columns_of},
     runtime, session,
@@ -77,6 +79,14 @@ impl Target for Arc<FilesConnection> {
         }))
     }
 
+    async fn orphans(&self, job: &JobId, outputs: &[String], before: DateTime<Utc>) -> Result<Vec<Orphan>> {
+        self.garbage(job, outputs, before).await
+    }
+
+    async fn remove(&self, orphans: &[Orphan]) -> Result<()> {
+        self.discard(orphans).await
+    }
+
     async fn begin(
         &self,
         job: &JobId,
@@ -86,8 +96,14 @@ impl Target for Arc<FilesConnection> {
         let (this, id, known) = (Self::clone(self), job.clone(), base.is_some());
         runtime::blocking(move || {
             this.place.probe().map_err(|error| error.within(&format!("connection `{}`", this.name)))?;
-            // A run that died between its commit and the switch left `current` behind.
-            if known { this.show(&id) } else { Ok(()) }
+            if !known {
+                return Ok(());
+            }
+            // A run that died between its commit and the switch left `current` behind. One that stands still there is passed by.
+            match this.show(&id) {
+                Err(error) if error.kind() == ErrorKind::Busy => Ok(()),
+                shown => shown,
+            }
         })
         .await?;
         Ok(Box::new(FilesLoad {
@@ -115,7 +131,7 @@ struct FilesLoad {
 }
 
 /// The folder of set-aside rows, as an output's name.
-const QUARANTINE: &str = "_quarantine";
+pub(super) const QUARANTINE: &str = "_quarantine";
 
 impl FilesLoad {
     fn base_files(&self, output: &str) -> Vec<DataFile> {
@@ -244,15 +260,14 @@ impl Load for FilesLoad {
         })
         .await;
         match outcome {
-            // The release is visible to manifest readers; the link is repaired by the next run.
-            Ok((true, _)) => CommitOutcome::Committed,
+            Ok((true, Ok(()))) => CommitOutcome::Committed(None),
+            // The release is visible to manifest readers; what others look at is repaired by the next run.
+            Ok((true, Err(error))) => CommitOutcome::Committed(Some(format!(
+                "the release is published, and readers without manifests do not see it yet; the next run shows it to them: {error}"
+            ))),
             Ok((false, _)) => {
                 self.keep = false;
-                CommitOutcome::Rejected(
-                    Error::temporary(format!("another run of `{}` committed first", self.job)).hint(
-                        "Nothing of this run was published. Run again: it starts where the other ended.",
-                    ),
-                )
+                CommitOutcome::Rejected(overtaken(&self.job))
             }
             Err(error) => CommitOutcome::Unknown(error),
         }

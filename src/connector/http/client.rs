@@ -107,7 +107,7 @@ impl Patience {
 
     /// Waits before another try, as long as the server wants; gives the error back if patience is at its end.
     async fn wait(&mut self, error: Error, asked: Option<Duration>) -> Result<()> {
-        let pause = jittered(self.next).max(asked.unwrap_or_default());
+        let pause = runtime::jittered(self.next).max(asked.unwrap_or_default());
         if self.waited.saturating_add(pause) > self.most {
             return Err(match asked {
                 Some(asked) => error.note(format!(
@@ -648,12 +648,6 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     }
     let until = chrono::DateTime::parse_from_rfc2822(text).ok()?.to_utc();
     (until - date(headers)?).to_std().ok()
-}
-
-/// Between half of a wait and all of it, so that clients that failed together do not come back together.
-fn jittered(wait: Duration) -> Duration {
-    let [random, ..] = *uuid::Uuid::new_v4().as_bytes();
-    wait / 2 + wait.mul_f64(f64::from(random) / 512.0)
 }
 
 /// A URL for people: without its query, which may hold keys.

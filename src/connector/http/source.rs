@@ -73,6 +73,13 @@ impl Source for Arc<HttpConnection> {
             };
             let margin = TimeDelta::milliseconds(self.limits.margin_ms.into());
             let latest = (now - margin).min(time.as_of);
+            let shown = cursor.columns.first().and_then(|column| stream.declared(column));
+            let latest = match (shown, &stream.timezone) {
+                (Some(ColumnType::Timestamp(_)), Some(zone)) => {
+                    columns::last_closed_instant(latest, columns::zone(zone)?, cursor.overlap)
+                }
+                _ => latest,
+            };
             let latest = told(latest, request_of(stream)?.time_format.as_deref(), stream)?;
             let hi = match cursor_type(stream, cursor)? {
                 ColumnType::Date(_) => CursorValue::Date(last_closed_day(latest, stream)?),
@@ -220,6 +227,10 @@ fn told(at: DateTime<Utc>, format: Option<&str>, stream: &StreamSpec) -> Result<
         Some("unix_ms") => DateTime::from_timestamp_millis(at.timestamp_millis()),
         Some(format) => {
             let zone = zone_of(stream)?;
+            // A format with an offset tells the two passes of a repeated hour apart.
+            let offset = |at: DateTime<Utc>| at.with_timezone(&zone).format(format).to_string();
+            let told_apart = DateTime::parse_from_str(&offset(at), format).is_ok();
+            let at = if told_apart { at } else { columns::last_closed_instant(at, zone, None) };
             let text = at.with_timezone(&zone).format(format).to_string();
             let local = NaiveDateTime::parse_from_str(&text, format).or_else(|_| {
                 NaiveDate::parse_from_str(&text, format).map(|day| day.and_time(NaiveTime::MIN))

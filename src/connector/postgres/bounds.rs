@@ -13,11 +13,15 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::{PostgresConnection, Session, source::Shape};
+use super::{
+    PostgresConnection, Session,
+    source::{ReadAs, Shape},
+    types::Wire,
+};
 use crate::{
     connector::{
         Bounds, Exactness, Marks, RunTime,
-        columns::last_closed_day,
+        columns::{last_closed_day, last_closed_instant},
         spec::{CursorSpec, StreamSpec},
     },
     error::{Error, Result},
@@ -129,7 +133,10 @@ async fn end(
             oldest = activity.now;
         }
         let margin = TimeDelta::milliseconds(this.options.bound_margin_ms.unwrap_or(5000).into());
-        let latest = (oldest - margin).min(time.as_of);
+        let mut latest = (oldest - margin).min(time.as_of);
+        if let ReadAs::Wire(Wire::TimestampIn(zone), _) = &column.read {
+            latest = last_closed_instant(latest, *zone, cursor.overlap);
+        }
         let value = match kind {
             ColumnType::Date(_) => CursorValue::Date(last_closed_day(latest, stream)?),
             _ => CursorValue::instant(latest),
@@ -162,7 +169,8 @@ async fn settled(this: &PostgresConnection, session: &Session, stream: &StreamSp
     let patience = Duration::from_millis(this.options.lock_timeout_ms.unwrap_or(30_000).into());
     let mut waited = Duration::ZERO;
     while !left.is_empty() {
-        if waited >= patience {
+        // As to the server, nothing means for ever.
+        if waited >= patience && !patience.is_zero() {
             let count = left.len();
             let transactions = if count == 1 { "transaction has" } else { "transactions have" };
             return Err(Error::temporary(format!(

@@ -23,6 +23,8 @@ mod bounds;
 mod decode;
 mod encode;
 mod filter;
+#[cfg(test)]
+mod late;
 mod source;
 mod target;
 #[cfg(test)]
@@ -153,10 +155,12 @@ impl std::ops::Deref for Session {
     }
 }
 
-/// What every transaction sets: values as our decoder knows them, and no time-out but our own.
+/// What every transaction sets: values as our decoder knows them, and no time-out but our own; a machine of ours that has vanished
+/// holds its locks for a minute and no longer.
 const SETTINGS: &str = "SET LOCAL datestyle = 'ISO'; SET LOCAL intervalstyle = 'iso_8601'; SET LOCAL timezone = 'UTC';
     SET LOCAL extra_float_digits = 3; SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0;
-    SET LOCAL jit = off; SET LOCAL bytea_output = 'hex'; SET LOCAL standard_conforming_strings = on;";
+    SET LOCAL jit = off; SET LOCAL bytea_output = 'hex'; SET LOCAL standard_conforming_strings = on;
+    SET LOCAL tcp_keepalives_idle = 30; SET LOCAL tcp_keepalives_interval = 10; SET LOCAL tcp_keepalives_count = 3;";
 
 impl PostgresConnection {
     fn host(&self) -> &str {
@@ -191,7 +195,7 @@ impl PostgresConnection {
             .user(user)
             .dbname(options.database.as_deref().unwrap_or(user))
             .application_name("floodmark")
-            .connect_timeout(Duration::from_millis(options.connect_timeout_ms.unwrap_or(10_000).into()))
+            .connect_timeout(self.patience())
             .keepalives_idle(Duration::from_secs(30))
             .tcp_user_timeout(Duration::from_secs(60))
             .ssl_mode(match self.tls() {
@@ -209,8 +213,7 @@ impl PostgresConnection {
         let config = self.config()?;
         let session = match self.tls() {
             TlsMode::Disable => {
-                let (client, driver) =
-                    config.connect(NoTls).await.map_err(|error| self.unreachable(&error))?;
+                let (client, driver) = self.in_time(config.connect(NoTls)).await?;
                 Session { client, _driver: runtime::spawn(async move { drop(driver.await) }) }
             }
             mode => {
@@ -218,7 +221,7 @@ impl PostgresConnection {
                 let tls = tls::connector(mode == TlsMode::VerifyFull, roots.as_deref()).map_err(|error| {
                     error.while_doing(format!("connection `{}`: cannot prepare TLS", self.name))
                 })?;
-                let (client, driver) = config.connect(tls).await.map_err(|error| self.unreachable(&error))?;
+                let (client, driver) = self.in_time(config.connect(tls)).await?;
                 Session { client, _driver: runtime::spawn(async move { drop(driver.await) }) }
             }
         };
@@ -226,6 +229,27 @@ impl PostgresConnection {
         let watch = "SELECT set_config('client_connection_check_interval', '1s', false) WHERE current_setting('server_version_num')::int >= 140000";
         session.batch_execute(watch).await.map_err(|error| self.error("set up", &error))?;
         Ok(session)
+    }
+
+    /// What connecting comes to: a server that takes a connection and then says nothing is not waited for.
+    async fn in_time<T>(
+        &self,
+        connecting: impl Future<Output = std::result::Result<T, tokio_postgres::Error>>,
+    ) -> Result<T> {
+        // Each address of the host has its own time; and the server is to say who it is, too.
+        match runtime::within(self.patience() * 2, connecting).await {
+            Some(connected) => connected.map_err(|error| self.unreachable(&error)),
+            None => Err(Error::temporary(format!(
+                "connection `{}`: `{}` takes connections and says nothing",
+                self.name,
+                self.place()
+            ))
+            .hint("Is it a PostgreSQL server, and well? `connect_timeout_ms` says how long to wait.")),
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_millis(self.options.connect_timeout_ms.unwrap_or(10_000).into())
     }
 
     /// A session inside a transaction, set up to read or to write.

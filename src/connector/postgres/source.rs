@@ -32,7 +32,7 @@ use crate::{
         spec::{OnNull, Read, StreamSpec},
         tap::Tap,
     },
-    error::{Error, Place, Result, SourceText, nearest},
+    error::{Error, ErrorKind, Place, Result, SourceText, nearest},
     names::quoted,
     runtime::{self, AsyncSender, BATCH_BYTES, BATCH_ROWS},
     types::ColumnType,
@@ -433,14 +433,18 @@ async fn read(
     let failed =
         |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
     let session = this.connect().await?;
-    session
-        .batch_execute(&format!(
-            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; {}",
-            text(&lead.id),
-            this.settings()?
-        ))
-        .await
-        .map_err(|error| failed(&error))?;
+    let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}", this.settings()?);
+    session.batch_execute(&begin).await.map_err(|error| failed(&error))?;
+    let import = format!("SET TRANSACTION SNAPSHOT {}", text(&lead.id));
+    session.batch_execute(&import).await.map_err(|error| {
+        let told = failed(&error);
+        if error.as_db_error().is_none() {
+            return told;
+        }
+        told.with_kind(ErrorKind::Temporary)
+            .note("the session that held the run's snapshot was lost")
+            .hint("Run again: nothing of this run was published.")
+    })?;
     let row = session.query_one(&format!("SELECT {SERVER}"), &[]).await.map_err(|error| failed(&error))?;
     if row.get::<_, String>(0) != lead.server {
         return Err(Error::temporary(format!(

@@ -33,7 +33,7 @@ use crate::{
         spec::{GONE, Guarantee, Mode, OutputSpec},
     },
     error::{Error, ErrorKind, Result},
-    load::{as_announced, refuse_keys},
+    load::{as_announced, overtaken, refuse_keys},
     names::{JobId, quoted, quoted_list},
     record::{LoadRecord, columns_of},
     runtime,
@@ -50,6 +50,12 @@ const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS floodmark_quarantine (
         project text NOT NULL, job text NOT NULL, seq bigint NOT NULL, run_id uuid NOT NULL, \"on\" text NOT NULL,
         \"check\" text NOT NULL, reason text NOT NULL, position text NOT NULL, \"row\" text NOT NULL);";
+
+/// How often a stage is published before its run gives up.
+const REPEATS: u32 = 3;
+
+/// How long to wait before the second time; four times as long before the third.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
 
 /// Bytes of a COPY that are sent at once.
 const CHUNK: usize = 256 << 10;
@@ -139,11 +145,11 @@ async fn last_record(
     job: &JobId,
 ) -> Result<Option<LoadRecord>> {
     let failed = |error: tokio_postgres::Error| this.error("read the state in", &error);
-    let key = lock_name(job);
-    let there = format!(
-        "SELECT to_regclass('floodmark_state') IS NOT NULL FROM pg_advisory_xact_lock_shared({LOCK_KEY})"
-    );
-    if !session.query_one(&there, &[&key]).await.map_err(failed)?.get::<_, bool>(0) {
+    let lock = format!("SELECT pg_advisory_xact_lock_shared({LOCK_KEY})");
+    session.query_one(&lock, &[&lock_name(job)]).await.map_err(failed)?;
+    // A statement of its own: one that waited for the lock looks names up as they were before.
+    let there = "SELECT to_regclass('floodmark_state') IS NOT NULL";
+    if !session.query_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
         return Ok(None);
     }
     let sql = "SELECT record_json FROM floodmark_state WHERE project = $1 AND job = $2";
@@ -423,7 +429,14 @@ impl Load for PostgresLoad {
         let count = self.fill(&output.name, &table, rows).await?;
         let staged = Staged { rows: count, ..Staged::default() };
         let mut stage = Stage { output: output.clone(), table, model, current, schema, staged };
+        // Others may write there meanwhile: what is counted is counted at one moment.
+        let moment = async |sql: &str| {
+            let done = self.session.batch_execute(sql).await;
+            done.map_err(|error| self.connection.error("compare with", &error))
+        };
+        moment("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
         stage.staged = announce(&self.connection, &self.session, &stage).await?;
+        moment("END").await?;
         let staged = stage.staged.clone();
         self.stages.push(stage);
         Ok(staged)
@@ -436,12 +449,20 @@ impl Load for PostgresLoad {
 
     async fn commit(self: Box<Self>, record: &LoadRecord) -> CommitOutcome {
         let (this, session) = (&self.connection, &self.session);
-        if let Err(error) = self.publish(record).await {
-            // The transaction never heard COMMIT: it ends with the session.
-            return CommitOutcome::Rejected(error);
+        let mut pause = FIRST_PAUSE;
+        for left in (0..REPEATS).rev() {
+            let Err(error) = self.publish(record).await else { break };
+            // The transaction never heard COMMIT: it ends here, or with the session. Its stage outlives it: who lost a deadlock, or
+            // waited for a lock in vain, publishes it once more.
+            let stands = left > 0 && error.kind() == ErrorKind::Temporary;
+            if !(stands && session.batch_execute("ROLLBACK").await.is_ok()) {
+                return CommitOutcome::Rejected(error);
+            }
+            runtime::sleep(runtime::jittered(pause)).await;
+            pause *= 4;
         }
         match session.batch_execute("COMMIT").await {
-            Ok(()) => CommitOutcome::Committed,
+            Ok(()) => CommitOutcome::Committed(None),
             // The server's own word on this transaction. One on the connection may be a pooler's, and come after the commit.
             Err(error) if error.code().is_some_and(|code| !is_about_the_connection(code.code())) => {
                 CommitOutcome::Rejected(this.error("commit to", &error))
@@ -467,7 +488,9 @@ impl PostgresLoad {
         for attempt in 0..5_u32 {
             runtime::sleep(Duration::from_millis(200 * u64::from(attempt))).await;
             match self.connection.record_at(&self.job, self.attempt.seq).await {
-                Ok(Some(record)) if record.attempt_id == self.attempt.id => return CommitOutcome::Committed,
+                Ok(Some(record)) if record.attempt_id == self.attempt.id => {
+                    return CommitOutcome::Committed(None);
+                }
                 Ok(_) => return CommitOutcome::Rejected(lost.with_kind(ErrorKind::Temporary)),
                 Err(_) => {}
             }
@@ -498,8 +521,7 @@ impl PostgresLoad {
         if next != self.attempt.seq
             || last.as_ref().is_some_and(|last| last.incarnation != record.incarnation)
         {
-            return Err(Error::temporary(format!("another run of `{job}` committed first"))
-                .hint("Nothing of this run was published. Run again: it starts where the other ended."));
+            return Err(overtaken(job));
         }
         for stage in &self.stages {
             apply(this, session, stage).await?;
@@ -529,7 +551,7 @@ impl PostgresLoad {
         let changed =
             session.execute(&state, &[&job.project, &job.job, &seq, &json]).await.map_err(failed)?;
         if changed != 1 {
-            return Err(Error::temporary(format!("another run of `{job}` committed first")));
+            return Err(overtaken(job));
         }
         Ok(())
     }

@@ -7,12 +7,11 @@ use arrow::{
     datatypes::{Int32Type, SchemaRef},
     util::display::{ArrayFormatter, FormatOptions},
 };
-use futures::TryStreamExt;
 use indexmap::IndexMap;
 
 use crate::{
     connector::{
-        Bounds, Connection, Connector, Marks, Options, RunTime,
+        Bounds, Connection, Connector, Options,
         contract::{self, Row, World, everything, made_at, orders},
         scan::{OpenSource, OpenSources, Scan, ScanTable},
         spec::{BadRows, CursorSpec, Mode, OnNull, Read, StreamSpec},
@@ -364,70 +363,6 @@ async fn a_value_that_a_column_of_the_target_would_cut_is_refused() {
         let left: i64 = schema
             .with(|client| client.query_one(&format!("SELECT count(*) FROM {to}"), &[]).unwrap().get(0));
         assert_eq!(left, 0, "{kept}");
-    }
-}
-
-/// W3: a transaction took its time, or its number, before the bound, and commits after the run: the next run reads its row.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_row_that_is_committed_late_is_not_lost() {
-    for (cursor, patience) in [("made_at", 3000), ("id", 100)] {
-        let schema = Schema::new();
-        schema.execute("CREATE TABLE orders (id bigserial, made_at timestamptz DEFAULT now())");
-        let connection = open_with(
-            &schema.name,
-            &serde_json::json!({ "sslmode": "disable", "bound_margin_ms": 0, "lock_timeout_ms": patience }),
-        );
-        let mut stream = table("orders");
-        let columns = vec![cursor.to_owned()];
-        stream.cursor = Some(CursorSpec { columns, overlap: None, on_null: OnNull::Error });
-        let streams = [stream.clone()];
-        let time = || {
-            let now = chrono::DateTime::from_timestamp(4_000_000_000, 0).unwrap();
-            RunTime { now, as_of: now }
-        };
-        // One writer began first and commits last; the other came later and is done.
-        let (go, wait) = std::sync::mpsc::channel::<()>();
-        let (ready, began) = std::sync::mpsc::channel();
-        let name = schema.name.clone();
-        let late = std::thread::spawn(move || {
-            postgres().admin("postgres", move |client| {
-                client
-                    .batch_execute(&format!(
-                        "SET search_path = {name}; BEGIN; INSERT INTO orders DEFAULT VALUES"
-                    ))
-                    .unwrap();
-                ready.send(()).unwrap();
-                wait.recv().unwrap();
-                client.batch_execute("COMMIT").unwrap();
-            });
-        });
-        began.recv().unwrap();
-        schema.execute("INSERT INTO orders DEFAULT VALUES");
-        let source = connection.source().unwrap();
-        let first = source.bounds(&streams, &Marks::new(), time()).await;
-        if cursor == "id" {
-            // A number below the greatest may still come: the run waits for its writer, and says so when that takes too long.
-            assert_eq!(first.unwrap_err().kind(), ErrorKind::Temporary);
-            go.send(()).unwrap();
-            late.join().unwrap();
-        } else {
-            let Window::Cursor { hi, .. } = &first.unwrap().windows["orders"] else { panic!() };
-            go.send(()).unwrap();
-            late.join().unwrap();
-            let oldest: chrono::DateTime<chrono::Utc> = schema
-                .with(|client| client.query_one("SELECT min(made_at) FROM orders", &[]).unwrap().get(0));
-            assert!(
-                *hi <= crate::watermark::Position::of(crate::watermark::CursorValue::Instant(oldest)),
-                "the bound {hi} is behind a row that was not yet visible, of {oldest}"
-            );
-        }
-        let bounds = source.bounds(&streams, &Marks::new(), time()).await.unwrap();
-        let snapshot = source.snapshot(&streams, &bounds).await.unwrap();
-        let schema = source.describe(&stream).await.unwrap();
-        let scan = Scan::new(stream.clone(), schema, bounds.windows["orders"].clone());
-        let rows: Vec<RecordBatch> =
-            source.scan(&snapshot, &scan, Arc::default()).unwrap().try_collect().await.unwrap();
-        assert_eq!(rows.iter().map(RecordBatch::num_rows).sum::<usize>(), 2, "{cursor}");
     }
 }
 

@@ -122,7 +122,9 @@ impl SqliteConnection {
                 .note(error.to_string())
         };
         match error.sqlite_error_code() {
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => this(ErrorKind::Temporary)
+            Some(
+                ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed,
+            ) => this(ErrorKind::Temporary)
                 .hint("Another process holds the database. Run again later, or raise `busy_timeout_ms`."),
             Some(ErrorCode::DiskFull) => {
                 this(ErrorKind::Failed).hint("Make room on that disk and run again: nothing was published.")

@@ -25,7 +25,10 @@ use super::{SqliteConnection, types::declared_type};
 use crate::{
     connector::{
         Bounds, CatalogTable, Exactness, Marks, RunTime, Snapshot, Source,
-        columns::{ColumnBuilder, Misfit, TextRules, arrow_type, effective, last_closed_day},
+        columns::{
+            ColumnBuilder, Misfit, TextRules, arrow_type, effective, last_closed_day, last_closed_instant,
+            zone,
+        },
         scan::{POSITION_COLUMN, Scan, held},
         spec::{OnNull, Read, StreamSpec},
         tap::Tap,
@@ -99,11 +102,14 @@ impl Source for Arc<SqliteConnection> {
         let pinned: Arc<Pinned> = held(snapshot)?;
         let (this, scan) = (Self::clone(self), scan.clone());
         Ok(runtime::blocking_stream(Arc::clone(&scan.schema), move |out| {
-            let database = pinned.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&scan.stream.name);
+            let views = || pinned.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let database = views().remove(&scan.stream.name);
             let database = database.ok_or_else(|| {
-                Error::bug(format!("source `{}` was read twice from one view", scan.stream.name))
+                Error::bug(format!("source `{}` was read twice at once from one view", scan.stream.name))
             })?;
-            read(&this, &database, &scan, &tap, out)
+            let done = read(&this, &database, &scan, &tap, out);
+            views().insert(scan.stream.name.clone(), database);
+            done
         }))
     }
 }
@@ -259,12 +265,12 @@ fn bounds(this: &SqliteConnection, streams: &[StreamSpec], since: &Marks, time: 
         };
         let columns = columns(this, &database, stream)?;
         let first = cursor.columns.first().map(String::as_str).unwrap_or_default();
-        let column = columns
-            .iter()
-            .find(|(name, _)| name == first)
-            .map(|(_, column)| effective(column.clone(), stream));
-        let latest = (time.now - chrono::TimeDelta::milliseconds(MARGIN_MS)).min(time.as_of);
-        let (hi, exactness) = match column {
+        let column = columns.iter().find(|(name, _)| name == first).map(|(_, column)| column);
+        let mut latest = (time.now - chrono::TimeDelta::milliseconds(MARGIN_MS)).min(time.as_of);
+        if let (Some(ColumnType::Timestamp(_)), Some(zone)) = (column, &stream.timezone) {
+            latest = last_closed_instant(latest, self::zone(zone)?, cursor.overlap);
+        }
+        let (hi, exactness) = match column.map(|column| effective(column.clone(), stream)) {
             Some(ColumnType::TimestampTz(_)) => {
                 (Some(Position::of(CursorValue::instant(latest))), Exactness::Margin)
             }

@@ -31,8 +31,8 @@ use crate::{
         quarantined_schema,
         spec::{GONE, Guarantee, Mode, OutputSpec},
     },
-    error::{Error, ErrorKind, Result},
-    load::{as_announced, refuse_keys},
+    error::{Error, Result},
+    load::{as_announced, overtaken, refuse_keys},
     names::{JobId, quoted, quoted_list},
     record::{LoadRecord, columns_of, schema_of},
     runtime,
@@ -521,8 +521,7 @@ fn publish(
         let last = last_record(this, database, job)?;
         let next = last.as_ref().map_or(1, |last| last.seq + 1);
         if next != seq || last.as_ref().is_some_and(|last| last.incarnation != record.incarnation) {
-            return Err(Error::new(ErrorKind::Temporary, format!("another run of `{job}` committed first"))
-                .hint("Nothing of this run was published. Run again: it starts where the other ended."));
+            return Err(overtaken(job));
         }
         for stage in stages {
             apply(this, database, job, stage)?;
@@ -567,7 +566,7 @@ fn publish(
         return CommitOutcome::Rejected(error);
     }
     match database.execute_batch("COMMIT") {
-        Ok(()) => CommitOutcome::Committed,
+        Ok(()) => CommitOutcome::Committed(None),
         Err(error) => {
             let error = this.error("commit to", &error);
             if database.is_autocommit() {

@@ -1,0 +1,91 @@
+//! What attempts that died left behind: files that no release lists.
+//!
+//! A file is garbage if no record of any job here lists it and it is older than any run can be. Whether a job still runs is not
+//! asked: its files are young. Old releases stay: their records list what they are made of. Incomplete uploads of parts are not
+//! seen by a listing; a bucket has a rule of its own for them.
+
+use std::{collections::HashSet, sync::Arc};
+
+use chrono::{DateTime, Utc};
+use futures::TryStreamExt;
+
+use super::{FilesConnection, manifest::job_path, place::Place, target::QUARANTINE};
+use crate::{connector::Orphan, error::Result, names::JobId, runtime};
+
+impl FilesConnection {
+    /// Files of a job's outputs that no release lists and that were written before `before`.
+    pub(super) async fn garbage(
+        self: &Arc<Self>,
+        job: &JobId,
+        outputs: &[String],
+        before: DateTime<Utc>,
+    ) -> Result<Vec<Orphan>> {
+        if self.place.folder().is_some_and(|root| !root.is_dir()) {
+            return Ok(Vec::new());
+        }
+        let mut folders: Vec<String> = outputs.iter().map(|output| format!("{output}/data")).collect();
+        folders.push(format!("{}/{QUARANTINE}", job_path(job)));
+        if !self.place.is_bucket() {
+            // A record that was being written has a name of its own until it is whole.
+            folders.push(format!("{}/commits", job_path(job)));
+        }
+        let store = self.store()?;
+        let mut found = Vec::new();
+        for folder in folders {
+            let path = self.path(&folder)?;
+            let mut listed = store.list(Some(&path));
+            while let Some(object) =
+                listed.try_next().await.map_err(|error| self.error("list", &folder, error))?
+            {
+                let path = object.location.to_string();
+                let is_record =
+                    path.ends_with(".json") && object.location.parts().any(|part| part.as_ref() == "commits");
+                if object.last_modified < before && !is_record {
+                    found.push(Orphan { path, bytes: object.size, written_at: object.last_modified });
+                }
+            }
+        }
+        // The records are read after the files were listed: a release that landed meanwhile lists its own.
+        let this = Arc::clone(self);
+        let live = runtime::blocking(move || this.listed_by_records()).await?;
+        found.retain(|orphan| !live.contains(&orphan.path));
+        found.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(found)
+    }
+
+    /// Every file that a record of any job here lists.
+    fn listed_by_records(&self) -> Result<HashSet<String>> {
+        let mut live = HashSet::new();
+        for job in self.jobs()? {
+            let newest = self.newest(&job)?.map_or(0, |record| record.seq);
+            for seq in 1..=newest {
+                let Some(record) = self.committed(&job, seq)? else { continue };
+                for (output, written) in &record.outputs {
+                    live.extend(written.files.iter().map(|file| format!("{output}/{}", file.path)));
+                }
+                live.extend(record.quarantine_files);
+            }
+        }
+        Ok(live)
+    }
+
+    /// Removes files, and says so of those that could not be.
+    pub(super) async fn discard(&self, orphans: &[Orphan]) -> Result<()> {
+        let store = self.store()?;
+        for orphan in orphans {
+            match object_store::ObjectStoreExt::delete(&store, &self.path(&orphan.path)?).await {
+                Err(object_store::Error::NotFound { .. }) | Ok(()) => {}
+                Err(error) => return Err(self.error("remove", &orphan.path, error)),
+            }
+        }
+        if let Place::Folder(root) = &self.place {
+            for folder in
+                orphans.iter().filter_map(|orphan| root.join(&orphan.path).parent().map(ToOwned::to_owned))
+            {
+                // A folder of `partition_by` that holds nothing any more; one that holds something stays.
+                drop(std::fs::remove_dir(folder));
+            }
+        }
+        Ok(())
+    }
+}

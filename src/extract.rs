@@ -1,0 +1,334 @@
+//! What a run reads: the windows of its sources, one snapshot a connection, and the models over them in one session.
+//!
+//! Windows are fixed before any snapshot opens. A relation that is read more than once, or that row checks look at, is written down once,
+//! and its rows are sorted out on the way.
+
+use std::{collections::HashMap, sync::Arc};
+
+use datafusion::{datasource::ViewTable, logical_expr::LogicalPlanBuilder, prelude::SessionContext};
+use futures::StreamExt;
+use indexmap::IndexMap;
+use tracing::{info, warn};
+
+use crate::{
+    check::{Check, Sorter, quarantine_batch, quarantine_schema, row_query},
+    connector::{
+        Bounds, Marks, RunTime,
+        scan::{OpenSource, OpenSources},
+        spec::{Mode, StreamSpec},
+        tap::Tap,
+    },
+    error::{Error, Result},
+    names::quoted,
+    plan::{Plan, Request, scan_table, typed},
+    record::{LoadRecord, Settled, run::RunRecord},
+    replay::Waiting,
+    run::{Conductor, Connections, Counter},
+    session,
+    spool::{Scratch, Spool, SpoolWriter},
+    watermark::{FileVersion, Mark, Position, Window},
+};
+
+/// What to read, and how.
+#[derive(Debug)]
+pub struct Extract<'a> {
+    /// The job.
+    pub plan: &'a Plan,
+    /// Its last record.
+    pub base: Option<&'a LoadRecord>,
+    /// Memory and disk.
+    pub scratch: &'a Scratch,
+    /// The call that it belongs to.
+    pub conductor: &'a Conductor,
+    /// What was asked for.
+    pub request: &'a Request,
+    /// How models are joined.
+    pub joins: Joins,
+    /// Which rows of windowed sources.
+    pub reading: Reading,
+}
+
+/// How models are joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Joins {
+    /// In memory: the fastest, and it cannot spill.
+    Hashed,
+    /// Sorted first, which spills.
+    Sorted,
+}
+
+/// Which rows of sources that are read by windows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// What is new: behind the marks.
+    New,
+    /// What releases have read: up to the marks.
+    Loaded,
+    /// What waits for the next run: behind the marks, and nothing a second time.
+    Waiting,
+}
+
+/// Turns windows that follow `marks` into those that end there.
+fn loaded(marks: &Marks, bounds: &mut Bounds) {
+    for (name, window) in &mut bounds.windows {
+        *window = match (&*window, marks.get(name)) {
+            (_, Some(Mark::Cursor(hi))) => Window::Cursor { lo: None, from: None, hi: hi.clone() },
+            (Window::Files { new, at, .. }, Some(Mark::Files(read))) => {
+                // One that was delivered anew waits for the next run.
+                let still = |file: &&FileVersion| !new.iter().any(|newer| newer.path == file.path);
+                Window::Files { new: read.iter().filter(still).cloned().collect(), seen: Vec::new(), at: *at }
+            }
+            _ => continue,
+        };
+    }
+}
+
+/// Leaves the overlap out of windows.
+fn waiting(bounds: &mut Bounds) {
+    for window in bounds.windows.values_mut() {
+        if let Window::Cursor { lo, from, .. } = window {
+            from.clone_from(lo);
+        }
+    }
+}
+
+/// What was opened: the sources and models of a job in one session.
+#[expect(missing_debug_implementations, reason = "a session has none")]
+pub struct Relations {
+    /// The session, which knows them by their names.
+    pub context: SessionContext,
+    /// What counts the rows of each source.
+    pub taps: IndexMap<String, Arc<Tap>>,
+    /// The window of each source.
+    pub windows: IndexMap<String, Window>,
+    /// Rows of the quarantine that go through the job, if any do.
+    pub waiting: Option<Waiting>,
+    /// What row checks set aside.
+    pub aside: SpoolWriter,
+    /// How many rows that was, by relation.
+    pub row_rejects: HashMap<String, u64>,
+}
+
+impl Extract<'_> {
+    /// Opens everything; `None` where rows of the quarantine were asked for and none wait. What is worth a word is said in `record`.
+    ///
+    /// # Errors
+    ///
+    /// If a source cannot be read, or holds what is refused.
+    pub async fn relations(
+        &self,
+        connections: &Connections,
+        marks: &Marks,
+        record: &mut RunRecord,
+    ) -> Result<Option<Relations>> {
+        let plan = self.plan;
+        let (open, windows) = self.open(connections, marks, record).await?;
+        let taps: IndexMap<String, Arc<Tap>> =
+            open.0.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.tap))).collect();
+        let hashed = self.joins == Joins::Hashed;
+        let context = session::for_joins(self.scratch, plan.as_of, Arc::new(open), hashed);
+        let mut aside = SpoolWriter::new("set aside", quarantine_schema(), self.scratch);
+        let waiting = self.waiting(connections, &taps, record).await?;
+        if waiting.as_ref().is_some_and(Waiting::is_empty) {
+            record.warnings.push("no rows wait in the quarantine".to_owned());
+            return Ok(None);
+        }
+        if let Some(waiting) = &waiting {
+            waiting.refuse_looking(plan)?;
+        }
+        let waits = |name: &str| waiting.as_ref().and_then(|waiting| waiting.at(name));
+        let mut row_rejects: HashMap<String, u64> = HashMap::new();
+        for (name, stream) in &plan.streams {
+            match waits(name) {
+                Some(rows) => context.register_table(name, rows.table()?)?,
+                None => {
+                    let window = windows.get(name).cloned().unwrap_or(Window::Whole);
+                    context.register_table(name, scan_table(stream, window))?
+                }
+            };
+            if stream.spool {
+                let count = self.write_down(&context, name, &mut aside, record).await;
+                let count = count.map_err(|error| error.note(format!("while source `{name}` was read")))?;
+                row_rejects.insert(name.clone(), count);
+            }
+        }
+        for (name, model) in &plan.models {
+            let view = typed(&context, &model.select).await?;
+            if let Some(waiting) = &waiting {
+                waiting.refuse_meeting(plan, name, &view)?;
+            }
+            let view = match waits(name) {
+                Some(rows) => {
+                    let rows = context.read_table(rows.table()?)?.into_unoptimized_plan();
+                    LogicalPlanBuilder::from(view).union(rows)?.build()?
+                }
+                None => view,
+            };
+            context.register_table(name, Arc::new(ViewTable::new(view, None)))?;
+            if model.spool {
+                let count = self.write_down(&context, name, &mut aside, record).await;
+                let count = count.map_err(|error| error.note(format!("while model `{name}` was made")))?;
+                row_rejects.insert(name.clone(), count);
+            }
+        }
+        Ok(Some(Relations { context, taps, windows, waiting, aside, row_rejects }))
+    }
+
+    /// Which rows that were set aside wait no longer.
+    fn settled(&self) -> Settled {
+        self.base.map(|base| base.settled.clone()).unwrap_or_default()
+    }
+
+    /// The rows of the quarantine that go through the job now, if it is asked to replay any.
+    async fn waiting(
+        &self,
+        connections: &Connections,
+        taps: &IndexMap<String, Arc<Tap>>,
+        record: &mut RunRecord,
+    ) -> Result<Option<Waiting>> {
+        let Some(replay) = &self.request.replay else { return Ok(None) };
+        let target = connections.get(&self.plan.target).and_then(|connection| connection.target());
+        let target = target.ok_or_else(|| Error::bug("the target is not open"))?;
+        let rows = target.quarantined(&self.plan.id).await?;
+        let waiting = Waiting::of(rows, self.plan, replay, &self.settled(), taps, self.scratch).await?;
+        record.warnings.extend(waiting.warnings.iter().cloned());
+        Ok(Some(waiting))
+    }
+
+    /// Fixes the windows, then opens one snapshot a connection.
+    async fn open(
+        &self,
+        connections: &Connections,
+        marks: &Marks,
+        record: &mut RunRecord,
+    ) -> Result<(OpenSources, IndexMap<String, Window>)> {
+        let time = RunTime { now: self.conductor.clock.now(), as_of: self.plan.as_of };
+        let mut by_connection: IndexMap<&str, Vec<StreamSpec>> = IndexMap::new();
+        for stream in self.plan.streams.values() {
+            by_connection.entry(&stream.connection).or_default().push(stream.spec.clone());
+        }
+        let (mut open, mut windows) = (OpenSources::default(), IndexMap::new());
+        let mut bounds: Vec<(&str, Vec<StreamSpec>, Bounds)> = Vec::new();
+        for (name, streams) in by_connection {
+            let source = connections
+                .get(name)
+                .and_then(|connection| connection.source())
+                .ok_or_else(|| Error::bug("a source is not open"))?;
+            let mut fixed = source.bounds(&streams, marks, time).await?;
+            match self.reading {
+                Reading::New if self.request.leaves_marks() => self.read_again(&streams, &mut fixed)?,
+                Reading::New => {}
+                Reading::Loaded => loaded(marks, &mut fixed),
+                Reading::Waiting => waiting(&mut fixed),
+            }
+            for warning in &fixed.warnings {
+                warn!("{warning}");
+            }
+            for (source, window) in &fixed.windows {
+                info!(source, %window, "the window is fixed");
+            }
+            record.warnings.extend(fixed.warnings.iter().cloned());
+            windows.extend(fixed.windows.clone());
+            bounds.push((name, streams, fixed));
+        }
+        self.refuse_changed_files_on_append(&windows)?;
+        for (name, streams, fixed) in bounds {
+            let Some(connection) = connections.get(name) else { continue };
+            let source = connection.source().ok_or_else(|| Error::bug("a source is not open"))?;
+            let snapshot = source.snapshot(&streams, &fixed).await?;
+            for stream in streams {
+                let totals = self.plan.streams.get(&stream.name).and_then(|stream| stream.totals.clone());
+                let tap = Arc::new(Tap::with_totals(totals));
+                self.conductor.progress.watch(
+                    &self.plan.id.job,
+                    &stream.name,
+                    Counter::Read(Arc::clone(&tap)),
+                );
+                open.0.insert(
+                    stream.name.clone(),
+                    OpenSource { connection: Arc::clone(connection), snapshot: snapshot.clone(), tap },
+                );
+            }
+        }
+        Ok((open, windows))
+    }
+
+    /// Puts the range of a backfill, or nothing, in the place of what is new. Sources without a cursor are read as ever; of files,
+    /// none.
+    fn read_again(&self, streams: &[StreamSpec], fixed: &mut Bounds) -> Result<()> {
+        for stream in streams.iter().filter_map(|spec| self.plan.streams.get(&spec.name)) {
+            let name = &stream.spec.name;
+            let range = match &self.request.backfill {
+                Some(backfill) => stream.again(backfill)?,
+                None => None,
+            };
+            let window = match (range, fixed.windows.get(name)) {
+                (Some(window), _) => window,
+                // Nothing of it: the next run reads what is new.
+                (None, Some(Window::Cursor { lo, .. })) => {
+                    let at = lo.clone().unwrap_or(Position(Vec::new()));
+                    Window::Cursor { lo: Some(at.clone()), from: Some(at.clone()), hi: at }
+                }
+                (None, Some(Window::Files { seen, at, .. })) => {
+                    Window::Files { new: Vec::new(), seen: seen.clone(), at: *at }
+                }
+                (None, _) => Window::Whole,
+            };
+            fixed.windows.insert(name.clone(), window);
+        }
+        Ok(())
+    }
+
+    /// A file that was read and has changed would be appended a second time.
+    fn refuse_changed_files_on_append(&self, windows: &IndexMap<String, Window>) -> Result<()> {
+        let Some(output) =
+            self.plan.outputs.iter().find(|output| output.spec.mode == Mode::Append && !output.spec.rebuild)
+        else {
+            return Ok(());
+        };
+        for (name, window) in windows {
+            let Window::Files { new, seen, .. } = window else { continue };
+            if let Some(file) = new.iter().find(|file| seen.iter().any(|known| known.path == file.path)) {
+                return Err(Error::data(format!("source `{name}`: `{}` was read before and has changed", file.path))
+                    .note(format!("output `{}` appends, and would hold the rows of both versions", output.spec.name))
+                    .hint("Deliver corrections under a new name, use `mode: merge` with a `key`, or load anew with `--full-refresh`."));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a relation down, sorts its rows out, and puts the spool in its place. How many rows were set aside.
+    async fn write_down(
+        &self,
+        context: &SessionContext,
+        name: &str,
+        aside: &mut SpoolWriter,
+        record: &mut RunRecord,
+    ) -> Result<u64> {
+        let checks: Vec<&Check> = self.plan.checks.iter().filter(|check| check.on == name).collect();
+        let schema = self.relation_schema(name)?;
+        let sql = row_query(name, &checks, &schema)?.unwrap_or(format!("SELECT * FROM {}", quoted(name)?));
+        let mut rows = context.sql(&sql).await?.execute_stream().await?;
+        let mut sorter = Sorter::new(checks);
+        let mut spool = SpoolWriter::new(name, Arc::clone(&schema), self.scratch);
+        let mut count = 0;
+        while let Some(batch) = rows.next().await {
+            let (kept, set_aside) = sorter.sort(&batch?)?;
+            count += set_aside.len() as u64;
+            aside.push(&quarantine_batch(set_aside)?)?;
+            spool.push(&session::conformed(&kept, &schema)?)?;
+        }
+        record.checks.extend(sorter.reports());
+        let spool: Spool = spool.finish()?;
+        info!(relation = name, rows = spool.rows(), set_aside = count, "written down");
+        context.deregister_table(name)?;
+        context.register_table(name, spool.table()?)?;
+        Ok(count)
+    }
+
+    fn relation_schema(&self, name: &str) -> Result<arrow::datatypes::SchemaRef> {
+        let stream = self.plan.streams.get(name).map(|stream| &stream.schema);
+        let schema = stream.or_else(|| self.plan.models.get(name).map(|model| &model.schema));
+        schema.cloned().ok_or_else(|| Error::bug(format!("no relation `{name}`")))
+    }
+}
