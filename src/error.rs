@@ -345,8 +345,10 @@ impl From<DataFusionError> for Error {
             }
             DataFusionError::Execution(what) => return Self::data(without_values(strip_prefixes(what))),
             DataFusionError::ResourcesExhausted(what) => {
+                // Who asked, and what there was, stands behind a list of all who hold some.
+                let asked = what.lines().rev().find(|line| line.contains(" asked for ")).unwrap_or(what);
                 return Self::new(ErrorKind::Memory, "the memory limit is too small for this query")
-                    .note(first_line(what))
+                    .note(first_line(asked.trim_start_matches("Error: ")))
                     .hint(
                         "Raise `limits: { memory: … }` in floodmark.yaml, or join and sort fewer columns.",
                     );

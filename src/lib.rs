@@ -7,6 +7,7 @@
 //! Start at [`run`]: it walks these milestones. [`connector`] says what a source and a target promise, [`functions`] what SQL
 //! means here, [`watermark`] how windows follow each other. The binary is [`cli`] and nothing else.
 
+pub mod budget;
 pub mod check;
 pub mod cli;
 pub mod connector;

@@ -10,13 +10,16 @@ use chrono::{DateTime, Utc};
 use datafusion::{
     execution::{
         disk_manager::{DiskManagerBuilder, DiskManagerMode},
-        memory_pool::{GreedyMemoryPool, TrackConsumersPool},
+        memory_pool::TrackConsumersPool,
         runtime_env::{RuntimeEnv, RuntimeEnvBuilder},
     },
     physical_plan::{SendableRecordBatchStream, stream::RecordBatchReceiverStreamBuilder},
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    budget::Budget,
+    error::{Error, Result},
+};
 
 /// Rows in a batch, everywhere.
 pub const BATCH_ROWS: usize = 8192;
@@ -71,7 +74,7 @@ impl Limits {
     /// If the spill folder cannot be used.
     pub fn environment(&self) -> Result<Arc<RuntimeEnv>> {
         let ten = std::num::NonZeroUsize::new(5).unwrap_or(std::num::NonZeroUsize::MIN);
-        let pool = TrackConsumersPool::new(GreedyMemoryPool::new(self.memory_bytes), ten);
+        let pool = TrackConsumersPool::new(Budget::within(self.memory_bytes), ten);
         let disk =
             DiskManagerBuilder::default().with_mode(DiskManagerMode::Directories(vec![self.spill.clone()]));
         std::fs::create_dir_all(&self.spill)

@@ -41,7 +41,7 @@ pub fn for_joins(
     sources: Arc<OpenSources>,
     hash_joins: bool,
 ) -> SessionContext {
-    let mut config = partitioned(hash_joins);
+    let mut config = partitioned(scratch, hash_joins);
     config.set_extension(sources);
     let state = SessionStateBuilder::new()
         .with_config(config)
@@ -83,16 +83,23 @@ pub async fn plan_of(
 /// A session for connectors' own work, with SQL of ours. Without hash joins tables are sorted and merged, which can spill;
 /// DataFusion plans that over two partitions or more, so that rows have no order then.
 pub fn internal(scratch: &Scratch, hash_joins: bool) -> SessionContext {
-    SessionContext::new_with_config_rt(partitioned(hash_joins), Arc::clone(&scratch.environment))
+    SessionContext::new_with_config_rt(partitioned(scratch, hash_joins), Arc::clone(&scratch.environment))
 }
 
-fn partitioned(hash_joins: bool) -> SessionConfig {
-    config(hash_joins).with_target_partitions(if hash_joins { 1 } else { 2 })
+fn partitioned(scratch: &Scratch, hash_joins: bool) -> SessionConfig {
+    config(scratch, hash_joins).with_target_partitions(if hash_joins { 1 } else { 2 })
 }
 
-fn config(hash_joins: bool) -> SessionConfig {
+/// Rows of a batch. How wide they are is not known: with little memory they are few, so that a few batches of wide ones fit; and fewer
+/// where they are sorted because there are many, since sorted files are merged with a batch of each in memory.
+fn batch_rows(scratch: &Scratch, hash_joins: bool) -> usize {
+    let rows = (scratch.limits.memory_bytes >> 18).clamp(BATCH_ROWS / 8, BATCH_ROWS);
+    if hash_joins { rows } else { rows / 4 }
+}
+
+fn config(scratch: &Scratch, hash_joins: bool) -> SessionConfig {
     let mut config = SessionConfig::new()
-        .with_batch_size(BATCH_ROWS)
+        .with_batch_size(batch_rows(scratch, hash_joins))
         .with_target_partitions(1)
         .with_information_schema(false)
         .with_round_robin_repartition(false);

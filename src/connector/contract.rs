@@ -310,7 +310,7 @@ async fn stops_when_nobody_reads(world: &dyn World) {
 }
 
 /// How a model's rows look in a target: `id int, period string, amount decimal(18,2)`.
-type Line = (i64, String, i128);
+pub(crate) type Line = (i64, String, i128);
 
 /// How one try at a release ends.
 #[derive(Debug, Clone, Copy)]
@@ -433,7 +433,7 @@ async fn follow(open: &impl Fn() -> Arc<dyn Connection>, tries: &[Try]) {
     }
 }
 
-fn expected(mode: Mode, before: &[Line], rows: &[Line]) -> Vec<Line> {
+pub(crate) fn expected(mode: Mode, before: &[Line], rows: &[Line]) -> Vec<Line> {
     let kept = |line: &&Line| match mode {
         Mode::Append => true,
         Mode::Replace => false,
@@ -523,12 +523,12 @@ pub(crate) async fn publish(
 }
 
 /// One try, with what its record needs.
-struct Release {
-    load: Box<dyn Load>,
-    attempt: Attempt,
-    base: Option<LoadRecord>,
-    job: JobId,
-    _spill: tempfile::TempDir,
+pub(crate) struct Release {
+    pub(crate) load: Box<dyn Load>,
+    pub(crate) attempt: Attempt,
+    pub(crate) base: Option<LoadRecord>,
+    pub(crate) job: JobId,
+    pub(crate) _spill: tempfile::TempDir,
 }
 
 impl Release {
@@ -554,7 +554,7 @@ impl Release {
         Self { load, attempt, base, job, _spill: spill }
     }
 
-    fn record(&self, staged: &Staged, mode: Mode) -> LoadRecord {
+    pub(crate) fn record(&self, staged: &Staged, mode: Mode) -> LoadRecord {
         let output = OutputRecord {
             mode: mode.to_string(),
             rows: staged.rows,
@@ -590,7 +590,7 @@ impl Release {
     }
 }
 
-fn job() -> JobId {
+pub(crate) fn job() -> JobId {
     JobId { project: "contract".to_owned(), job: "load".to_owned() }
 }
 
@@ -611,7 +611,7 @@ fn staged_rows(mode: Mode, rows: &[Line]) -> SendableRecordBatchStream {
     Box::pin(RecordBatchStreamAdapter::new(schema, marked))
 }
 
-fn output(mode: Mode) -> OutputSpec {
+pub(crate) fn output(mode: Mode) -> OutputSpec {
     OutputSpec {
         name: "lines".to_owned(),
         mode: if mode == Mode::History { Mode::Merge } else { mode },
@@ -633,7 +633,7 @@ fn lines_schema() -> SchemaRef {
     Arc::new(Schema::new(fields.map(|(name, of)| Field::new(name, of, true)).to_vec()))
 }
 
-fn stream(lines: &[Line]) -> SendableRecordBatchStream {
+pub(crate) fn stream(lines: &[Line]) -> SendableRecordBatchStream {
     use arrow::array::{Decimal128Array, Int64Array, StringArray};
     let amounts = Decimal128Array::from_iter_values(lines.iter().map(|(_, _, amount)| *amount));
     let batch = RecordBatch::try_new(

@@ -8,6 +8,7 @@ mod crash;
 mod example;
 mod history;
 mod ledger;
+mod memory;
 mod mistakes;
 mod platform;
 mod postgres;

@@ -21,6 +21,8 @@ use crate::error::{Error, Result};
 pub mod bucket;
 mod csv;
 mod durable;
+#[cfg(test)]
+mod faults;
 mod garbage;
 mod input;
 mod json;

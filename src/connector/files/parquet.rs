@@ -39,7 +39,7 @@ use crate::{
     error::{Error, Result},
     functions::cast::{cast_exactly, cast_or_misfit},
     record::DataFile,
-    runtime::{self, BATCH_ROWS, BatchSender},
+    runtime::{self, BATCH_BYTES, BATCH_ROWS, BatchSender},
 };
 
 fn damaged(path: &str, error: impl std::fmt::Display) -> Error {
@@ -74,9 +74,10 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
     }
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
     let rows_in_all = builder.metadata().file_metadata().num_rows().unsigned_abs().max(1);
+    let batch_rows = batch_rows(&builder, &mask);
     let reader = builder
         .with_projection(mask)
-        .with_batch_size(BATCH_ROWS)
+        .with_batch_size(batch_rows)
         .build()
         .map_err(|error| damaged(path, error))?;
     let mut number = 0_u64;
@@ -95,6 +96,21 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
         }
     }
     Ok(true)
+}
+
+/// How many rows come to a batch that is not too large, by what the file says of the columns that are read.
+fn batch_rows(builder: &ParquetRecordBatchReaderBuilder<File>, mask: &ProjectionMask) -> usize {
+    let widest = builder.metadata().row_groups().iter().filter(|group| group.num_rows() > 0).map(|group| {
+        let columns = group.columns().iter().enumerate().filter(|(leaf, _)| mask.leaf_included(*leaf));
+        let bytes = columns.map(|(_, column)| {
+            // Of a dictionary only the words are in the file.
+            let texts = column.unencoded_byte_array_data_bytes().unwrap_or_default();
+            column.uncompressed_size().max(texts)
+        });
+        bytes.sum::<i64>() / group.num_rows()
+    });
+    let bytes = usize::try_from(widest.max().unwrap_or_default()).unwrap_or_default();
+    (BATCH_BYTES / bytes.max(1)).clamp(1, BATCH_ROWS)
 }
 
 /// A batch as the scan wants it, or the column that does not fit and why; `number` rows of the file came before.

@@ -1,0 +1,174 @@
+//! The memory of a run: one budget for joins, sorts, aggregates and spools, and a share that is left to those who read and write.
+//!
+//! DataFusion counts what its operators say they hold, and they do not say all. What is known of that is counted here: a hash join
+//! holds its smaller side twice while it is put together. Readers, writers and batches on their way are not counted by anybody; a part of
+//! the limit is theirs, so that the process stays within it.
+
+use std::{
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use datafusion::{
+    common::resources_datafusion_err,
+    error::Result,
+    execution::memory_pool::{
+        MemoryConsumer, MemoryLimit, MemoryPool, MemoryReservation, human_readable_size,
+    },
+};
+
+/// The part of a limit that readers, writers and batches on their way have for themselves: a quarter, and no more than this.
+const OTHERS_BYTES: usize = 256 << 20;
+
+/// Gives memory while there is some. Those who can do with less have equal shares of what the others leave: so the first of several
+/// sorts does not take all, and the last one has something to spill.
+#[derive(Debug)]
+pub struct Budget {
+    limit: usize,
+    given: Mutex<Given>,
+}
+
+#[derive(Debug, Default)]
+struct Given {
+    /// How many there are who can do with less.
+    sharing: usize,
+    /// What they hold.
+    to_sharing: usize,
+    /// What the others hold.
+    to_others: usize,
+}
+
+impl Given {
+    fn of(&mut self, consumer: &MemoryConsumer) -> &mut usize {
+        if shares(consumer) { &mut self.to_sharing } else { &mut self.to_others }
+    }
+}
+
+impl Budget {
+    /// For a process that may use `limit` bytes.
+    pub fn within(limit: usize) -> Self {
+        Self { limit: limit - (limit / 4).min(OTHERS_BYTES), given: Mutex::default() }
+    }
+
+    fn given(&self) -> MutexGuard<'_, Given> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a consumer goes on with less: it spills, or merges what was spilled, fewer files at a time.
+fn shares(consumer: &MemoryConsumer) -> bool {
+    consumer.can_spill() || consumer.name().starts_with("ExternalSorterMerge")
+}
+
+/// What `bytes` of a consumer come to.
+fn held(consumer: &MemoryConsumer, bytes: usize) -> usize {
+    if consumer.name().starts_with("HashJoinInput") { bytes.saturating_mul(2) } else { bytes }
+}
+
+impl fmt::Display for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "budget of {}", human_readable_size(self.limit))
+    }
+}
+
+impl MemoryPool for Budget {
+    fn name(&self) -> &'static str {
+        "budget"
+    }
+
+    fn register(&self, consumer: &MemoryConsumer) {
+        self.given().sharing += usize::from(shares(consumer));
+    }
+
+    fn unregister(&self, consumer: &MemoryConsumer) {
+        self.given().sharing -= usize::from(shares(consumer));
+    }
+
+    fn grow(&self, reservation: &MemoryReservation, additional: usize) {
+        let consumer = reservation.consumer();
+        *self.given().of(consumer) += held(consumer, additional);
+    }
+
+    fn shrink(&self, reservation: &MemoryReservation, shrink: usize) {
+        let consumer = reservation.consumer();
+        *self.given().of(consumer) -= held(consumer, shrink);
+    }
+
+    fn try_grow(&self, reservation: &MemoryReservation, additional: usize) -> Result<()> {
+        let consumer = reservation.consumer();
+        let more = held(consumer, additional);
+        let mut given = self.given();
+        let (has, may_have) = if shares(consumer) {
+            let share = self.limit.saturating_sub(given.to_others) / given.sharing.max(1);
+            (reservation.size(), share)
+        } else {
+            (given.to_sharing + given.to_others, self.limit)
+        };
+        if has.saturating_add(more) > may_have {
+            return Err(resources_datafusion_err!(
+                "`{}` asked for {} more, and {} of {} are in use",
+                consumer.name(),
+                human_readable_size(more),
+                human_readable_size(has),
+                human_readable_size(may_have)
+            ));
+        }
+        *given.of(consumer) += more;
+        Ok(())
+    }
+
+    fn reserved(&self) -> usize {
+        let given = self.given();
+        given.to_sharing + given.to_others
+    }
+
+    fn memory_limit(&self) -> MemoryLimit {
+        MemoryLimit::Finite(self.limit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn what_is_given_comes_back_and_no_more_is_given_than_there_is() {
+        let budget = Arc::new(Budget::within(1000));
+        let pool: Arc<dyn MemoryPool> = Arc::clone(&budget) as _;
+        let spool = MemoryConsumer::new("spool x").register(&pool);
+        let join = MemoryConsumer::new("HashJoinInput[1]").register(&pool);
+        spool.try_grow(250).unwrap();
+        join.try_grow(250).unwrap();
+        assert_eq!(budget.reserved(), 750, "the join's side is there twice");
+        let told = spool.try_grow(1).unwrap_err().to_string();
+        assert!(told.contains("`spool x` asked for 1"), "{told}");
+        drop(join);
+        spool.try_grow(500).unwrap();
+        // What must be given is given, and what is over shows.
+        spool.grow(10);
+        assert_eq!(budget.reserved(), 760);
+        drop(spool);
+        assert_eq!(budget.reserved(), 0);
+    }
+
+    #[test]
+    fn those_who_can_spill_share_alike() {
+        let budget = Arc::new(Budget::within(1000));
+        let pool: Arc<dyn MemoryPool> = Arc::clone(&budget) as _;
+        let spool = MemoryConsumer::new("spool x").register(&pool);
+        let sorts = [0, 1].map(|index| {
+            MemoryConsumer::new(format!("ExternalSorter[{index}]")).with_can_spill(true).register(&pool)
+        });
+        spool.try_grow(150).unwrap();
+        let [first, second] = &sorts;
+        first.try_grow(300).unwrap();
+        first.try_grow(1).unwrap_err();
+        second.try_grow(300).unwrap();
+        drop(sorts);
+        let alone = MemoryConsumer::new("ExternalSorter[2]").with_can_spill(true).register(&pool);
+        alone.try_grow(600).unwrap();
+        assert_eq!(budget.reserved(), 750);
+    }
+}

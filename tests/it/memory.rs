@@ -1,0 +1,121 @@
+//! P24: a join and a sort over more rows than there is memory for end right, or say what is too small; the process stays within its
+//! limit and what it is made of, and nothing is half published.
+//!
+//! Four GiB of rows go through 512 MiB. They are few and wide, so that the bytes count and not the rows.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Output, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use arrow::{
+    array::{Int64Array, RecordBatch, StringArray},
+    datatypes::{DataType, Field, Schema},
+};
+use parquet::{
+    arrow::ArrowWriter,
+    basic::{Compression, ZstdLevel},
+    file::properties::WriterProperties,
+};
+
+use crate::support::Folder;
+
+const MIB: u64 = 1 << 20;
+
+/// The text of each row, in bytes.
+const WIDTH: usize = 4096;
+
+/// Rows of each of two tables, 2 GiB of text each.
+const ROWS: i64 = (2 << 30) / 4096;
+
+/// A table of `rows` rows in an order of its own: an id, a key, and a wide text that follows from the key.
+fn table(path: &Path, rows: i64, step: i64) {
+    let fields = [("id", DataType::Int64), ("k", DataType::Int64), ("wide", DataType::Utf8)];
+    let schema = Arc::new(Schema::new(fields.map(|(name, of)| Field::new(name, of, false)).to_vec()));
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).unwrap()))
+        .set_dictionary_enabled(false)
+        .set_max_row_group_row_count(Some(4096))
+        .build();
+    let mut writer =
+        ArrowWriter::try_new(fs::File::create(path).unwrap(), Arc::clone(&schema), Some(properties)).unwrap();
+    for start in (0..rows).step_by(1024) {
+        let ids: Vec<i64> = (start..(start + 1024).min(rows)).collect();
+        // A step that shares no divisor with the number of rows meets each key once.
+        let keys: Vec<i64> = ids.iter().map(|id| id * step % rows).collect();
+        let texts = keys.iter().map(|key| format!("{key:016}").repeat(WIDTH / 16));
+        let columns: Vec<Arc<dyn arrow::array::Array>> = vec![
+            Arc::new(Int64Array::from(ids)),
+            Arc::new(Int64Array::from(keys.clone())),
+            Arc::new(texts.map(Some).collect::<StringArray>()),
+        ];
+        writer.write(&RecordBatch::try_new(Arc::clone(&schema), columns).unwrap()).unwrap();
+    }
+    writer.close().unwrap();
+}
+
+fn project(limit: &str, model: &str) -> Folder {
+    let source = |name: &str| format!("  {name}: {{ connection: data, file: {name}.parquet }}\n");
+    Folder::with(&[
+        ("floodmark.yaml", &format!("project: small\nlimits: {{ memory: {limit}, retries: 0 }}\n")),
+        (
+            "jobs/load.yaml",
+            &format!(
+                "job: load\nsources:\n{}{}models:\n  wide:\ntarget:\n  connection: lake\n  outputs:\n    wide: {{ from: wide, mode: replace }}\n",
+                source("a"),
+                source("b")
+            ),
+        ),
+        ("sql/mappings/load/clean.sql", ""),
+        ("sql/mappings/load/wide.sql", model),
+    ])
+}
+
+/// Runs; how it went, and the most memory that the process had.
+fn measured(folder: &Folder) -> (Output, u64) {
+    let mut command = folder.command(&["run", "--output", "json"]);
+    let mut run: Child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (about, mut peak) = (format!("/proc/{}/status", run.id()), 0);
+    while run.try_wait().unwrap().is_none() {
+        let status = fs::read_to_string(&about).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        peak = peak.max(kib.unwrap_or_default() * 1024);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    (run.wait_with_output().unwrap(), peak)
+}
+
+const JOIN: &str = "SELECT a.id, b.id AS other, a.wide = b.wide AS same FROM a JOIN b ON a.k = b.k\n";
+
+const SORT: &str = "SELECT id, row_number() OVER (ORDER BY wide, id) AS place FROM (SELECT * FROM a UNION ALL SELECT * FROM b)\n";
+
+#[test]
+fn a_join_and_a_sort_of_four_gib_stay_within_their_memory() {
+    let rows: i64 = std::env::var("ROWS").map_or(ROWS, |rows| rows.parse().unwrap());
+    let data = tempfile::tempdir().unwrap();
+    table(&data.path().join("a.parquet"), rows, 1);
+    table(&data.path().join("b.parquet"), rows, 7919);
+    for (what, model, expected) in [("join", JOIN, rows), ("sort", SORT, 2 * rows)] {
+        let folder = project("512MiB", model);
+        for name in ["a.parquet", "b.parquet"] {
+            fs::hard_link(data.path().join(name), folder.path().join("data").join(name)).unwrap();
+        }
+        let began = std::time::Instant::now();
+        let (output, peak) = measured(&folder);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        println!(
+            "{what}: {} MiB, {:?}: {} {told}",
+            peak / MIB,
+            began.elapsed(),
+            String::from_utf8_lossy(&output.stdout)
+        );
+        assert!(output.status.success(), "{what}: {told}");
+        let run: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(run["outputs"]["wide"]["rows_after"], expected, "{what}");
+        assert!(peak <= 640 * MIB, "{what}: {} MiB", peak / MIB);
+    }
+}
