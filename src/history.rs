@@ -4,6 +4,7 @@
 //! | found | then |
 //! | --- | --- |
 //! | another incarnation than this machine remembers | refused: another history |
+//! | an older release than this machine remembers | said: it was restored, and what came after is read again |
 //! | no record, and an output holds rows | refused: nobody knows what was loaded |
 //! | an output that the record does not know holds rows | refused: they are somebody else's |
 //! | an output holds fewer rows than the record says, and this run writes only what is new | refused: somebody removed them |
@@ -16,13 +17,12 @@
 
 use std::collections::BTreeSet;
 
-use uuid::Uuid;
-
 use crate::{
     connector::{Marks, Target},
     error::{Error, Result},
     plan::Plan,
     record::LoadRecord,
+    state::Seen,
 };
 
 /// How a job is loaded anew.
@@ -38,11 +38,24 @@ pub async fn of_target(
     plan: &Plan,
     target: &dyn Target,
     base: Option<&LoadRecord>,
-    remembered: Option<Uuid>,
+    seen: Option<Seen>,
     full_refresh: bool,
     warnings: &mut Vec<String>,
 ) -> Result<()> {
-    if let (Some(base), Some(remembered)) = (base, remembered)
+    match (base, seen) {
+        (Some(base), Some(seen)) if base.incarnation == seen.incarnation && base.seq < seen.seq => {
+            warnings.push(format!(
+                "the target is at release {}, and the last run here left release {}: it was set back, and what came after is read again",
+                base.seq, seen.seq
+            ));
+        }
+        (None, Some(seen)) => warnings.push(format!(
+            "the target remembers nothing of this job, and the last run here left release {}: it is filled anew",
+            seen.seq
+        )),
+        _ => {}
+    }
+    if let (Some(base), Some(Seen { incarnation: remembered, .. })) = (base, seen)
         && base.incarnation != remembered
     {
         return Err(Error::data(format!(

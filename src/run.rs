@@ -453,7 +453,7 @@ impl Conductor {
             }
         }
         let remembered = Store::open(&self.project.root)
-            .and_then(|store| store.incarnation(&plan.id, &plan.target))
+            .and_then(|store| store.last_seen(&plan.id, &plan.target))
             .ok()
             .flatten();
         let (anew, warnings) = (request.full_refresh, &mut record.warnings);

@@ -18,6 +18,15 @@ use crate::{
     record::{LoadRecord, run::RunRecord},
 };
 
+/// What was last seen of a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Its incarnation.
+    pub incarnation: Uuid,
+    /// Its newest release.
+    pub seq: u64,
+}
+
 /// The local store of a project.
 #[derive(Debug)]
 pub struct Store {
@@ -107,22 +116,23 @@ impl Store {
         Ok(documents.iter().filter_map(|document| serde_json::from_str(document).ok()).collect())
     }
 
-    /// The incarnation that the job's target had last time.
+    /// What was last seen of the job's target: its incarnation, and its newest release.
     ///
     /// # Errors
     ///
     /// If the store cannot be read.
-    pub fn incarnation(&self, job: &JobId, target: &str) -> Result<Option<Uuid>> {
+    pub fn last_seen(&self, job: &JobId, target: &str) -> Result<Option<Seen>> {
         let known: Option<String> = self
             .database
             .query_row(
-                "SELECT incarnation FROM targets WHERE job = ?1 AND target = ?2",
+                "SELECT record FROM targets WHERE job = ?1 AND target = ?2",
                 [&job.to_string(), target],
                 |row| row.get(0),
             )
             .optional()
             .map_err(|error| failed(&error))?;
-        Ok(known.and_then(|known| known.parse().ok()))
+        let record = known.and_then(|known| LoadRecord::from_json(&known).ok());
+        Ok(record.map(|record| Seen { incarnation: record.incarnation, seq: record.seq }))
     }
 
     /// Remembers what the target said.

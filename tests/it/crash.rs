@@ -180,3 +180,27 @@ fn what_this_machine_remembers_decides_nothing() {
     forgetful("files");
     forgetful("sqlite");
 }
+
+/// W21: a target that was restored from a backup is filled again from where its own record stands.
+#[test]
+fn a_target_that_was_set_back_is_filled_again() {
+    for target in ["files", "sqlite", "postgres", "s3"] {
+        for (mode, reading) in MODES {
+            let mut ledger = Ledger::new(target, mode, reading);
+            ledger.arrive(mode == "append");
+            ledger.run();
+            let backup = ledger.backup();
+            for _ in 0..2 {
+                ledger.arrive(mode == "append");
+                ledger.run();
+            }
+            assert_eq!(ledger.seen().1, 3);
+            ledger.restore(&backup);
+            assert_eq!(ledger.seen().1, 1, "{target}, {mode}");
+            let expected = ledger.arrive(mode == "append");
+            let run = ledger.run();
+            assert_eq!(ledger.seen(), (expected, 2), "{target}, {mode}");
+            assert!(run["warnings"].to_string().contains("it was set back"), "{target}, {mode}: {run}");
+        }
+    }
+}

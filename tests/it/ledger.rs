@@ -16,7 +16,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::Value;
 
 use crate::{
-    services::{S3, Schema, faults, postgres, s3},
+    services::{Postgres, S3, Schema, faults, postgres, s3},
     support::Folder,
 };
 
@@ -36,6 +36,13 @@ pub(crate) const MODES: [(&str, &str); 4] = [
 /// Rows as a target holds them: id and amount.
 pub(crate) type Rows = BTreeMap<i64, Vec<i64>>;
 
+/// What a target held.
+pub(crate) enum Backup {
+    Objects(Vec<(Path, bytes::Bytes)>),
+    Tables([&'static str; 3]),
+    File(Vec<u8>),
+}
+
 /// One job, its source and its target.
 pub(crate) struct Ledger {
     pub(crate) folder: Folder,
@@ -54,10 +61,9 @@ fn to_s3(prefix: &str, endpoint: &str) -> String {
 }
 
 /// A connection to a PostgreSQL schema.
-fn to_postgres(schema: &Schema, host: &str, port: u16, more: &str) -> String {
+fn to_postgres(schema: &str, host: &str, port: u16, more: &str) -> String {
     format!(
-        "{{ kind: postgres, host: {host}, port: {port}, database: postgres, user: admin, password: \"${{env:ERP_PASSWORD}}\", schema: {}, {more} }}",
-        schema.name
+        "{{ kind: postgres, host: {host}, port: {port}, database: postgres, user: admin, password: \"${{env:ERP_PASSWORD}}\", schema: {schema}, {more} }}"
     )
 }
 
@@ -79,7 +85,7 @@ impl Ledger {
             "files" => "{ kind: files, root: out }".to_owned(),
             "sqlite" => format!("{{ kind: sqlite, path: out.db, {more} }}"),
             "s3" => to_s3(&prefix, &s3().endpoint),
-            _ => to_postgres(schema.as_ref().unwrap(), "localhost", postgres().port, more),
+            _ => to_postgres(&schema.as_ref().unwrap().name, "localhost", postgres().port, more),
         };
         let store: Option<Arc<dyn ObjectStore>> = (target == "s3").then(|| s3().store(&prefix));
         let this = Self::made(&connection, schema, store, mode, reading, limits);
@@ -95,7 +101,14 @@ impl Ledger {
     /// One whose target is reached through `port`, where somebody stands between.
     pub(crate) fn through(port: u16, mode: &str, reading: &str, limits: &str) -> Self {
         let schema = Schema::new();
-        let connection = to_postgres(&schema, "127.0.0.1", port, "sslmode: disable");
+        let connection = to_postgres(&schema.name, "127.0.0.1", port, "sslmode: disable");
+        Self::made(&connection, Some(schema), None, mode, reading, limits)
+    }
+
+    /// One whose target is a server of its own.
+    pub(crate) fn at(server: &'static Postgres, mode: &str, reading: &str, limits: &str) -> Self {
+        let schema = Schema::at(server);
+        let connection = to_postgres(&schema.name, "127.0.0.1", server.port, "sslmode: disable");
         Self::made(&connection, Some(schema), None, mode, reading, limits)
     }
 
@@ -147,7 +160,8 @@ impl Ledger {
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.folder.command(arguments);
-        command.env("ERP_PASSWORD", password()).env("STORE_SECRET", secret());
+        let server = self.schema.as_ref().map_or_else(postgres, |schema| schema.server);
+        command.env("ERP_PASSWORD", &server.password).env("STORE_SECRET", secret());
         command
     }
 
@@ -190,13 +204,63 @@ impl Ledger {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
+    /// All that the target holds, by an administrator who knows nothing of floodmark.
+    pub(crate) fn backup(&self) -> Backup {
+        if let Some(store) = &self.store {
+            let all = self.wait(async {
+                let listed: Vec<_> = store.list(None).try_collect().await.unwrap();
+                let mut all = Vec::new();
+                for object in listed {
+                    let bytes = store.get(&object.location).await.unwrap().bytes().await.unwrap();
+                    all.push((object.location, bytes));
+                }
+                all
+            });
+            return Backup::Objects(all);
+        }
+        if let Some(schema) = &self.schema {
+            let tables = ["lines", "floodmark_state", "floodmark_log"];
+            for table in tables {
+                schema.execute(&format!("CREATE TABLE {table}_backup AS TABLE {table}"));
+            }
+            return Backup::Tables(tables);
+        }
+        Backup::File(fs::read(self.folder.path().join("out.db")).unwrap())
+    }
+
+    /// Puts back what was there then, and nothing else.
+    pub(crate) fn restore(&self, backup: &Backup) {
+        match (backup, &self.store, &self.schema) {
+            (Backup::Objects(all), Some(store), _) => self.wait(async {
+                let listed: Vec<_> = store.list(None).try_collect().await.unwrap();
+                for object in listed {
+                    // A link to a file that is gone already is listed too.
+                    drop(store.delete(&object.location).await);
+                }
+                for (path, bytes) in all {
+                    store.put(path, bytes.clone().into()).await.unwrap();
+                }
+            }),
+            (Backup::Tables(tables), _, Some(schema)) => {
+                for table in tables {
+                    schema.execute(&format!("TRUNCATE {table}; INSERT INTO {table} TABLE {table}_backup"));
+                }
+            }
+            (Backup::File(bytes), ..) => fs::write(self.folder.path().join("out.db"), bytes).unwrap(),
+            _ => unreachable!(),
+        }
+    }
+
+    fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+    }
+
     /// What a reader sees that knows nothing of floodmark but where it says its releases are; and how many there are.
     pub(crate) fn seen(&self) -> (Rows, u64) {
         let mut rows = Rows::new();
         let mut add = |id: i64, amount: i64| rows.entry(id).or_default().push(amount);
         let numbers: Vec<i64> = if let Some(store) = &self.store {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
+            self.wait(async {
                 let commits = Path::from("_floodmark/small/load/commits");
                 let listed: Vec<_> = store.list(Some(&commits)).try_collect().await.unwrap();
                 let mut names: Vec<Path> = listed.into_iter().map(|object| object.location).collect();
@@ -265,10 +329,6 @@ impl Ledger {
         assert!(numbers.iter().copied().eq((1..).take(numbers.len())), "one record a release: {numbers:?}");
         (rows, count)
     }
-}
-
-fn password() -> &'static str {
-    &postgres().password
 }
 
 fn secret() -> &'static str {

@@ -22,4 +22,5 @@ mod services;
 mod support;
 mod targets;
 mod tidy;
+mod troubles;
 mod wire;

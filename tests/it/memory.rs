@@ -95,7 +95,7 @@ const SORT: &str = "SELECT id, row_number() OVER (ORDER BY wide, id) AS place FR
 
 #[test]
 fn a_join_and_a_sort_of_four_gib_stay_within_their_memory() {
-    let rows: i64 = std::env::var("ROWS").map_or(ROWS, |rows| rows.parse().unwrap());
+    let rows = ROWS;
     let data = tempfile::tempdir().unwrap();
     table(&data.path().join("a.parquet"), rows, 1);
     table(&data.path().join("b.parquet"), rows, 7919);
@@ -118,4 +118,26 @@ fn a_join_and_a_sort_of_four_gib_stay_within_their_memory() {
         assert_eq!(run["outputs"]["wide"]["rows_after"], expected, "{what}");
         assert!(peak <= 640 * MIB, "{what}: {} MiB", peak / MIB);
     }
+}
+
+#[test]
+fn too_little_memory_is_an_error_that_says_who_asked_and_publishes_nothing() {
+    let rows = 4096;
+    let folder = project("512MiB", JOIN);
+    table(&folder.path().join("data/a.parquet"), rows, 1);
+    table(&folder.path().join("data/b.parquet"), rows, 7919);
+    let (output, _) = measured(&folder);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let before = folder.published();
+    folder.write("floodmark.yaml", b"project: small\nlimits: { memory: 6MiB, retries: 0 }\n");
+    folder.write("sql/mappings/load/wide.sql", JOIN.replace("b.id", "b.id + 1").as_bytes());
+    let refused = folder.floodmark(&["run"]);
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{told}");
+    for part in
+        ["the memory limit is too small", "asked for", "Sort", "hint: Raise `limits: { memory:", "try 2"]
+    {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    assert_eq!(folder.published(), before);
 }

@@ -15,7 +15,9 @@ fn text(output: &Output) -> String {
 }
 
 fn document(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(output)))
+    let document = serde_json::from_slice(&output.stdout);
+    assert!(document.is_ok(), "{}", text(output));
+    document.unwrap()
 }
 
 /// P15: two copies too many, which an exclusive or of hashes would not see, a lost row and a changed one, in a million.

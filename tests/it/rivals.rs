@@ -22,7 +22,7 @@ use crate::{
 /// What comes of runs while one of them stands still.
 const IMPATIENT: &str = "retries: 0, lease: 20ms";
 
-fn spawn(command: &mut Command) -> Child {
+pub(crate) fn spawn(command: &mut Command) -> Child {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
@@ -31,7 +31,7 @@ fn told(output: &Output) -> String {
 }
 
 /// Whether a process stands still; it may also have ended.
-fn stands_still(process: &mut Child) -> bool {
+pub(crate) fn stands_still(process: &mut Child) -> bool {
     loop {
         if process.try_wait().unwrap().is_some() {
             return false;
@@ -45,7 +45,7 @@ fn stands_still(process: &mut Child) -> bool {
     }
 }
 
-fn signal(process: &Child, signal: Signal) {
+pub(crate) fn signal(process: &Child, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(process.id()).unwrap()), signal).unwrap();
 }
 

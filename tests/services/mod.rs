@@ -23,9 +23,9 @@ pub struct Postgres {
 }
 
 /// What the script `name` prints: the server that it started, or found.
-fn service<const N: usize>(name: &str) -> [String; N] {
+fn service<const N: usize>(name: &str, arguments: &[&str]) -> [String; N] {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/services").join(name);
-    let output = Command::new(script).output().unwrap();
+    let output = Command::new(script).args(arguments).output().unwrap();
     assert!(output.status.success(), "no {name}: {}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).unwrap();
     text.lines().map(str::to_owned).collect::<Vec<_>>().try_into().unwrap()
@@ -55,9 +55,15 @@ pub fn faults() -> &'static Path {
 pub fn postgres() -> &'static Postgres {
     static SERVER: OnceLock<Postgres> = OnceLock::new();
     SERVER.get_or_init(|| {
-        let [port, password, authority] = service("postgres");
+        let [port, password, authority] = service("postgres", &[]);
         Postgres { port: port.parse().unwrap(), password, authority }
     })
+}
+
+/// A server that one test has for itself, by a name of its own.
+pub fn private_postgres(name: &str) -> &'static Postgres {
+    let [port, password, authority] = service("postgres", &[name]);
+    Box::leak(Box::new(Postgres { port: port.parse().unwrap(), password, authority }))
 }
 
 /// The S3 server that tests share, with its bucket `floodmark`.
@@ -75,7 +81,7 @@ pub struct S3 {
 pub fn s3() -> &'static S3 {
     static SERVER: OnceLock<S3> = OnceLock::new();
     SERVER.get_or_init(|| {
-        let [port, key, secret, reader, reader_secret] = service("s3");
+        let [port, key, secret, reader, reader_secret] = service("s3", &[]);
         S3 {
             endpoint: format!("http://127.0.0.1:{port}"),
             admin: (key, secret),
@@ -130,6 +136,25 @@ impl S3 {
 }
 
 impl Postgres {
+    /// Stops it at once, as if its machine had lost it, and starts it again on the same port.
+    pub fn restart(&self) {
+        let home = Path::new(&self.authority).parent().unwrap();
+        let read = |name: &str| std::fs::read_to_string(home.join(name)).unwrap().trim().to_owned();
+        let (program, data) = (format!("{}/pg_ctl", read("bin")), home.join("data"));
+        let mut command = match std::fs::metadata("/proc/self").unwrap() {
+            // The server refuses root: it runs as its own user.
+            this if std::os::unix::fs::MetadataExt::uid(&this) == 0 => {
+                let mut command = Command::new("runuser");
+                command.args(["-u", "postgres", "--"]).arg(program);
+                command
+            }
+            _ => Command::new(program),
+        };
+        command.arg("-D").arg(&data).args(["-w", "-t", "60", "-m", "immediate", "-l"]);
+        let done = command.arg(data.join("server.log")).arg("restart").output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    }
+
     /// Does something in a session of the administrator, also for a test that is asynchronous itself.
     pub fn admin<T: Send>(&self, database: &str, work: impl FnOnce(&mut Client) -> T + Send) -> T {
         let options = format!(
@@ -147,15 +172,22 @@ impl Postgres {
 pub struct Schema {
     /// Its name.
     pub name: String,
+    /// Where it is.
+    pub server: &'static Postgres,
 }
 
 impl Schema {
     /// A new, empty one in the database `postgres`.
     pub fn new() -> Self {
+        Self::at(postgres())
+    }
+
+    /// The same on another server.
+    pub fn at(server: &'static Postgres) -> Self {
         let name = format!("t_{}", uuid::Uuid::now_v7().simple());
         let create = format!("CREATE SCHEMA {name}");
-        postgres().admin("postgres", |client| client.batch_execute(&create).unwrap());
-        Self { name }
+        server.admin("postgres", |client| client.batch_execute(&create).unwrap());
+        Self { name, server }
     }
 
     /// Runs statements in it.
@@ -165,7 +197,7 @@ impl Schema {
 
     /// Does something in a session there.
     pub fn with<T: Send>(&self, work: impl FnOnce(&mut Client) -> T + Send) -> T {
-        postgres().admin("postgres", |client| {
+        self.server.admin("postgres", |client| {
             client.batch_execute(&format!("SET search_path = {}, public", self.name)).unwrap();
             work(client)
         })
@@ -176,6 +208,6 @@ impl Drop for Schema {
     fn drop(&mut self) {
         let drop = format!("SET lock_timeout = '2s'; DROP SCHEMA {} CASCADE", self.name);
         // A test that failed may still hold locks there.
-        let _left_behind = postgres().admin("postgres", |client| client.batch_execute(&drop));
+        let _left_behind = self.server.admin("postgres", |client| client.batch_execute(&drop));
     }
 }
