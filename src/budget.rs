@@ -100,7 +100,8 @@ impl MemoryPool for Budget {
         let mut given = self.given();
         let (has, may_have) = if shares(consumer) {
             let share = self.limit.saturating_sub(given.to_others) / given.sharing.max(1);
-            (reservation.size(), share)
+            // What a sort keeps back to merge with it has at once, or it cannot begin (`sort_spill_reservation_bytes`).
+            (reservation.size(), share.max(self.limit / 32))
         } else {
             (given.to_sharing + given.to_others, self.limit)
         };

@@ -405,7 +405,7 @@ mod tests {
     fn scratch() -> (tempfile::TempDir, Scratch) {
         let folder = tempfile::tempdir().unwrap();
         let limits = Limits { memory_bytes: 64 << 20, spill: folder.path().to_owned() };
-        let scratch = Scratch::new(limits).unwrap();
+        let scratch = Scratch::new(&limits).unwrap();
         (folder, scratch)
     }
 

@@ -13,12 +13,13 @@ use tracing::{info, warn};
 use crate::{
     check::{Check, Sorter, quarantine_batch, quarantine_schema, row_query},
     connector::{
-        Bounds, Marks, RunTime,
+        Bounds, Exactness, Marks, RunTime,
         scan::{OpenSource, OpenSources},
         spec::{Mode, StreamSpec},
         tap::Tap,
     },
     error::{Error, Result},
+    lateness::Watch,
     names::quoted,
     plan::{Plan, Request, scan_table, typed},
     record::{LoadRecord, Settled, run::RunRecord},
@@ -69,9 +70,13 @@ pub enum Reading {
 }
 
 /// Turns windows that follow `marks` into those that end there.
-fn loaded(marks: &Marks, bounds: &mut Bounds) {
+fn loaded(streams: &[StreamSpec], marks: &Marks, bounds: &mut Bounds) {
+    let by_cursor =
+        |name: &String| streams.iter().any(|stream| stream.name == *name && stream.cursor.is_some());
     for (name, window) in &mut bounds.windows {
         *window = match (&*window, marks.get(name)) {
+            // Nothing of it was read yet.
+            (_, None) if by_cursor(name) => Window::Cursor { lo: None, from: None, hi: Position(Vec::new()) },
             (_, Some(Mark::Cursor(hi))) => Window::Cursor { lo: None, from: None, hi: hi.clone() },
             (Window::Files { new, at, .. }, Some(Mark::Files(read))) => {
                 // One that was delivered anew waits for the next run.
@@ -83,13 +88,38 @@ fn loaded(marks: &Marks, bounds: &mut Bounds) {
     }
 }
 
-/// Leaves the overlap out of windows.
+/// Leaves the overlap out of windows, and their ends: also what no bound lets in yet has been written.
 fn waiting(bounds: &mut Bounds) {
     for window in bounds.windows.values_mut() {
-        if let Window::Cursor { lo, from, .. } = window {
+        if let Window::Cursor { lo, from, hi } = window {
             from.clone_from(lo);
+            *hi = hi.last();
         }
     }
+}
+
+/// The windows of one connection's streams.
+#[derive(Debug)]
+pub struct Fixed<'a> {
+    /// The connection.
+    pub connection: &'a str,
+    /// What is read there.
+    pub streams: Vec<StreamSpec>,
+    /// The windows, and how sure their ends are.
+    pub bounds: Bounds,
+    /// Which system answered.
+    pub origin: Option<String>,
+}
+
+/// The window of one source.
+#[derive(Debug, Clone)]
+pub struct Bounded {
+    /// The window.
+    pub window: Window,
+    /// How sure its end is.
+    pub exactness: Option<Exactness>,
+    /// Which system it is of.
+    pub origin: Option<String>,
 }
 
 /// What was opened: the sources and models of a job in one session.
@@ -100,7 +130,7 @@ pub struct Relations {
     /// What counts the rows of each source.
     pub taps: IndexMap<String, Arc<Tap>>,
     /// The window of each source.
-    pub windows: IndexMap<String, Window>,
+    pub windows: IndexMap<String, Bounded>,
     /// Rows of the quarantine that go through the job, if any do.
     pub waiting: Option<Waiting>,
     /// What row checks set aside.
@@ -142,7 +172,7 @@ impl Extract<'_> {
             match waits(name) {
                 Some(rows) => context.register_table(name, rows.table()?)?,
                 None => {
-                    let window = windows.get(name).cloned().unwrap_or(Window::Whole);
+                    let window = windows.get(name).map_or(Window::Whole, |bounded| bounded.window.clone());
                     context.register_table(name, scan_table(stream, window))?
                 }
             };
@@ -195,50 +225,96 @@ impl Extract<'_> {
         Ok(Some(waiting))
     }
 
+    /// Lists activity and fixes each window, connection by connection.
+    ///
+    /// # Errors
+    ///
+    /// If a source is not the one that its mark is of, or cannot follow it.
+    pub async fn fix<'c>(&'c self, connections: &Connections, marks: &Marks) -> Result<Vec<Fixed<'c>>> {
+        let time = RunTime { now: self.conductor.clock.now(), as_of: self.plan.as_of };
+        let mut by_connection: IndexMap<&str, Vec<StreamSpec>> = IndexMap::new();
+        for stream in self.plan.streams.values() {
+            by_connection.entry(&stream.connection).or_default().push(stream.spec.clone());
+        }
+        let mut all = Vec::new();
+        for (connection, streams) in by_connection {
+            let source = connections
+                .get(connection)
+                .and_then(|connection| connection.source())
+                .ok_or_else(|| Error::bug("a source is not open"))?;
+            let by_cursor = streams.iter().any(|stream| stream.cursor.is_some());
+            let origin = if by_cursor { source.origin().await? } else { None };
+            let base = self.base.filter(|_| !self.request.full_refresh);
+            for stream in &streams {
+                let known = base.and_then(|base| base.sources.get(&stream.name));
+                let known =
+                    known.filter(|known| known.mark.is_some()).and_then(|known| known.origin.as_ref());
+                if let (Some(known), Some(found)) = (known, &origin)
+                    && known != found
+                {
+                    return Err(Error::data(format!(
+                        "source `{}`: connection `{connection}` leads to another database than last time",
+                        stream.name
+                    ))
+                    .note("the watermark of one says nothing about the other: rows would be left out")
+                    .hint(format!(
+                        "If it is the same one, moved or restored, go on with it: `floodmark state adopt {job}`; if not, mend the connection, or load anew: `floodmark run {job} --full-refresh`.",
+                        job = self.plan.id.job
+                    )));
+                }
+            }
+            // What was loaded ends at its mark, whoever is writing now.
+            let asked: Vec<StreamSpec> = match self.reading {
+                Reading::Loaded => {
+                    streams.iter().map(|stream| StreamSpec { cursor: None, ..stream.clone() }).collect()
+                }
+                Reading::New | Reading::Waiting => streams.clone(),
+            };
+            let mut bounds = source.bounds(&asked, marks, time).await?;
+            match self.reading {
+                Reading::New if self.request.leaves_marks() => self.read_again(&streams, &mut bounds)?,
+                Reading::New => {}
+                Reading::Loaded => loaded(&streams, marks, &mut bounds),
+                Reading::Waiting => waiting(&mut bounds),
+            }
+            all.push(Fixed { connection, streams, bounds, origin });
+        }
+        Ok(all)
+    }
+
     /// Fixes the windows, then opens one snapshot a connection.
     async fn open(
         &self,
         connections: &Connections,
         marks: &Marks,
         record: &mut RunRecord,
-    ) -> Result<(OpenSources, IndexMap<String, Window>)> {
-        let time = RunTime { now: self.conductor.clock.now(), as_of: self.plan.as_of };
-        let mut by_connection: IndexMap<&str, Vec<StreamSpec>> = IndexMap::new();
-        for stream in self.plan.streams.values() {
-            by_connection.entry(&stream.connection).or_default().push(stream.spec.clone());
-        }
+    ) -> Result<(OpenSources, IndexMap<String, Bounded>)> {
+        let fixed = self.fix(connections, marks).await?;
         let (mut open, mut windows) = (OpenSources::default(), IndexMap::new());
-        let mut bounds: Vec<(&str, Vec<StreamSpec>, Bounds)> = Vec::new();
-        for (name, streams) in by_connection {
-            let source = connections
-                .get(name)
-                .and_then(|connection| connection.source())
-                .ok_or_else(|| Error::bug("a source is not open"))?;
-            let mut fixed = source.bounds(&streams, marks, time).await?;
-            match self.reading {
-                Reading::New if self.request.leaves_marks() => self.read_again(&streams, &mut fixed)?,
-                Reading::New => {}
-                Reading::Loaded => loaded(marks, &mut fixed),
-                Reading::Waiting => waiting(&mut fixed),
-            }
-            for warning in &fixed.warnings {
+        for Fixed { bounds, origin, .. } in &fixed {
+            for warning in &bounds.warnings {
                 warn!("{warning}");
             }
-            for (source, window) in &fixed.windows {
+            record.warnings.extend(bounds.warnings.iter().cloned());
+            for (source, window) in &bounds.windows {
                 info!(source, %window, "the window is fixed");
+                let exactness = bounds.exactness.get(source).copied();
+                let bounded = Bounded { window: window.clone(), exactness, origin: origin.clone() };
+                windows.insert(source.clone(), bounded);
             }
-            record.warnings.extend(fixed.warnings.iter().cloned());
-            windows.extend(fixed.windows.clone());
-            bounds.push((name, streams, fixed));
         }
         self.refuse_changed_files_on_append(&windows)?;
-        for (name, streams, fixed) in bounds {
+        for Fixed { connection: name, streams, bounds, .. } in fixed {
             let Some(connection) = connections.get(name) else { continue };
             let source = connection.source().ok_or_else(|| Error::bug("a source is not open"))?;
-            let snapshot = source.snapshot(&streams, &fixed).await?;
+            let snapshot = source.snapshot(&streams, &bounds).await?;
             for stream in streams {
                 let totals = self.plan.streams.get(&stream.name).and_then(|stream| stream.totals.clone());
-                let tap = Arc::new(Tap::with_totals(totals));
+                let cursor = stream.cursor.as_ref().filter(|_| self.reading == Reading::New);
+                let watch = cursor.and_then(|cursor| {
+                    Watch::of(cursor.columns.first()?, cursor.overlap?, bounds.windows.get(&stream.name)?)
+                });
+                let tap = Arc::new(Tap::counting(totals, watch));
                 self.conductor.progress.watch(
                     &self.plan.id.job,
                     &stream.name,
@@ -280,14 +356,14 @@ impl Extract<'_> {
     }
 
     /// A file that was read and has changed would be appended a second time.
-    fn refuse_changed_files_on_append(&self, windows: &IndexMap<String, Window>) -> Result<()> {
+    fn refuse_changed_files_on_append(&self, windows: &IndexMap<String, Bounded>) -> Result<()> {
         let Some(output) =
             self.plan.outputs.iter().find(|output| output.spec.mode == Mode::Append && !output.spec.rebuild)
         else {
             return Ok(());
         };
         for (name, window) in windows {
-            let Window::Files { new, seen, .. } = window else { continue };
+            let Window::Files { new, seen, .. } = &window.window else { continue };
             if let Some(file) = new.iter().find(|file| seen.iter().any(|known| known.path == file.path)) {
                 return Err(Error::data(format!("source `{name}`: `{}` was read before and has changed", file.path))
                     .note(format!("output `{}` appends, and would hold the rows of both versions", output.spec.name))

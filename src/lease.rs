@@ -98,7 +98,7 @@ impl Lease {
             loop {
                 // A sign that fails is a missing one.
                 drop(sign.set_times(FileTimes::new().set_modified(clock.now().into())));
-                runtime::sleep(lasting / 4).await;
+                runtime::sleep((lasting / 4).max(Duration::from_millis(1))).await;
             }
         });
         Ok(Leased::Held(Self { _file: file, _signs_of_life: signs_of_life }))

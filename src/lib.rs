@@ -17,6 +17,9 @@ pub mod extract;
 pub mod functions;
 pub mod history;
 pub mod job;
+pub mod lateness;
+#[cfg(test)]
+mod leaky;
 pub mod lease;
 pub mod load;
 pub mod model;

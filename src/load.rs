@@ -58,6 +58,15 @@ pub fn overtaken(job: &JobId) -> Error {
         .hint("Nothing of this run was published. Run again: it starts where the other ended.")
 }
 
+/// Why an attempt is rejected that staged for other columns than the output has now.
+pub fn reshaped(output: &OutputSpec) -> Error {
+    Error::temporary(format!(
+        "the columns of output `{}` were changed by somebody else while this run went on",
+        output.name
+    ))
+    .hint("Nothing was published. Run again.")
+}
+
 fn rows(count: u64) -> &'static str {
     if count == 1 { "row" } else { "rows" }
 }

@@ -94,6 +94,10 @@ impl Source for Mortal {
         self.call(self.inner_source()?.describe(stream)).await
     }
 
+    async fn origin(&self) -> Result<Option<String>> {
+        self.call(self.inner_source()?.origin()).await
+    }
+
     async fn bounds(&self, streams: &[StreamSpec], since: &Marks, time: RunTime) -> Result<Bounds> {
         self.call(self.inner_source()?.bounds(streams, since, time)).await
     }
@@ -211,14 +215,29 @@ impl Drop for MortalLoad {
 
 /// One night of the example in `folder`, lived for `touches`.
 async fn night(folder: &Path, environment: Option<&str>, touches: u32) -> Result<Vec<RunRecord>> {
-    let project = Project::load(folder, environment)?;
-    let as_of = project.as_of()?.unwrap_or_else(|| crate::runtime::Clock::now(&SystemClock));
     let life = Arc::new(Life(AtomicU32::new(touches)));
-    let scratch = Scratch::new(project.limits.clone())?;
     let opener = Opener(Arc::new(move |project, name| {
         let connection = project.connection(name)?;
         Ok(Arc::new(Mortal(connection, Arc::clone(&life))) as Arc<dyn Connection>)
     }));
+    let done = run_with(folder, environment, opener).await?;
+    done.into_iter()
+        .map(|(record, error)| match error {
+            Some(error) => Err(error),
+            None => Ok(record),
+        })
+        .collect()
+}
+
+/// Runs all jobs of a project, with something around its connections.
+pub(crate) async fn run_with(
+    folder: &Path,
+    environment: Option<&str>,
+    opener: Opener,
+) -> Result<Vec<(RunRecord, Option<Error>)>> {
+    let project = Project::load(folder, environment)?;
+    let as_of = project.as_of()?.unwrap_or_else(|| crate::runtime::Clock::now(&SystemClock));
+    let scratch = Scratch::new(&project.limits)?;
     let conductor = Conductor {
         project,
         clock: Arc::new(SystemClock),
@@ -237,13 +256,7 @@ async fn night(folder: &Path, environment: Option<&str>, touches: u32) -> Result
         backfill: None,
         replay: None,
     };
-    let done = conductor.run_all(&conductor.waves(&jobs)?, &request).await?;
-    done.into_iter()
-        .map(|(record, error)| match error {
-            Some(error) => Err(error),
-            None => Ok(record),
-        })
-        .collect()
+    conductor.run_all(&conductor.waves(&jobs)?, &request).await
 }
 
 fn copy(from: &Path, to: &Path) {

@@ -3,7 +3,7 @@
 //! The sources are read up to their watermarks, go through the job's models and row checks as in a run, and what comes of them is
 //! compared with what the output holds. Rows are told apart by a key. Keys are cut into ranges; of each range both sides
 //! count the rows and add up their hashes; ranges that differ are cut again, until their rows are few enough to be compared one by
-//! one. So nothing here grows with the tables but the time, and two sides that agree are read once.
+//! one. Two sides that agree are read once; the memory grows with the keys that wait for the next run, and not with the tables.
 //!
 //! Rows that wait for the next run are left out: of a merge, the keys that were written behind a watermark. Not compared are earlier
 //! versions of a history, and rows that the quarantine holds.
@@ -37,13 +37,12 @@ use crate::{
         scan::{OpenSource, OpenSources, Scan, ScanTable},
         spec::{Read, StreamSpec},
     },
-    error::{Error, Result, nearest},
+    error::{Error, ErrorKind, Result, nearest},
     extract::{Extract, Joins, Reading},
     history,
     names::quoted_list,
     plan::{self, Output, Plan, Promised, Request},
     record::{
-        LoadRecord,
         run::RunRecord,
         totals::{HashSum, Totals, TotalsSpec},
     },
@@ -157,12 +156,27 @@ pub struct Difference {
     pub columns: IndexMap<String, [Option<String>; 2]>,
 }
 
-/// Compares the outputs of a job with its sources.
+/// Compares the outputs of a job with its sources; once more, with joins that sort and spill, where a hash join does not fit.
 ///
 /// # Errors
 ///
 /// If the job has not run yet, something cannot be read, or the question fits no output.
 pub async fn reconcile(
+    conductor: &Conductor,
+    job: &str,
+    question: &Question,
+    request: &Request,
+) -> Result<Reconciled> {
+    match Box::pin(with(Joins::Hashed, conductor, job, question, request)).await {
+        Err(error) if error.kind() == ErrorKind::Memory => {
+            Box::pin(with(Joins::Sorted, conductor, job, question, request)).await
+        }
+        compared => compared,
+    }
+}
+
+async fn with(
+    joins: Joins,
     conductor: &Conductor,
     job: &str,
     question: &Question,
@@ -186,14 +200,24 @@ pub async fn reconcile(
     })?;
     let outputs = selected(&plan, question)?;
     let mut record = conductor.blank(document, request);
-    let loaded = open(conductor, &plan, &base, Reading::Loaded, request, &connections, &mut record).await?;
+    let mut extract = Extract {
+        plan: &plan,
+        base: Some(&base),
+        scratch: &conductor.scratch,
+        conductor,
+        request,
+        joins,
+        reading: Reading::Loaded,
+    };
+    let loaded = open(&extract, &connections, &mut record).await?;
     let partial = |output: &&Output| {
         let sources = plan.upstream(&output.from);
         output.spec.mode.needs_key()
             && sources.iter().any(|source| plan.streams.get(*source).is_some_and(|stream| stream.partial))
     };
     let behind = if outputs.iter().copied().any(|output| partial(&output)) {
-        Some(open(conductor, &plan, &base, Reading::Waiting, request, &connections, &mut record).await?)
+        extract.reading = Reading::Waiting;
+        Some(open(&extract, &connections, &mut record).await?)
     } else {
         None
     };
@@ -203,6 +227,11 @@ pub async fn reconcile(
         let held = held(conductor, request, output, target).await?;
         let behind = behind.as_ref().filter(|_| partial(&output));
         compared.push(shape.compare(output, &loaded, behind, &held, question.limit).await?);
+    }
+    let now = records.last_record(&plan.id).await?;
+    if now.is_none_or(|now| now.seq != base.seq) {
+        return Err(Error::busy(format!("job `{job}` published while it was compared"))
+            .hint("Ask again when no run goes on."));
     }
     let agrees = compared.iter().all(Comparison::agrees);
     Ok(Reconciled {
@@ -230,18 +259,11 @@ fn selected<'a>(plan: &'a Plan, question: &Question) -> Result<Vec<&'a Output>> 
 
 /// The job's relations in a session.
 async fn open(
-    conductor: &Conductor,
-    plan: &Plan,
-    base: &LoadRecord,
-    reading: Reading,
-    request: &Request,
+    extract: &Extract<'_>,
     connections: &Connections,
     record: &mut RunRecord,
 ) -> Result<SessionContext> {
-    let marks = history::marks(plan, Some(base), &mut record.warnings)?;
-    let scratch = &conductor.scratch;
-    let joins = Joins::Hashed;
-    let extract = Extract { plan, base: Some(base), scratch, conductor, request, joins, reading };
+    let marks = history::marks(extract.plan, extract.base, &mut record.warnings)?;
     let relations = extract.relations(connections, &marks, record).await?;
     relations.map(|relations| relations.context).ok_or_else(|| Error::bug("nothing was opened"))
 }
@@ -407,7 +429,8 @@ impl Shape {
             let both = || source.iter().zip(&target).zip(&differs).filter(|(_, differs)| **differs);
             let rows: u64 = both().map(|((source, target), _)| source.rows + target.rows).sum();
             info!(output = output.spec.name, reading, ranges = differs.len(), rows, "compared");
-            if reading >= READINGS || rows <= FEW_ROWS {
+            let many = differs.iter().filter(|differs| **differs).count() > RANGES;
+            if reading >= READINGS || rows <= FEW_ROWS || many {
                 let mut room = FEW_ROWS;
                 cuts.open = differs
                     .iter()

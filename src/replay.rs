@@ -491,7 +491,7 @@ mod tests {
         let mut seat = Seat::of(stream, rows.schema(), false, false);
         let spill = tempfile::tempdir().unwrap();
         let limits = Limits { memory_bytes: 64 << 20, spill: spill.path().to_owned() };
-        let mut spool = SpoolWriter::new("rows", rows.schema(), &Scratch::new(limits).unwrap());
+        let mut spool = SpoolWriter::new("rows", rows.schema(), &Scratch::new(&limits).unwrap());
         for row in 0..rows.num_rows() {
             let line = Line {
                 row: row_json(&rows, row).unwrap(),

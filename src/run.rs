@@ -34,10 +34,10 @@ use uuid::Uuid;
 
 use crate::{
     check::{Check, READABLE, quarantine_batch, whole},
-    connector::{Attempt, CommitOutcome, Connection, Load, Marks, Staged, spec::Mode, tap::Tap},
+    connector::{Attempt, CommitOutcome, Connection, Exactness, Load, Marks, Staged, spec::Mode, tap::Tap},
     dimension::Sides,
     error::{Error, ErrorKind, Result},
-    extract::{Extract, Joins, Reading, Relations},
+    extract::{Bounded, Extract, Joins, Reading, Relations},
     history,
     job::parts_per_million,
     lease::{Lease, Leased},
@@ -345,6 +345,38 @@ impl Conductor {
         }
     }
 
+    /// What a run of a plan would read now: the window of each source, and how sure its end is.
+    ///
+    /// # Errors
+    ///
+    /// If the target or a source cannot be asked, or what is read cannot follow what was read.
+    pub async fn windows(
+        &self,
+        plan: &Plan,
+        request: &Request,
+        warnings: &mut Vec<String>,
+    ) -> Result<IndexMap<String, (Window, Option<Exactness>)>> {
+        let job = self.project.jobs.get(&plan.id.job).ok_or_else(|| Error::bug("no such job"))?;
+        let connections = self.connections(job)?;
+        let target = connections.get(&plan.target).and_then(|target| target.target());
+        let target = target.ok_or_else(|| Error::bug("the target cannot be written"))?;
+        let base = target.last_record(&plan.id).await?;
+        let marks = history::marks(plan, base.as_ref(), warnings)?;
+        let (scratch, joins) = (&self.scratch, Joins::Hashed);
+        let reading = Reading::New;
+        let extract =
+            Extract { plan, base: base.as_ref(), scratch, conductor: self, request, joins, reading };
+        let mut windows = IndexMap::new();
+        for fixed in extract.fix(&connections, &marks).await? {
+            warnings.extend(fixed.bounds.warnings);
+            for (name, window) in fixed.bounds.windows {
+                let exactness = fixed.bounds.exactness.get(&name).copied();
+                windows.insert(name, (window, exactness));
+            }
+        }
+        Ok(windows)
+    }
+
     /// Runs one job. Whatever happens is in the record; an error is also given back, with its places.
     pub async fn run(&self, job: &JobDocument, request: &Request) -> (RunRecord, Option<Error>) {
         let mut record = self.blank(job, request);
@@ -370,6 +402,9 @@ impl Conductor {
                 Some(error)
             }
         };
+        for warning in &mut record.warnings {
+            *warning = secret::scrubbed(warning);
+        }
         record.exit_code = error.as_ref().map_or(0, |error| exit_code(error.kind()));
         span.in_scope(|| {
             let outcome = record.outcome.words();
@@ -383,6 +418,24 @@ impl Conductor {
 
     /// Tries until the run has succeeded, or trying again would not help.
     async fn tries(&self, job: &JobDocument, request: &Request, record: &mut RunRecord) -> Result<Outcome> {
+        let mut unsettled = None;
+        let outcome = Box::pin(self.tries_until(job, request, &mut unsettled, record)).await;
+        outcome.map_err(|error| match unsettled {
+            Some(Unsettled { committing, .. }) => error.note(format!(
+                "whether release {} was published is not known: its answer was lost, and the next run asks the target first",
+                committing.seq
+            )),
+            None => error,
+        })
+    }
+
+    async fn tries_until(
+        &self,
+        job: &JobDocument,
+        request: &Request,
+        unsettled: &mut Option<Unsettled>,
+        record: &mut RunRecord,
+    ) -> Result<Outcome> {
         info!(as_of = %request.as_of, environment = self.project.environment, "begins");
         let _lease = match Lease::take(&self.project, &job.job.job, record.run_id, &self.clock) {
             Ok(Leased::Held(lease)) => Some(lease),
@@ -397,11 +450,11 @@ impl Conductor {
             }
         };
         let began = Instant::now();
-        let (mut tries, mut joins, mut unsettled) = (0, Joins::Hashed, None);
+        let (mut tries, mut joins) = (0, Joins::Hashed);
         let mut blank = record.clone();
         loop {
             tries += 1;
-            let error = match Box::pin(self.attempt(job, request, joins, &mut unsettled, record)).await {
+            let error = match Box::pin(self.attempt(job, request, joins, unsettled, record)).await {
                 Ok(outcome) => return Ok(outcome),
                 Err(error) => error,
             };
@@ -444,18 +497,22 @@ impl Conductor {
         let target = open.target().ok_or_else(|| Error::bug("the target cannot be written"))?;
         let base = self.unless_stopped(target.last_record(&plan.id)).await?;
         info!(release = base.as_ref().map_or(0, |base| base.seq), "the target was asked");
-        if let Some(Unsettled { committing, report }) = unsettled.take() {
-            let there = self.unless_stopped(target.record_at(&plan.id, committing.seq)).await?;
-            if there.is_some_and(|there| there.attempt_id == committing.attempt_id) {
+        if let Some(seq) = unsettled.as_ref().map(|unsettled| unsettled.committing.seq) {
+            let there = self.unless_stopped(target.record_at(&plan.id, seq)).await?;
+            if let Some(Unsettled { committing, report }) = unsettled.take()
+                && there.is_some_and(|there| there.attempt_id == committing.attempt_id)
+            {
                 record.warnings.extend(report.warnings.iter().cloned());
                 *record = RunRecord { warnings: std::mem::take(&mut record.warnings), ..report };
                 return Ok(self.committed(&plan, &committing, record));
             }
         }
-        let remembered = Store::open(&self.project.root)
-            .and_then(|store| store.last_seen(&plan.id, &plan.target))
-            .ok()
-            .flatten();
+        let remembered =
+            Store::open(&self.project.root).and_then(|store| store.last_seen(&plan.id, &plan.target));
+        let remembered = remembered.unwrap_or_else(|error| {
+            record.warnings.push(format!("whether the target is the one of last time is not known: {error}"));
+            None
+        });
         let (anew, warnings) = (request.full_refresh, &mut record.warnings);
         history::of_target(&plan, target, base.as_ref(), remembered, anew, warnings).await?;
         if request.leaves_marks() && base.is_none() {
@@ -509,7 +566,7 @@ impl Conductor {
                     }
                     _ => {
                         *unsettled = Some(Unsettled { committing: load_record, report: record.clone() });
-                        Err(error.note("whether this release was published is not known: its answer was lost").hint(
+                        Err(error.hint(
                             "Run again: it asks the target first, and loads nothing that is there already.",
                         ))
                     }
@@ -729,10 +786,11 @@ impl Release<'_> {
         let passed = Arc::new(AtomicU64::new(0));
         let counter = Counter::Staged(Arc::clone(&passed));
         self.conductor.progress.watch(&self.plan.id.job, &output.spec.name, counter);
-        let rows = tee(rows, Arc::clone(&counted), passed);
+        let rows = tee(rows, Arc::clone(&counted), Arc::clone(&passed));
         let staged = self.stage_output(output, rows, connections).await.map_err(|error| {
             error.note(format!("while output `{}` was made from `{}`", output.spec.name, output.from))
         })?;
+        as_made(&output.spec.name, passed.load(Ordering::Relaxed), staged.rows)?;
         info!(
             output = output.spec.name,
             rows = staged.rows,
@@ -791,7 +849,9 @@ impl Release<'_> {
             .note("the target is as it was; a source that was read in part often looks like this")
             .hint("If that is meant, raise `target: { guard: { max_deleted: … } }` for this run."));
         }
-        let staged = self.load.stage(&dimension.merge(&output.spec), rows).await?;
+        let given = Arc::new(AtomicU64::new(0));
+        let staged = self.load.stage(&dimension.merge(&output.spec), count(rows, Arc::clone(&given))).await?;
+        as_made(&output.spec.name, given.load(Ordering::Relaxed), staged.rows)?;
         Ok(Staged { rows: model.rows(), ..staged })
     }
 
@@ -829,7 +889,7 @@ impl Release<'_> {
     fn account(
         &self,
         taps: &IndexMap<String, Arc<Tap>>,
-        windows: &IndexMap<String, Window>,
+        windows: &IndexMap<String, Bounded>,
         row_rejects: &HashMap<String, u64>,
         record: &mut RunRecord,
     ) -> Result<IndexMap<String, SourceRecord>> {
@@ -838,7 +898,8 @@ impl Release<'_> {
         let base = self.base.filter(|_| !self.request.full_refresh);
         for (name, stream) in &self.plan.streams {
             let Some(tap) = taps.get(name) else { continue };
-            let window = windows.get(name).cloned().unwrap_or(Window::Whole);
+            let bounded = windows.get(name);
+            let window = bounded.map_or(Window::Whole, |bounded| bounded.window.clone());
             let rejected = tap.rejected_rows() + row_rejects.get(name).copied().unwrap_or_default();
             let (extracted, filtered) = (tap.extracted(), tap.filtered_rows());
             let passed = extracted
@@ -846,18 +907,39 @@ impl Release<'_> {
                 .ok_or_else(|| Error::bug(format!("source `{name}`: rows do not add up")))?;
             info!(source = name, extracted, passed, filtered, rejected, bytes = tap.progress().0, "was read");
             let counts = Counts { extracted, passed, filtered, rejected };
-            if !counts.add_up() {
-                return Err(Error::bug(format!("source `{name}`: rows do not add up")));
+            // Counted a second time, where they reached the models: what is lost or doubled on the way is seen here.
+            let set_aside = row_rejects.get(name).copied().unwrap_or_default();
+            if tap.handed().is_some_and(|handed| handed != passed + set_aside) {
+                return Err(Error::bug(format!("source `{name}`: rows do not add up"))
+                    .note(format!(
+                        "{} left the source, and {} reached the models",
+                        passed + set_aside,
+                        tap.handed().unwrap_or_default()
+                    ))
+                    .hint("Nothing was published. Report it."));
             }
             if window != Window::Whole && tap.is_started() && !tap.is_complete() {
                 return Err(Error::data(format!("source `{name}` was not read to the end of its window"))
                     .note("a model stopped before, by a LIMIT or a join without partners: what was not read would be lost, since the watermark moves on")
                     .hint("Remove the LIMIT, or read the source without `incremental`."));
             }
+            let before = base.and_then(|base| base.sources.get(name));
+            let watch = tap.watch().filter(|_| tap.is_complete());
+            let late =
+                watch.as_ref().and_then(|watch| watch.late(before.and_then(|before| before.tail.as_ref())));
+            if let Some(late) = late.filter(|late| late.is_close()) {
+                record.warnings.push(format!(
+                    "source `{name}`: {late}, and used more than half of `overlap`: what comes later still is missed. Widen it"
+                ));
+            }
             record.sources.insert(
                 name.clone(),
                 SourceReport {
                     window: window.to_string(),
+                    bound: bounded
+                        .and_then(|bounded| bounded.exactness)
+                        .map(|exactness| exactness.to_string()),
+                    late,
                     counts,
                     bytes: tap.progress().0,
                     complete: tap.is_complete(),
@@ -870,12 +952,16 @@ impl Release<'_> {
                     "source `{name}`: {count} values did not fit `{column}`, and are null there"
                 ));
             }
-            let before = base.and_then(|base| base.sources.get(name));
             // What nobody asked for was not read: its mark does not move. Nor does that of a range that was read again.
             let moves = tap.is_started() && !self.request.leaves_marks();
             let read = if moves { &window } else { &Window::Whole };
             let reads = stream.identity();
-            sources.insert(name.clone(), SourceRecord::of(read, reads, counts, before));
+            let mut source = SourceRecord::of(read, reads, counts, before);
+            if moves && source.mark.is_some() {
+                source.origin = bounded.and_then(|bounded| bounded.origin.clone()).or(source.origin);
+                source.tail = watch.map(|watch| watch.tail().clone());
+            }
+            sources.insert(name.clone(), source);
         }
         // A source that is not in the job now may come back.
         for (name, known) in base.iter().flat_map(|base| &base.sources) {
@@ -969,6 +1055,27 @@ fn refuse(checks: &[CheckReport], job: &str) -> Result<()> {
         error = error.note(format!("`{}` on `{}` found {}{places}", check.check, check.on, check.found));
     }
     Err(error.hint("Nothing was published. Mend the data or the mapping; or say in the job what may pass: `max_rows`, `on_fail: quarantine`, `on_fail: warn`."))
+}
+
+/// Refuses an output of which other rows were staged than were made.
+fn as_made(output: &str, made: u64, staged: u64) -> Result<()> {
+    if made == staged {
+        return Ok(());
+    }
+    Err(Error::bug(format!("output `{output}`: rows do not add up"))
+        .note(format!("{made} were made, and {staged} were staged"))
+        .hint("Nothing was published. Report it."))
+}
+
+/// Rows that are counted while they pass.
+fn count(rows: SendableRecordBatchStream, passed: Arc<AtomicU64>) -> SendableRecordBatchStream {
+    let schema = rows.schema();
+    let rows = rows.inspect(move |batch| {
+        if let Ok(batch) = batch {
+            passed.fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
+        }
+    });
+    Box::pin(datafusion::physical_plan::stream::RecordBatchStreamAdapter::new(schema, rows))
 }
 
 /// Rows that are hashed and summed while they pass.

@@ -60,9 +60,11 @@ impl Clock for FixedClock {
 /// What a run may use.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Bytes for joins, sorts, aggregates and spools together.
+    /// What the process may use, in bytes. A part of it is left to those who read and write ([`Budget::within`]); joins, sorts,
+    /// aggregates and spools share the rest.
     pub memory_bytes: usize,
-    /// Where what does not fit is written. Emptied when the run ends.
+    /// Where what does not fit is written. Each call has a folder of its own there, which ends with it; the next call takes away
+    /// what one that was killed has left.
     pub spill: PathBuf,
 }
 

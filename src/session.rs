@@ -110,6 +110,8 @@ fn config(scratch: &Scratch, hash_joins: bool) -> SessionConfig {
     options.execution.enable_ansi_mode = true;
     options.execution.time_zone = Some(crate::types::UTC.to_owned());
     options.optimizer.prefer_hash_join = hash_joins;
+    // What a sort keeps back for merging what it spilled: there may be a dozen sorts in a plan.
+    options.execution.sort_spill_reservation_bytes = scratch.limits.memory_bytes / 64;
     config
 }
 

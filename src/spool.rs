@@ -3,7 +3,12 @@
 //! A spool is written once, then read as a table as often as needed. Its memory is taken from the run's pool; what
 //! the pool does not give goes into an Arrow file in the spill folder, which is gone when the spool is dropped.
 
-use std::{fs::File, io::BufWriter, sync::Arc};
+use std::{
+    fs::{self, File},
+    io::BufWriter,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use arrow::{
     datatypes::SchemaRef,
@@ -41,7 +46,59 @@ pub struct Scratch {
     pub limits: Limits,
     /// DataFusion's side of them.
     pub environment: Arc<RuntimeEnv>,
+    /// What keeps the folder, and takes it away in the end.
+    _folder: Arc<Folder>,
 }
+
+/// A folder for what one call writes down. Its lock says that the call is alive.
+#[derive(Debug)]
+struct Folder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Folder {
+    /// A new one below `spill`, from which is taken away what calls that were killed left there.
+    fn new(spill: &Path) -> Result<Self> {
+        let failed = |error| Error::io("make the spill folder", spill.display(), error);
+        fs::create_dir_all(spill).map_err(failed)?;
+        for entry in fs::read_dir(spill).map_err(failed)?.flatten() {
+            // The place may be shared: only what has a name of ours is ours.
+            if uuid::Uuid::try_parse(&entry.file_name().to_string_lossy()).is_err() {
+                continue;
+            }
+            let lock = File::open(entry.path().join(LOCK));
+            if lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
+                drop(fs::remove_dir_all(entry.path()));
+            }
+        }
+        let path = spill.join(uuid::Uuid::now_v7().simple().to_string());
+        fs::create_dir(&path).map_err(failed)?;
+        // Locked before it has its name: one that is there and not locked is a dead call's.
+        let unnamed = path.join("locking");
+        let made = File::create(&unnamed).and_then(|lock| {
+            lock.try_lock()?;
+            fs::rename(&unnamed, path.join(LOCK))?;
+            Ok(lock)
+        });
+        match made {
+            Ok(lock) => Ok(Self { path, _lock: lock }),
+            Err(error) => {
+                drop(fs::remove_dir_all(&path));
+                Err(failed(error))
+            }
+        }
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(&self.path));
+    }
+}
+
+/// The file in a call's folder that it holds locked.
+const LOCK: &str = "floodmark.lock";
 
 impl Scratch {
     /// The scratch space of a run.
@@ -49,9 +106,11 @@ impl Scratch {
     /// # Errors
     ///
     /// If the spill folder cannot be used.
-    pub fn new(limits: Limits) -> Result<Self> {
+    pub fn new(limits: &Limits) -> Result<Self> {
+        let folder = Folder::new(&limits.spill)?;
+        let limits = Limits { spill: folder.path.clone(), ..limits.clone() };
         let environment = limits.environment()?;
-        Ok(Self { limits, environment })
+        Ok(Self { limits, environment, _folder: Arc::new(folder) })
     }
 }
 

@@ -122,17 +122,19 @@ impl Store {
     ///
     /// If the store cannot be read.
     pub fn last_seen(&self, job: &JobId, target: &str) -> Result<Option<Seen>> {
-        let known: Option<String> = self
+        let known: Option<(String, String)> = self
             .database
             .query_row(
-                "SELECT record FROM targets WHERE job = ?1 AND target = ?2",
+                "SELECT incarnation, record FROM targets WHERE job = ?1 AND target = ?2",
                 [&job.to_string(), target],
-                |row| row.get(0),
+                |row| Ok((row.get(0)?, row.get(1)?)),
             )
             .optional()
             .map_err(|error| failed(&error))?;
-        let record = known.and_then(|known| LoadRecord::from_json(&known).ok());
-        Ok(record.map(|record| Seen { incarnation: record.incarnation, seq: record.seq }))
+        Ok(known.and_then(|(incarnation, record)| {
+            let seq = LoadRecord::from_json(&record).map_or(0, |record| record.seq);
+            Some(Seen { incarnation: incarnation.parse().ok()?, seq })
+        }))
     }
 
     /// Remembers what the target said.

@@ -84,12 +84,26 @@ impl Position {
         Self(values)
     }
 
-    /// Whether both are points in time, and `self` is the earlier one by an hour at most.
+    /// Behind everything that a source may hold: of texts nothing is known, and they stay.
+    #[must_use]
+    pub fn last(&self) -> Self {
+        let end = NaiveDate::from_ymd_opt(9999, 12, 31).unwrap_or(NaiveDate::MAX);
+        match self.0.first() {
+            Some(CursorValue::Int(_)) => Self::of(CursorValue::Int(i64::MAX)),
+            Some(CursorValue::Date(_)) => Self::of(CursorValue::Date(end)),
+            Some(CursorValue::Instant(_)) => {
+                Self::of(CursorValue::Instant(end.and_time(chrono::NaiveTime::MIN).and_utc()))
+            }
+            Some(CursorValue::Text(_)) | None => self.clone(),
+        }
+    }
+
+    /// Whether both are points in time, and `self` is the earlier one by five seconds at most.
     pub fn is_shortly_before(&self, other: &Self) -> bool {
         match (self.0.first(), other.0.first()) {
             (Some(CursorValue::Instant(earlier)), Some(CursorValue::Instant(later))) => {
                 let between = later.signed_duration_since(*earlier);
-                between > chrono::TimeDelta::zero() && between <= chrono::TimeDelta::hours(1)
+                between > chrono::TimeDelta::zero() && between <= chrono::TimeDelta::seconds(5)
             }
             _ => false,
         }

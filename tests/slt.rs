@@ -27,7 +27,7 @@ impl Session {
         let limits = Limits { memory_bytes: 256 << 20, spill: spill.path().to_owned() };
         let as_of = DateTime::parse_from_rfc3339("2026-11-01T01:30:00Z").unwrap().to_utc();
         let context =
-            session::for_models(&Scratch::new(limits).unwrap(), as_of, Arc::new(OpenSources::default()));
+            session::for_models(&Scratch::new(&limits).unwrap(), as_of, Arc::new(OpenSources::default()));
         Self { context, _spill: spill }
     }
 

@@ -1,5 +1,7 @@
 //! `floodmark clean`: what attempts that died left behind in the targets.
 
+use std::sync::Arc;
+
 use chrono::{SecondsFormat, TimeDelta};
 use serde::Serialize;
 
@@ -7,6 +9,7 @@ use crate::{
     connector::Orphan,
     error::{Error, Result},
     job::micros,
+    lease::{Lease, Leased},
     names::JobId,
     project::Project,
     runtime::{Clock, SystemClock},
@@ -27,11 +30,17 @@ pub(super) async fn clean(
     jobs: &[String],
     grace: &str,
     dry_run: bool,
+    force: bool,
 ) -> Result<Vec<Found>> {
     let span = micros(grace).filter(|micros| *micros >= 0).map(TimeDelta::microseconds).ok_or_else(|| {
         Error::configuration(format!("`--grace {grace}` is no span of time"))
             .hint("Such as `7d` or `36h`; it must be longer than the longest run.")
     })?;
+    if span < TimeDelta::days(1) && !dry_run && !force {
+        return Err(Error::configuration(format!("`--grace {grace}` is shorter than a day"))
+            .note("a run that goes on elsewhere may have staged what looks like garbage, and would publish without it")
+            .hint("Wait for a day; or, if no run of these jobs goes on anywhere, add `--force`."));
+    }
     let before = SystemClock.now() - span;
     let mut found = Vec::new();
     for job in jobs {
@@ -45,6 +54,16 @@ pub(super) async fn clean(
         outputs.extend(known.into_iter().flat_map(|record| record.outputs.into_keys()));
         outputs.sort();
         outputs.dedup();
+        // A run that goes on here has files that no release lists yet.
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let _lease = match Lease::take(project, job, uuid::Uuid::now_v7(), &clock)? {
+            Leased::Held(lease) => lease,
+            Leased::Passed(whom) => {
+                return Err(Error::busy(format!("job `{job}` is being run"))
+                    .note(whom)
+                    .hint("It may still commit what it staged: let it go on, or end it; then clean up."));
+            }
+        };
         let orphans = target.orphans(&id, &outputs, before).await?;
         if !dry_run {
             target.remove(&orphans).await?;

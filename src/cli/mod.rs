@@ -170,6 +170,9 @@ enum Verb {
         /// Only show them.
         #[arg(long, env = "FLOODMARK_DRY_RUN")]
         dry_run: bool,
+        /// Also where the grace is shorter than a day: no run of these jobs goes on anywhere.
+        #[arg(long, env = "FLOODMARK_FORCE")]
+        force: bool,
     },
     /// Compare what outputs hold with what their sources say, down to the keys that differ.
     ///
@@ -426,7 +429,16 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
                 with_upstream(&conductor, &select(&conductor.project, std::slice::from_ref(&job), &[])?);
             let plans = conductor.plan_all(&conductor.waves(&selected)?, &request).await?;
             if let Some(plan) = plans.get(&job) {
-                renderer.plan(plan, &plan.asked(&conductor.scratch).await?);
+                let mut warnings = Vec::new();
+                let asked = conductor.windows(plan, &request, &mut warnings);
+                let windows = runtime::within(PLAN_PATIENCE, asked).await.unwrap_or_else(|| {
+                    Err(Error::temporary("the source waits for transactions that are open, as a run would"))
+                });
+                let windows = windows.unwrap_or_else(|error| {
+                    warnings.push(format!("what is new is not known: {error}"));
+                    indexmap::IndexMap::new()
+                });
+                renderer.plan(plan, &plan.asked(&conductor.scratch).await?, &windows, &warnings);
             }
         }
         Verb::Preview { job, model, limit, how } => {
@@ -498,10 +510,10 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
             request.backfill = Some(Backfill { from, to, source });
             return run(&conductor, renderer, &[job], &[], &request, None).await;
         }
-        Verb::Clean { jobs, grace, dry_run } => {
+        Verb::Clean { jobs, grace, dry_run, force } => {
             let project = open()?;
             let jobs = select(&project, &jobs, &[])?;
-            renderer.cleaned(&clean::clean(&project, &jobs, &grace, dry_run).await?, dry_run);
+            renderer.cleaned(&clean::clean(&project, &jobs, &grace, dry_run, force).await?, dry_run);
         }
         Verb::Reconcile { job, table, key, limit, how } => {
             let (conductor, request) = conductor(open()?, &how, false, Vec::new())?;
@@ -591,8 +603,11 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
     Ok(0)
 }
 
+/// How long a plan waits to learn what is new.
+const PLAN_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+
 fn conductor(
-    project: Project,
+    mut project: Project,
     how: &How,
     full_refresh: bool,
     ranges: Vec<String>,
@@ -631,7 +646,9 @@ fn conductor(
             params.insert(name.clone(), value);
         }
     }
-    let scratch = Scratch::new(project.limits.clone())?;
+    let scratch = Scratch::new(&project.limits)?;
+    // What connections fetch lies there as well.
+    project.limits = scratch.limits.clone();
     let conductor = Conductor {
         project,
         clock: Arc::new(clock),

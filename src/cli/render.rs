@@ -21,7 +21,7 @@ use tracing_subscriber::{
 
 use super::{clean::Found, quarantine::Counted};
 use crate::{
-    connector::{CatalogTable, Identity, condition::Condition},
+    connector::{CatalogTable, Exactness, Identity, condition::Condition},
     error::{Error, Problem, Result, without_values},
     plan::Plan,
     project::Project,
@@ -29,6 +29,7 @@ use crate::{
     record::{LoadRecord, run::RunRecord},
     run::{Counter, Progress},
     runtime,
+    watermark::Window,
 };
 
 /// Prints a line to stdout.
@@ -205,32 +206,54 @@ impl Renderer {
         }
     }
 
-    /// A plan, and what is asked of each of its sources.
-    pub(super) fn plan(&self, plan: &Plan, asked: &IndexMap<&str, Vec<Condition>>) {
+    /// A plan, what is asked of each of its sources, and what a run would read of them now.
+    pub(super) fn plan(
+        &self,
+        plan: &Plan,
+        asked: &IndexMap<&str, Vec<Condition>>,
+        windows: &IndexMap<String, (Window, Option<Exactness>)>,
+        warnings: &[String],
+    ) {
+        let window = |source: &str| windows.get(source).map(|(window, _)| window.to_string());
+        let bound = |source: &str| {
+            windows.get(source).and_then(|(_, exactness)| *exactness).map(|exactness| exactness.to_string())
+        };
         let asks_for = |source: &str| -> Vec<String> {
             asked.get(source).into_iter().flatten().map(ToString::to_string).collect()
         };
         if self.json {
-            let sources: Vec<_> = plan.streams.iter().map(|(name, stream)| json!({ "source": name, "connection": stream.connection, "reads": if stream.partial { "what is new" } else { "everything" }, "written_down": stream.spool, "asks_for": asks_for(name), "columns": columns(&stream.schema) })).collect();
+            let sources: Vec<_> = plan.streams.iter().map(|(name, stream)| json!({ "source": name, "connection": stream.connection, "reads": if stream.partial { "what is new" } else { "everything" }, "written_down": stream.spool, "window": window(name), "bound": bound(name), "asks_for": asks_for(name), "columns": columns(&stream.schema) })).collect();
             let models: Vec<_> = plan.models.iter().map(|(name, model)| json!({ "model": name, "file": model.select.file.path, "sees": if model.partial { "partial" } else { "whole" }, "written_down": model.spool, "reads": model.select.reads, "columns": columns(&model.schema) })).collect();
             let checks: Vec<_> =
                 plan.checks.iter().map(|check| json!({ "on": check.on, "check": check.words() })).collect();
             let outputs: Vec<_> = plan.outputs.iter().map(|output| json!({ "output": output.spec.name, "from": output.from, "mode": output.spec.mode, "key": output.spec.key, "guarantee": output.guarantee.to_string() })).collect();
-            return self.json(&json!({ "job": plan.id.job, "as_of": plan.as_of, "sources": sources, "models": models, "checks": checks, "target": plan.target, "outputs": outputs }));
+            return self.json(&json!({ "job": plan.id.job, "as_of": plan.as_of, "sources": sources, "models": models, "checks": checks, "target": plan.target, "outputs": outputs, "warnings": warnings }));
         }
         for warning in &plan.warnings {
             self.warning(warning);
         }
+        for warning in warnings {
+            self.warning(&Problem::new(warning));
+        }
         say!("{}  as of {}\n", plan.id, plan.as_of.to_rfc3339_opts(chrono::SecondsFormat::Secs, true));
         let asks = asked.values().any(|conditions| !conditions.is_empty());
-        let mut table =
-            Table::new(&["source", "connection", "reads", "columns", if asks { "asks for" } else { "" }]);
+        let mut table = Table::new(&[
+            "source",
+            "connection",
+            "reads",
+            "columns",
+            "window",
+            "bound",
+            if asks { "asks for" } else { "" },
+        ]);
         for (name, stream) in &plan.streams {
             table.row([
                 name.clone(),
                 stream.connection.clone(),
                 sees(stream.partial, stream.spool),
                 stream.schema.fields().len().to_string(),
+                window(name).unwrap_or_default(),
+                bound(name).unwrap_or_default(),
                 asks_for(name).join(" and "),
             ]);
         }

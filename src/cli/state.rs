@@ -71,7 +71,7 @@ impl<'a> Opened<'a> {
             run_id: record.run_id,
             seq: record.seq,
             incarnation: record.incarnation,
-            scratch: Scratch::new(self.project.limits.clone())?,
+            scratch: Scratch::new(&self.project.limits)?,
         };
         let load = self.target()?.begin(id, &attempt, base).await?;
         match load.commit(&record).await {
@@ -123,6 +123,9 @@ pub(super) async fn adopt(project: &Project, job: &str) -> Result<LoadRecord> {
         }
     }
     let mut record = following(&id, base.as_ref());
+    for source in record.sources.values_mut() {
+        source.origin = None;
+    }
     let declared = opened.document.job.target.outputs.keys().filter(|name| !name.contains('*'));
     let names: indexmap::IndexSet<String> = record.outputs.keys().chain(declared).cloned().collect();
     for name in names {

@@ -503,7 +503,7 @@ pub(crate) async fn publish(
     batches: Vec<RecordBatch>,
 ) -> Result<Staged> {
     let job = JobId { project: "contract".to_owned(), job: name.to_owned() };
-    let mut release = Release::of(connection, job, None).await;
+    let mut release = Release::of(connection, job, None).await?;
     let output = OutputSpec {
         name: name.to_owned(),
         key: Vec::new(),
@@ -525,21 +525,21 @@ pub(crate) async fn publish(
 /// One try, with what its record needs.
 pub(crate) struct Release {
     pub(crate) load: Box<dyn Load>,
-    pub(crate) attempt: Attempt,
-    pub(crate) base: Option<LoadRecord>,
-    pub(crate) job: JobId,
-    pub(crate) _spill: tempfile::TempDir,
+    attempt: Attempt,
+    base: Option<LoadRecord>,
+    job: JobId,
+    _spill: tempfile::TempDir,
 }
 
 impl Release {
     async fn begin(connection: &dyn Connection, seq: u64) -> Self {
-        Self::of(connection, job(), Some(seq)).await
+        Self::of(connection, job(), Some(seq)).await.unwrap()
     }
 
     /// On top of release `seq`; unless given, of the last.
-    async fn of(connection: &dyn Connection, job: JobId, seq: Option<u64>) -> Self {
+    pub(crate) async fn of(connection: &dyn Connection, job: JobId, seq: Option<u64>) -> Result<Self> {
         let target = connection.target().unwrap();
-        let base = target.last_record(&job).await.unwrap();
+        let base = target.last_record(&job).await?;
         let seq = seq.unwrap_or_else(|| base.as_ref().map_or(0, |base| base.seq));
         let spill = tempfile::tempdir().unwrap();
         let limits = Limits { memory_bytes: 64 << 20, spill: spill.path().to_owned() };
@@ -548,10 +548,10 @@ impl Release {
             run_id: Uuid::now_v7(),
             seq: seq + 1,
             incarnation: base.as_ref().map_or_else(Uuid::new_v4, |base| base.incarnation),
-            scratch: Scratch::new(limits).unwrap(),
+            scratch: Scratch::new(&limits).unwrap(),
         };
-        let load = target.begin(&job, &attempt, base.as_ref()).await.unwrap();
-        Self { load, attempt, base, job, _spill: spill }
+        let load = target.begin(&job, &attempt, base.as_ref()).await?;
+        Ok(Self { load, attempt, base, job, _spill: spill })
     }
 
     pub(crate) fn record(&self, staged: &Staged, mode: Mode) -> LoadRecord {

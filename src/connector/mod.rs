@@ -277,6 +277,8 @@ pub enum Exactness {
     Exact,
     /// None can, unless a clock is off by more than the margin.
     Margin,
+    /// Some can: what comes late is found by the overlap, as far as that goes.
+    Lookback,
 }
 
 impl fmt::Display for Exactness {
@@ -284,6 +286,7 @@ impl fmt::Display for Exactness {
         f.write_str(match self {
             Self::Exact => "exact",
             Self::Margin => "margin",
+            Self::Lookback => "lookback",
         })
     }
 }
@@ -317,11 +320,10 @@ impl Bounds {
             (None, Some(Mark::Cursor(lo))) => lo.clone(),
             (None, _) => Position(Vec::new()),
         };
-        // A transaction that a run before this one did not see yet may be older than where that run ended: then nothing is new.
+        // A transaction that a run before this one did not see yet may be older than where that run ended, by a moment: then nothing is
+        // new. A clock that went back by more is refused.
         let hi = match mark {
-            Some(Mark::Cursor(lo)) if exactness == Exactness::Margin && hi.is_shortly_before(lo) => {
-                lo.clone()
-            }
+            Some(Mark::Cursor(lo)) if exactness != Exactness::Exact && hi.is_shortly_before(lo) => lo.clone(),
             _ => hi,
         };
         let overlap = stream.cursor.as_ref().and_then(|cursor| cursor.overlap);
@@ -386,6 +388,10 @@ pub trait Source: Send + Sync {
     }
     /// The columns of a stream.
     async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef>;
+    /// What tells this system from another one at the same address, if it has such a thing: a watermark is of one of them only.
+    async fn origin(&self) -> Result<Option<String>> {
+        Ok(None)
+    }
     /// Lists activity and fixes each stream's window, before anything is opened.
     async fn bounds(&self, streams: &[StreamSpec], since: &Marks, time: RunTime) -> Result<Bounds>;
     /// One view for everything this run reads from this connection; never older than the bounds.

@@ -6,7 +6,7 @@
 //! Projections reach every source; conditions and limits of models those that apply them. Windows are part of the scan. What a
 //! server leaves out was not extracted.
 
-use std::{any::Any, collections::HashMap, fmt, sync::Arc};
+use std::{any::Any, collections::HashMap, fmt, sync::Arc, task::Poll};
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use async_trait::async_trait;
@@ -16,13 +16,17 @@ use datafusion::{
     error::{DataFusionError, Result as DataFusionResult},
     execution::TaskContext,
     logical_expr::{Expr, TableProviderFilterPushDown, TableType},
-    physical_expr::EquivalenceProperties,
+    physical_expr::{EquivalenceProperties, expressions::Column, projection::ProjectionExpr},
     physical_plan::{
         DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PhysicalExpr, PlanProperties,
         SendableRecordBatchStream,
         execution_plan::{Boundedness, EmissionType},
+        projection::ProjectionExec,
+        stream::RecordBatchStreamAdapter,
     },
 };
+
+use futures::StreamExt;
 
 use super::{
     Connection, Snapshot,
@@ -124,10 +128,23 @@ impl TableProvider for ScanTable {
             let all_come = scan.window == Window::Whole && scan.stream.bad_rows == BadRows::Error;
             scan.limit = limit.filter(|_| filters.is_empty() && all_come);
         }
-        if let Some(projection) = projection {
-            scan.schema = Arc::new(scan.schema.project(projection)?);
-        }
-        Ok(Arc::new(ScanExec::new(scan)))
+        let Some(projection) = projection else { return Ok(Arc::new(ScanExec::new(scan))) };
+        let wanted: SchemaRef = Arc::new(scan.schema.project(projection)?);
+        // What may come late is counted by the cursor, also where no model asks for it.
+        let unasked = scan.stream.cursor.as_ref().filter(|cursor| cursor.overlap.is_some());
+        let unasked = unasked.and_then(|cursor| cursor.columns.first());
+        let unasked = unasked.filter(|column| wanted.field_with_name(column).is_err());
+        let Some(cursor) = unasked.and_then(|column| scan.schema.index_of(column).ok()) else {
+            scan.schema = wanted;
+            return Ok(Arc::new(ScanExec::new(scan)));
+        };
+        let all: Vec<usize> = projection.iter().copied().chain([cursor]).collect();
+        scan.schema = Arc::new(scan.schema.project(&all)?);
+        let columns = wanted.fields().iter().enumerate().map(|(at, field)| ProjectionExpr {
+            expr: Arc::new(Column::new(field.name(), at)),
+            alias: field.name().clone(),
+        });
+        Ok(Arc::new(ProjectionExec::try_new(columns, Arc::new(ScanExec::new(scan)))?))
     }
 }
 
@@ -204,7 +221,18 @@ impl ExecutionPlan for ScanExec {
             .source()
             .ok_or_else(|| DataFusionError::from(Error::bug(format!("source `{name}` cannot be read"))))?;
         open.tap.start();
-        Ok(source.scan(&open.snapshot, &self.scan, Arc::clone(&open.tap))?)
+        let mut rows = source.scan(&open.snapshot, &self.scan, Arc::clone(&open.tap))?;
+        let tap = open.tap;
+        let counted = futures::stream::poll_fn(move |waker| {
+            let next = rows.poll_next_unpin(waker);
+            match &next {
+                Poll::Ready(Some(Ok(batch))) => tap.hand(batch.num_rows() as u64),
+                Poll::Ready(None) => tap.drain(),
+                Poll::Ready(Some(Err(_))) | Poll::Pending => {}
+            }
+            next
+        });
+        Ok(Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.scan.schema), counted)))
     }
 }
 

@@ -16,6 +16,7 @@ use arrow::record_batch::RecordBatch;
 use super::spec::{BadRows, StreamSpec};
 use crate::{
     error::{Error, Result},
+    lateness::Watch,
     record::totals::{Total, Totals, TotalsSpec},
 };
 
@@ -34,6 +35,8 @@ pub struct Reject {
 #[derive(Debug, Default)]
 pub struct Tap {
     extracted: AtomicU64,
+    handed: AtomicU64,
+    drained: AtomicBool,
     filtered: AtomicU64,
     bytes: AtomicU64,
     total_bytes: AtomicU64,
@@ -42,12 +45,13 @@ pub struct Tap {
     rejects: Mutex<Vec<Reject>>,
     nulled: Mutex<BTreeMap<String, u64>>,
     totals: Mutex<Option<Totals>>,
+    watch: Mutex<Option<Watch>>,
 }
 
 impl Tap {
-    /// A tap that also adds up `totals`.
-    pub fn with_totals(totals: Option<TotalsSpec>) -> Self {
-        Self { totals: Mutex::new(totals.map(Totals::new)), ..Self::default() }
+    /// A tap that also adds up `totals`, and counts what may come late.
+    pub fn counting(totals: Option<TotalsSpec>, watch: Option<Watch>) -> Self {
+        Self { totals: Mutex::new(totals.map(Totals::new)), watch: Mutex::new(watch), ..Self::default() }
     }
 
     /// Counts rows that are handed on.
@@ -57,10 +61,28 @@ impl Tap {
     /// If the totals cannot be added up.
     pub fn rows(&self, batch: &RecordBatch) -> Result<()> {
         self.extracted.fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
+        if let Some(watch) = self.watch.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            watch.add(batch);
+        }
         match self.totals.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             Some(totals) => totals.add(batch),
             None => Ok(()),
         }
+    }
+
+    /// Counts rows where they reach the models: by another count than where they left the source.
+    pub fn hand(&self, rows: u64) {
+        self.handed.fetch_add(rows, Ordering::Relaxed);
+    }
+
+    /// Says that whoever reads has come to the end.
+    pub fn drain(&self) {
+        self.drained.store(true, Ordering::Relaxed);
+    }
+
+    /// Rows that reached the models, once all of them have.
+    pub fn handed(&self) -> Option<u64> {
+        self.drained.load(Ordering::Relaxed).then(|| self.handed.load(Ordering::Relaxed))
     }
 
     /// Counts rows that a filter of the job dropped.
@@ -173,6 +195,11 @@ impl Tap {
     /// The rows set aside.
     pub fn rejects(&self) -> Vec<Reject> {
         self.rejects.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What was counted of rows that may come late.
+    pub fn watch(&self) -> Option<Watch> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The totals.

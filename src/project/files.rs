@@ -36,7 +36,8 @@ pub struct EnvironmentSpec {
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsSpec {
-    /// Memory for joins, sorts and spools together: `512MiB`, `2GiB`. Unless set, 1 GiB.
+    /// Memory of the process: `512MiB`, `2GiB`. A quarter, and at most 256 MiB, is left to those who read and write; joins, sorts,
+    /// aggregates and spools share the rest. Unless set, 1 GiB.
     pub memory: Option<String>,
     /// The folder for what does not fit. Unless set, `.floodmark/spill`.
     pub spill: Option<String>,

@@ -14,15 +14,16 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Result},
+    lateness::Tail,
     watermark::{Mark, Window},
 };
 
 pub mod run;
 pub mod totals;
 
-/// The version of [`LoadRecord`] that this floodmark writes. Version 2 knows which rows of the quarantine are settled, which who does
-/// not know it would forget.
-pub const RECORD_VERSION: u32 = 2;
+/// The version of [`LoadRecord`] that this floodmark writes. Version 2 knows which rows of the quarantine are settled, version 3 which
+/// system a mark is of and what lies before it: who does not know it would forget it.
+pub const RECORD_VERSION: u32 = 3;
 
 /// One release of one job, as the target remembers it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,6 +112,12 @@ pub struct SourceRecord {
     /// What the mark is of.
     #[serde(default)]
     pub reads: String,
+    /// Which system that is, where it can be told from others at the same address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
+    /// What lies within the overlap before the mark: what the next run reads again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tail: Option<Tail>,
     /// The window of this run, as people read it.
     pub window: String,
     /// Rows that came from the window.
@@ -220,6 +227,8 @@ impl SourceRecord {
     /// stays.
     pub fn of(window: &Window, reads: String, counts: run::Counts, before: Option<&Self>) -> Self {
         Self {
+            origin: before.and_then(|before| before.origin.clone()),
+            tail: before.and_then(|before| before.tail.clone()),
             mark: window.mark().or_else(|| before?.mark.clone()),
             reads: match (window.mark(), before) {
                 (None, Some(before)) if before.mark.is_some() => before.reads.clone(),

@@ -6,6 +6,7 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use super::totals::Total;
+use crate::lateness::Late;
 
 /// The version of [`RunRecord`] that this floodmark writes.
 pub const RUN_VERSION: u32 = 1;
@@ -67,6 +68,12 @@ impl Outcome {
 pub struct SourceReport {
     /// What was read.
     pub window: String,
+    /// How sure the window's end is: `exact`, `margin` or `lookback`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bound: Option<String>,
+    /// Rows that came late, and were found by the overlap.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub late: Option<Late>,
     /// What came of its rows.
     pub counts: Counts,
     /// Bytes read.

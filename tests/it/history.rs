@@ -350,3 +350,61 @@ fn a_job_is_made_from_a_connection_and_runs() {
     let (code, text) = told(&folder, &["init", "--from", "epr"]);
     assert!(code == 2 && text.contains("Did you mean `erp`?"), "{text}");
 }
+
+/// P9: what an `overlap` finds is counted, and said where it comes near the end of it.
+#[test]
+fn rows_that_come_late_are_found_and_counted() {
+    // Also where the model does not ask for the cursor.
+    for model in [
+        "SELECT id, amount FROM lines\n",
+        "SELECT CAST(row_number() OVER () AS bigint) AS id, amount FROM lines\n",
+    ] {
+        late(model);
+    }
+}
+
+fn reading_again(overlap: u32) -> Folder {
+    let again = format!("incremental: {{ cursor: id, overlap: {overlap} }}");
+    let job = JOB.replace("incremental: { cursor: id }", &again);
+    ledger(&job.replace("mode: append", "mode: merge, key: [id]"))
+}
+
+fn late(model: &str) {
+    let folder = reading_again(160);
+    folder.write("sql/mappings/load/clean.sql", model.as_bytes());
+    add(&folder, 1000);
+    assert_eq!(run(&folder, &[]).0, 0);
+    add(&folder, 999);
+    add(&folder, 1001);
+    let (code, told) = run(&folder, &[]);
+    assert_eq!(code, 0);
+    let source = &told["sources"]["lines"];
+    assert_eq!(source["late"], serde_json::json!({ "rows": 1, "by": 10, "of": 160 }), "{told}");
+    assert_eq!((&source["bound"], &told["warnings"]), (&"exact".into(), &Value::Null), "{told}");
+    // What was late is known now.
+    add(&folder, 900);
+    let (_, told) = run(&folder, &[]);
+    assert_eq!(
+        told["sources"]["lines"]["late"],
+        serde_json::json!({ "rows": 1, "by": 110, "of": 160 }),
+        "{told}"
+    );
+    assert!(told["warnings"].to_string().contains("at least 1 row came late"), "{told}");
+    let (_, told) = run(&folder, &[]);
+    assert_eq!(told["sources"]["lines"]["late"], Value::Null, "{told}");
+}
+
+#[test]
+fn a_plan_says_what_a_run_would_read_and_how_sure_its_end_is() {
+    let folder = reading_again(1);
+    let window = || {
+        let plan = folder.floodmark(&["plan", "load", "--output", "json"]);
+        let plan: Value = serde_json::from_slice(&plan.stdout).unwrap();
+        let source = &plan["sources"][0];
+        (source["window"].as_str().unwrap().to_owned(), source["bound"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(window(), ("up to 3".to_owned(), "exact".to_owned()));
+    assert_eq!(run(&folder, &[]).0, 0);
+    add(&folder, 7);
+    assert_eq!(window(), ("[3, 8), again from 2".to_owned(), "exact".to_owned()));
+}

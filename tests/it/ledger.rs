@@ -20,10 +20,14 @@ use crate::{
     support::Folder,
 };
 
-/// The point after `nth`: of the first `many` all are tried, of the others every fifth; all, with `FLOODMARK_TEST_EXHAUSTIVE` set.
-pub(crate) fn next(nth: usize, many: usize) -> usize {
-    let all = nth < many || std::env::var_os("FLOODMARK_TEST_EXHAUSTIVE").is_some();
-    nth + if all { 1 } else { 5 }
+/// The point after `nth`: of the first `many` all are tried, of the others every fifth, each mode others than the last one; all, with
+/// `FLOODMARK_TEST_EXHAUSTIVE` set.
+pub(crate) fn next(nth: usize, many: usize, mode: &str) -> usize {
+    if nth < many || std::env::var_os("FLOODMARK_TEST_EXHAUSTIVE").is_some() {
+        return nth + 1;
+    }
+    let offset = MODES.iter().position(|(name, _)| *name == mode).unwrap_or_default();
+    (nth + 1..).find(|next| next % 5 == offset).unwrap()
 }
 
 pub(crate) const MODES: [(&str, &str); 4] = [
@@ -200,8 +204,65 @@ impl Ledger {
     pub(crate) fn run(&self) -> Value {
         let output = self.command(&["run", "--output", "json"]).output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{told}");
-        serde_json::from_slice(&output.stdout).unwrap()
+        let document = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{}: {told}{document}", output.status);
+        serde_json::from_str(&document).unwrap()
+    }
+
+    /// Which run made each release.
+    pub(crate) fn runs(&self) -> BTreeMap<u64, String> {
+        let records: Vec<String> = if let Some(store) = &self.store {
+            self.wait(async {
+                let commits = Path::from("_floodmark/small/load/commits");
+                let listed: Vec<_> = store.list(Some(&commits)).try_collect().await.unwrap();
+                let mut records = Vec::new();
+                for object in listed.into_iter().filter(|object| object.location.extension() == Some("json"))
+                {
+                    let bytes = store.get(&object.location).await.unwrap().bytes().await.unwrap();
+                    records.push(String::from_utf8(bytes.to_vec()).unwrap());
+                }
+                records
+            })
+        } else if let Some(schema) = &self.schema {
+            let sql = "SELECT record_json FROM floodmark_log";
+            schema.with(|client| client.query(sql, &[]).unwrap().iter().map(|row| row.get(0)).collect())
+        } else {
+            let database = rusqlite::Connection::open(self.folder.path().join("out.db")).unwrap();
+            let mut statement = database.prepare("SELECT record_json FROM floodmark_log").unwrap();
+            statement.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
+        };
+        let records = records.iter().map(|record| serde_json::from_str::<Value>(record).unwrap());
+        let told = records
+            .map(|record| (record["seq"].as_u64().unwrap(), record["run_id"].as_str().unwrap().to_owned()));
+        told.collect()
+    }
+
+    /// What a reader sees that knows folders only, and follows the link once.
+    pub(crate) fn seen_in_current(&self) -> Rows {
+        let mut rows = Rows::new();
+        let Ok(release) = fs::canonicalize(self.folder.path().join("out/lines/current")) else { return rows };
+        for entry in fs::read_dir(release).unwrap() {
+            let file = fs::File::open(entry.unwrap().path()).unwrap();
+            for batch in ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap() {
+                let batch = batch.unwrap();
+                let column = |name| batch.column_by_name(name).unwrap().as_primitive::<Int64Type>().clone();
+                let (ids, amounts) = (column("id"), column("amount"));
+                (0..batch.num_rows())
+                    .for_each(|row| rows.entry(ids.value(row)).or_default().push(amounts.value(row)));
+            }
+        }
+        rows
+    }
+
+    /// The files of the target's data and records, in order.
+    pub(crate) fn paths(&self) -> Vec<String> {
+        let store = self.store.as_ref().unwrap();
+        let listed: Vec<_> = self.wait(async { store.list(None).try_collect().await.unwrap() });
+        let paths = listed.into_iter().map(|object| object.location.to_string());
+        let mut paths: Vec<String> =
+            paths.filter(|path| path.contains("/data/") || path.contains("/commits/")).collect();
+        paths.sort();
+        paths
     }
 
     /// All that the target holds, by an administrator who knows nothing of floodmark.
@@ -249,6 +310,58 @@ impl Ledger {
             (Backup::File(bytes), ..) => fs::write(self.folder.path().join("out.db"), bytes).unwrap(),
             _ => unreachable!(),
         }
+    }
+
+    /// Puts in the place of the target what the target of `other` held.
+    pub(crate) fn swap(&self, backup: &Backup, other: &Self) {
+        match (backup, &self.schema, &other.schema) {
+            (Backup::Tables(tables), Some(here), Some(there)) => {
+                for table in tables {
+                    here.execute(&format!(
+                        "TRUNCATE {table}; INSERT INTO {table} TABLE {}.{table}",
+                        there.name
+                    ));
+                }
+            }
+            _ => self.restore(backup),
+        }
+    }
+
+    /// Takes away everything that the target holds, its record included.
+    pub(crate) fn empty(&self) {
+        match &self.schema {
+            Some(schema) => schema.execute("DROP TABLE lines, floodmark_state, floodmark_log"),
+            None if self.store.is_some() => self.restore(&Backup::Objects(Vec::new())),
+            None => fs::remove_file(self.folder.path().join("out.db")).unwrap(),
+        }
+    }
+
+    /// Does something to a target that is a database, as others would; false if it does not let them, or not at the moment.
+    pub(crate) fn try_target(&self, sql: &str) -> bool {
+        match &self.schema {
+            Some(schema) => schema
+                .with(|client| client.batch_execute(&format!("SET lock_timeout = '200ms'; {sql}")).is_ok()),
+            None => {
+                let database = rusqlite::Connection::open(self.folder.path().join("out.db")).unwrap();
+                database.busy_timeout(std::time::Duration::from_millis(200)).unwrap();
+                database.execute_batch(sql).is_ok()
+            }
+        }
+    }
+
+    /// How many rows and releases a target that is a database holds, whatever columns it has.
+    pub(crate) fn count(&self) -> (u64, u64) {
+        let number = |sql: &str| -> u64 {
+            let count: i64 = match &self.schema {
+                Some(schema) => schema.with(|client| client.query_one(sql, &[]).unwrap().get(0)),
+                None => rusqlite::Connection::open(self.folder.path().join("out.db"))
+                    .unwrap()
+                    .query_row(sql, [], |row| row.get(0))
+                    .unwrap(),
+            };
+            count.unsigned_abs()
+        };
+        (number("SELECT count(*) FROM lines"), number("SELECT count(*) FROM floodmark_log"))
     }
 
     fn wait<T>(&self, work: impl Future<Output = T>) -> T {

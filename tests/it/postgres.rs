@@ -385,3 +385,36 @@ fn a_user_without_rights_is_told_which() {
     assert!(!told.contains("for-a-test"));
     shop.from.execute(&format!("REVOKE ALL ON SCHEMA {} FROM {role}; DROP ROLE {role}", shop.from.name));
 }
+
+/// W22: a watermark is of one database, and not of another one that has its place.
+#[test]
+fn a_source_that_is_another_database_is_refused_until_it_is_adopted() {
+    let shop = Shop::new();
+    assert_eq!(shop.run(&FIRST).0, 0);
+    let name = format!("d_{}", uuid::Uuid::now_v7().simple());
+    postgres().admin("postgres", |client| client.batch_execute(&format!("CREATE DATABASE {name}")).unwrap());
+    postgres().admin(&name, |client| {
+        client
+            .batch_execute(&format!(
+                "CREATE SCHEMA {0}; CREATE TABLE {0}.orders (id bigint PRIMARY KEY, customer text, amount numeric(18,2), tags text[], changed_at timestamptz NOT NULL);
+                 INSERT INTO {0}.orders VALUES (4, 'alan', 4, NULL, '2026-01-02T08:00Z')",
+                shop.from.name
+            ))
+            .unwrap();
+    });
+    let (erp, dw) = CONNECTIONS.split_once("dw:").unwrap();
+    shop.connect(&format!("{}dw:{dw}", erp.replace("database: postgres", &format!("database: {name}"))));
+    let (code, run) = shop.run(&SECOND);
+    assert_eq!((code, &run["outcome"]), (3, &"refused".into()), "{run}");
+    assert!(run["errors"].to_string().contains("leads to another database than last time"), "{run}");
+    let adopted = shop.command(&["state", "adopt", "load"]).output().unwrap();
+    assert!(adopted.status.success(), "{}", String::from_utf8_lossy(&adopted.stderr));
+    assert_eq!(shop.run(&SECOND).0, 0);
+    assert_eq!(shop.holds("SELECT count(*) FROM orders"), "3");
+    // And from then on it is this one.
+    shop.connect(CONNECTIONS);
+    assert_eq!(shop.run(&SECOND).0, 3);
+    postgres().admin("postgres", |client| {
+        client.batch_execute(&format!("DROP DATABASE {name} WITH (FORCE)")).unwrap();
+    });
+}

@@ -5,6 +5,7 @@
 use std::{
     fs,
     process::{Child, Command, Output, Stdio},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
     time::Duration,
 };
 
@@ -13,8 +14,10 @@ use nix::{
     unistd::Pid,
 };
 
+use serde_json::Value;
+
 use crate::{
-    ledger::{Ledger, MODES},
+    ledger::{Ledger, MODES, Rows},
     services::{faults, postgres},
     support::Folder,
 };
@@ -53,12 +56,50 @@ pub(crate) fn signal(process: &Child, signal: Signal) {
 #[derive(Debug, Default)]
 struct Fights {
     rounds: u32,
-    stopped: u32,
+    stopped: AtomicU32,
     lost: u32,
-    refused: u32,
+    refused: AtomicU32,
+    /// How often somebody looked meanwhile.
+    polled: AtomicU32,
 }
 
-fn fifty_rounds(target: &str) {
+/// One run that stands still at its nth call, and one that goes through meanwhile.
+fn fight(ledger: &Ledger, nth: usize, fights: &Fights) -> [Output; 2] {
+    let arguments = ["run", "--output", "json"];
+    let mut command = ledger.command(&arguments);
+    command.env("LD_PRELOAD", faults()).env("FAULT", "stop").env("FAULT_AT", nth.to_string());
+    let mut first = spawn(&mut command);
+    let still = stands_still(&mut first);
+    fights.stopped.fetch_add(u32::from(still), SeqCst);
+    // Kept out until the lease has run out.
+    let second = loop {
+        let second = ledger.command(&arguments).output().unwrap();
+        if !told(&second).contains("is being run already") {
+            break second;
+        }
+        assert_eq!(second.status.code(), Some(75));
+        fights.refused.fetch_add(1, SeqCst);
+    };
+    if still {
+        signal(&first, Signal::SIGCONT);
+    }
+    [first.wait_with_output().unwrap(), second]
+}
+
+/// Whoever looks sees a release or the one after, and no part of one. SQLite lets nobody look while it commits.
+fn seen_whole(ledger: &Ledger, target: &str, before: &Rows, after: &Rows, what: &str) {
+    if target != "sqlite" {
+        let (rows, _) = ledger.seen();
+        assert!([before, after].contains(&&rows), "{what}: {rows:?} is no release");
+    }
+    if target == "files" {
+        let rows = ledger.seen_in_current();
+        assert!([before, after].contains(&&rows), "{what}: {rows:?} is no release, in `current`");
+    }
+    std::thread::sleep(Duration::from_millis(5));
+}
+
+fn fifty_two_rounds(target: &str) {
     let more = match target {
         "postgres" => format!("sslrootcert: {}, lock_timeout_ms: 300", postgres().authority),
         _ => "busy_timeout_ms: 300".to_owned(),
@@ -75,75 +116,81 @@ fn fifty_rounds(target: &str) {
             fights.rounds += 1;
             let after = ledger.arrive(mode == "append");
             let nth = calls * (round + 1) / 14 + 1;
-            let mut first = spawn(
-                ledger
-                    .command(&["run"])
-                    .env("LD_PRELOAD", faults())
-                    .env("FAULT", "stop")
-                    .env("FAULT_AT", nth.to_string()),
-            );
-            let still = stands_still(&mut first);
-            fights.stopped += u32::from(still);
-            // Kept out until the lease has run out.
-            let second = loop {
-                let second = ledger.command(&["run"]).output().unwrap();
-                if !told(&second).contains("is being run already") {
-                    break second;
-                }
-                assert_eq!(second.status.code(), Some(75));
-                fights.refused += 1;
-            };
-            if still {
-                signal(&first, Signal::SIGCONT);
-            }
-            let first = first.wait_with_output().unwrap();
             let what = format!("{target}, {mode}, stopped at {nth}");
-            for run in [&first, &second] {
+            let done = AtomicBool::new(false);
+            let runs = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !done.load(SeqCst) {
+                        fights.polled.fetch_add(1, SeqCst);
+                        seen_whole(&ledger, target, &before.0, &after, &what);
+                    }
+                });
+                let runs = fight(&ledger, nth, &fights);
+                done.store(true, SeqCst);
+                runs
+            });
+            let made = ledger.runs();
+            let mut published = Vec::new();
+            for run in &runs {
                 let (code, told) = (run.status.code(), told(run));
-                assert!(matches!(code, Some(0 | 75)), "{what}: {code:?} {told}");
-                fights.lost += u32::from(code == Some(75));
+                let document: Value = serde_json::from_slice(&run.stdout).unwrap_or_default();
+                match (code, document["outcome"].as_str()) {
+                    (Some(0), Some("published")) => {
+                        let seq = document["seq"].as_u64().unwrap();
+                        assert_eq!(made.get(&seq).map(String::as_str), document["run_id"].as_str(), "{what}");
+                        published.push(seq);
+                    }
+                    (Some(0), Some("nothing_new")) => {}
+                    (Some(75), _) => fights.lost += 1,
+                    other => assert_eq!(other, (Some(0), Some("published")), "{what}: {told}"),
+                }
             }
+            let [first, second] = &runs;
             assert!(
                 first.status.success() || second.status.success(),
                 "{what}: {}{}",
-                told(&first),
-                told(&second)
+                told(first),
+                told(second)
             );
             let (rows, releases) = ledger.seen();
             assert_eq!(rows, after, "{what}");
+            // Ranges are loaded again, and hold the same.
             let most = if mode.starts_with("replace_range") { 2 } else { 1 };
-            assert!(
-                releases > before.1 && releases <= before.1 + most,
-                "{what}: {releases} after {}",
-                before.1
-            );
+            let new: Vec<u64> = (before.1 + 1..=releases).collect();
+            published.sort_unstable();
+            assert!(!new.is_empty() && new.len() <= most, "{what}: {releases} after {}", before.1);
+            assert_eq!(published, new, "{what}: each release is one run's");
             before = (rows, releases);
         }
         ledger.run();
         assert_eq!(ledger.seen().0, before.0, "{target}, {mode}: once more");
     }
     println!("{target}: {fights:?}");
-    assert!(fights.rounds >= 50 && fights.stopped >= 40 && fights.lost >= 5, "{target}: {fights:?}");
+    let (stopped, polled) = (fights.stopped.load(SeqCst), fights.polled.load(SeqCst));
+    assert!(
+        fights.rounds >= 50 && stopped >= 40 && fights.lost >= 5 && polled >= 100,
+        "{target}: {fights:?}"
+    );
 }
 
 #[test]
 fn two_runs_into_files_never_commit_the_same_release() {
-    fifty_rounds("files");
+    fifty_two_rounds("files");
 }
 
 #[test]
 fn two_runs_into_sqlite_never_commit_the_same_release() {
-    fifty_rounds("sqlite");
+    fifty_two_rounds("sqlite");
 }
 
 #[test]
 fn two_runs_into_postgres_never_commit_the_same_release() {
-    fifty_rounds("postgres");
+    fifty_two_rounds("postgres");
 }
 
 #[test]
 fn two_runs_into_a_bucket_never_commit_the_same_release() {
-    fifty_rounds("s3");
+    fifty_two_rounds("s3");
 }
 
 #[test]
@@ -163,4 +210,34 @@ fn a_second_run_is_kept_out_and_told_by_whom() {
     first.wait().unwrap();
     let third = folder.floodmark(&["run"]);
     assert!(third.status.success(), "{}", told(&third));
+}
+
+/// What a stopped run has staged may still be committed: it is nobody's garbage.
+#[test]
+fn what_a_stopped_run_has_staged_is_not_cleaned_up() {
+    let mut ledger = Ledger::limited("files", "append", "incremental: { cursor: id }", IMPATIENT, "");
+    ledger.arrive(true);
+    ledger.run();
+    ledger.arrive(true);
+    let calls = ledger.counted();
+    let mut refused = 0;
+    for part in 1..20 {
+        let after = ledger.arrive(true);
+        let mut command = ledger.command(&["run"]);
+        command.env("LD_PRELOAD", faults()).env("FAULT", "stop");
+        let mut run = spawn(command.env("FAULT_AT", (calls * part / 20).to_string()));
+        let still = stands_still(&mut run);
+        let commits = still && ledger.seen().0 != after;
+        let clean = ledger.command(&["clean", "--grace", "0s", "--force"]).output().unwrap();
+        // Before it has its lease it has staged nothing.
+        assert!(matches!(clean.status.code(), Some(0 | 75)), "{part} of 20: {}", told(&clean));
+        refused += u32::from(commits && clean.status.code() == Some(75));
+        if still {
+            signal(&run, Signal::SIGCONT);
+        }
+        let run = run.wait_with_output().unwrap();
+        assert!(run.status.success(), "{part} of 20: {}", told(&run));
+        assert_eq!(ledger.seen().0, after, "{part} of 20");
+    }
+    assert!(refused >= 3, "{refused}");
 }

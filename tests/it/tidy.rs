@@ -197,3 +197,95 @@ fn each_path(path: &Path, visit: &mut impl FnMut(&Path)) {
 fn each_file(path: &Path, visit: &mut impl FnMut(&str, &str)) {
     each_path(path, &mut |path| visit(path.to_str().unwrap(), &fs::read_to_string(path).unwrap()));
 }
+
+/// The names between backticks that are those of tests: words joined by at least two underscores.
+fn tests_named(text: &str) -> impl Iterator<Item = &str> {
+    quoted(text).filter(|name| {
+        name.matches('_').count() >= 2 && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+    })
+}
+
+fn all_code() -> String {
+    let mut code = String::new();
+    for root in ["src", "tests"] {
+        each_path(Path::new(root), &mut |path| {
+            if path.extension().is_some_and(|ending| ending == "rs") {
+                code.push_str(&fs::read_to_string(path).unwrap());
+            }
+        });
+    }
+    code
+}
+
+#[test]
+fn every_promise_names_tests_that_exist() {
+    let page = fs::read_to_string("docs/promises.md").unwrap();
+    let code = all_code();
+    let (mut promises, mut offences) = (0, Vec::new());
+    for row in page
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| P ") && !line.starts_with("| ---"))
+    {
+        promises += 1;
+        let proven: Vec<&str> = tests_named(row.rsplit('|').nth(1).unwrap()).collect();
+        if proven.is_empty() {
+            offences.push(format!("nothing proves: {row}"));
+        }
+        for test in proven.iter().filter(|test| !code.contains(&format!("fn {test}("))) {
+            offences.push(format!("there is no test `{test}`"));
+        }
+    }
+    assert!(offences.is_empty(), "{}", offences.join("\n"));
+    assert!(promises >= 25, "{promises} promises");
+}
+
+/// What the README says of each target is what its code promises, and tests of that kind of target prove.
+#[test]
+fn the_guarantees_of_the_readme_are_those_of_the_code() {
+    use floodmark::connector::{CONNECTORS, Options, spec::OutputSpec};
+    let page = fs::read_to_string("README.md").unwrap();
+    let rows: Vec<Vec<&str>> = section(&page, "What is promised")
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    let output: OutputSpec = serde_json::from_value(serde_json::json!({
+        "name": "x", "mode": "append", "key": [], "update": [], "range": [], "named_ranges": [], "partition_by": [],
+        "contract": {}, "rebuild": false, "marked": false,
+    }))
+    .unwrap();
+    let code = all_code();
+    for connector in CONNECTORS {
+        let values = match connector.name {
+            "files" => serde_json::json!({ "root": "out" }),
+            "sqlite" => serde_json::json!({ "path": "x.db" }),
+            "postgres" => serde_json::json!({ "user": "x" }),
+            "http" => serde_json::json!({ "url": "https://example.com" }),
+            "azure" => serde_json::json!({ "container": "x", "account": "x", "access_key": "eA==" }),
+            _ => {
+                serde_json::json!({ "bucket": "x", "region": "x", "access_key_id": "x", "secret_access_key": "x" })
+            }
+        };
+        let options = Options {
+            name: "x".to_owned(),
+            base: std::path::PathBuf::new(),
+            values,
+            spill: std::env::temp_dir(),
+        };
+        let opened = (connector.open)(options);
+        let row = rows.iter().find(|row| quoted(row[0]).any(|name| name == connector.name));
+        let promised = match &opened {
+            Ok(connection) => connection.target().map(|target| target.guarantee(&output).to_string()),
+            // Who asks is read from a file that is not there.
+            Err(_) => Some("exactly once".to_owned()),
+        };
+        assert_eq!(row.map(|row| row[1].to_owned()), promised, "{}", connector.name);
+        let Some(row) = row else { continue };
+        let proven: Vec<&str> = tests_named(row[3]).collect();
+        let untested = row[3].starts_with("not tested");
+        assert!(untested || proven.len() >= 3, "{}: {}", connector.name, row[3]);
+        for test in proven {
+            assert!(code.contains(&format!("fn {test}(")), "there is no test `{test}`");
+        }
+    }
+}

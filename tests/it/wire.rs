@@ -130,7 +130,7 @@ fn a_target_that_is_cut_off_at_any_message_loses_and_doubles_nothing() {
             let struck = proxy.struck();
             points += struck;
             calm = if struck == 0 { calm + 1 } else { 0 };
-            (nth, runs) = (next(nth, 40), runs + 1);
+            (nth, runs) = (next(nth, 40, "append"), runs + 1);
         }
         println!("the target was cut off at {points} messages of {side}");
         assert!(points >= 40, "the target was cut off at {points} messages of {side} only");

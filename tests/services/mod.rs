@@ -138,9 +138,30 @@ impl S3 {
 impl Postgres {
     /// Stops it at once, as if its machine had lost it, and starts it again on the same port.
     pub fn restart(&self) {
-        let home = Path::new(&self.authority).parent().unwrap();
-        let read = |name: &str| std::fs::read_to_string(home.join(name)).unwrap().trim().to_owned();
-        let (program, data) = (format!("{}/pg_ctl", read("bin")), home.join("data"));
+        self.control("immediate");
+    }
+
+    /// From now on it is a copy of a primary that it has lost: it can be read, and nobody can write to it.
+    pub fn become_standby(&self) {
+        std::fs::write(self.home().join("data/standby.signal"), "").unwrap();
+        self.control("fast");
+    }
+
+    /// It is a primary again, if it was not.
+    pub fn become_primary(&self) {
+        let promote = "SELECT CASE WHEN pg_is_in_recovery() THEN pg_promote() ELSE true END";
+        assert!(self.admin("postgres", |client| client.query_one(promote, &[]).unwrap().get::<_, bool>(0)));
+    }
+
+    fn home(&self) -> &Path {
+        Path::new(&self.authority).parent().unwrap()
+    }
+
+    /// Stops it, in this manner, and starts it again.
+    fn control(&self, manner: &str) {
+        let (home, data) = (self.home(), self.home().join("data"));
+        let bin = std::fs::read_to_string(home.join("bin")).unwrap();
+        let program = format!("{}/pg_ctl", bin.trim());
         let mut command = match std::fs::metadata("/proc/self").unwrap() {
             // The server refuses root: it runs as its own user.
             this if std::os::unix::fs::MetadataExt::uid(&this) == 0 => {
@@ -150,7 +171,7 @@ impl Postgres {
             }
             _ => Command::new(program),
         };
-        command.arg("-D").arg(&data).args(["-w", "-t", "60", "-m", "immediate", "-l"]);
+        command.arg("-D").arg(&data).args(["-w", "-t", "60", "-m", manner, "-l"]);
         let done = command.arg(data.join("server.log")).arg("restart").output().unwrap();
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     }

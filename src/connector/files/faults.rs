@@ -34,14 +34,13 @@ use super::{
 };
 use crate::{
     connector::{
-        Attempt, CommitOutcome, Connection,
+        CommitOutcome, Connection,
         contract::{self, Line, Release},
         spec::{Mode, OutputSpec, Read, StreamSpec},
     },
     error::{ErrorKind, Result},
     record::LoadRecord,
-    runtime::{self, Limits},
-    spool::Scratch,
+    runtime,
 };
 
 /// What goes wrong with an operation.
@@ -335,20 +334,7 @@ fn open(store: &FaultStore) -> Arc<dyn Connection> {
 
 /// An attempt at the release behind the newest one.
 async fn begun(store: &FaultStore) -> Result<Release> {
-    let (connection, job) = (open(store), contract::job());
-    let target = connection.target().unwrap();
-    let base = target.last_record(&job).await?;
-    let spill = tempfile::tempdir().unwrap();
-    let limits = Limits { memory_bytes: 64 << 20, spill: spill.path().to_owned() };
-    let attempt = Attempt {
-        id: Uuid::now_v7(),
-        run_id: Uuid::now_v7(),
-        seq: base.as_ref().map_or(0, |base| base.seq) + 1,
-        incarnation: base.as_ref().map_or_else(Uuid::new_v4, |base| base.incarnation),
-        scratch: Scratch::new(limits).unwrap(),
-    };
-    let load = target.begin(&job, &attempt, base.as_ref()).await?;
-    Ok(Release { load, attempt, base, job, _spill: spill })
+    Release::of(open(store).as_ref(), contract::job(), None).await
 }
 
 /// The same, with everything staged, and the record that it is to commit.

@@ -1,8 +1,8 @@
 //! What attempts that died left behind: files that no release lists.
 //!
-//! A file is garbage if no record of any job here lists it and it is older than any run can be. Whether a job still runs is not
-//! asked: its files are young. Old releases stay: their records list what they are made of. Incomplete uploads of parts are not
-//! seen by a listing; a bucket has a rule of its own for them.
+//! A file is garbage if no record of any job here lists it and it is older than the grace period, which is longer than any run. Old
+//! releases stay: their records list what they are made of. Incomplete uploads of parts are not seen by a listing; a bucket
+//! has a rule of its own for them.
 
 use std::{collections::HashSet, sync::Arc};
 

@@ -118,8 +118,9 @@ const PART_BYTES: usize = 16 << 20;
 /// Parts of one upload under way at a time.
 const PARTS_AT_ONCE: usize = 4;
 
-/// How often a commit whose answer was lost is put again; each waits longer.
-const TRIES: u32 = 5;
+/// How often a commit whose answer was lost is put again, each time after a longer wait: for twelve seconds in all. What is staged
+/// stays, and is not made again for a store that is busy.
+const TRIES: u32 = 8;
 
 impl Bucket {
     pub(super) fn new(
@@ -455,6 +456,23 @@ impl Place {
         }
     }
 
+    /// Sees that a file that was written is still there, whole: nobody has taken it for garbage.
+    pub(super) fn is_there(&self, file: &Listed) -> Result<()> {
+        let found = match self {
+            Self::Folder(root) => root.join(&file.path).metadata().ok().map(|meta| meta.len()),
+            Self::Bucket(bucket) => match wait(bucket.store.head(&object(&file.path))) {
+                Ok(object) => Some(object.size),
+                Err(object_store::Error::NotFound { .. }) => None,
+                Err(error) => return Err(bucket.error("look at", &file.path, error)),
+            },
+        };
+        match found {
+            Some(size) if !file.is_not(size) => Ok(()),
+            _ => Err(Error::temporary(format!("`{}`, which this run had written, is gone", file.path))
+                .hint("Was it taken for garbage? Run again: nothing of this run was published.")),
+        }
+    }
+
     /// Writes a small file, whole, only if nothing has its name. False if something else has.
     pub(super) fn create(&self, path: &str, content: &str) -> Result<bool> {
         let bucket = match self {
@@ -476,7 +494,9 @@ impl Place {
                 }
                 Err(error) => last = Some(error),
             }
-            std::thread::sleep(bucket.patience * 2_u32.pow(again));
+            if again + 1 < TRIES {
+                std::thread::sleep(bucket.patience * 2_u32.pow(again));
+            }
         }
         Err(match last {
             Some(error) => bucket.error("write", path, error),

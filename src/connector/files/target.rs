@@ -11,7 +11,13 @@ use chrono::{DateTime, Utc};
 use datafusion::physical_plan::SendableRecordBatchStream;
 use indexmap::IndexMap;
 
-use super::{FilesConnection, manifest::job_path, merge::Staging, parquet, place::Listed};
+use super::{
+    FilesConnection,
+    manifest::{job_path, listed},
+    merge::Staging,
+    parquet,
+    place::Listed,
+};
 use crate::{
     connector::{
         Attempt, CommitOutcome, Current, Load, Orphan, Staged, Target,
@@ -249,6 +255,17 @@ impl Load for FilesLoad {
         record.quarantine_files =
             self.quarantine.iter().map(|file| format!("{folder}/{}", file.path)).collect();
         let (connection, job) = (Arc::clone(&self.connection), self.job.clone());
+        let mut own: Vec<Listed> = record.quarantine_files.iter().map(|path| Listed::named(path)).collect();
+        for (output, (_, files)) in &self.staged {
+            let base = self.base_files(output);
+            own.extend(files.iter().filter(|file| !base.contains(file)).map(|file| listed(output, file)));
+        }
+        let there = Arc::clone(&connection);
+        if let Err(error) =
+            runtime::blocking(move || own.iter().try_for_each(|file| there.place.is_there(file))).await
+        {
+            return CommitOutcome::Rejected(error);
+        }
         // From here on the files may be part of a release: they are removed only when it is certain that they are not.
         self.keep = true;
         let outcome = runtime::blocking(move || {

@@ -6,8 +6,9 @@
 //! | a number, a text | behind the greatest that is visible | everybody who was writing then has ended before the snapshot opens |
 //!
 //! Who may not see others' transactions waits until all that are open have ended, and so does everybody while one is prepared
-//! (nobody tells when such a one began); who sees a standby sees none of the primary's,
-//! and is refused unless the job reads again (`overlap`).
+//! (nobody tells when such a one began); a job that reads times again (`overlap`) does not wait, and finds what comes late there.
+//! Who sees a standby sees none of the primary's transactions, and is refused unless the job reads again; its window ends at what the
+//! standby has replayed.
 
 use std::time::Duration;
 
@@ -48,7 +49,7 @@ struct Activity {
 
 const ACTIVITY: &str = "
     SELECT now(),
-           least(now(),
+           least(now(), CASE WHEN pg_is_in_recovery() THEN pg_last_xact_replay_timestamp() END,
                  (SELECT min(xact_start) FROM pg_stat_activity WHERE pid <> pg_backend_pid()
                    AND backend_type NOT IN ('autovacuum worker', 'walsender'))),
            EXISTS (SELECT 1 FROM pg_stat_activity WHERE query = '<insufficient privilege>' AND usesysid IS NOT NULL)
@@ -85,6 +86,17 @@ pub(super) async fn bounds(
         }
         let Some((session, activity)) = &opened else { continue };
         let (hi, exactness) = end(this, session, activity, stream, cursor, time).await?;
+        if exactness == Exactness::Lookback {
+            let why = if activity.standby {
+                "is a standby, which does not know what is still being written on its primary"
+            } else {
+                "does not show this user the transactions of others, or has prepared ones"
+            };
+            bounds.warnings.push(format!(
+                "source `{}`: connection `{}` {why}: rows that are committed late are found as far as `overlap` reaches",
+                stream.name, this.name
+            ));
+        }
         bounds.follow(stream, since.get(&stream.name), hi, exactness)?;
     }
     Ok(bounds)
@@ -127,7 +139,10 @@ async fn end(
     }
     if matches!(kind, ColumnType::TimestampTz(_) | ColumnType::Date(_)) {
         let mut oldest = activity.oldest;
-        if activity.hidden {
+        let mut exactness = Exactness::Margin;
+        if activity.standby || activity.hidden && cursor.overlap.is_some() {
+            exactness = Exactness::Lookback;
+        } else if activity.hidden {
             // What we may not see began before now; once it has ended, nothing of it can come any more.
             settled(this, session, stream, OPEN).await?;
             oldest = activity.now;
@@ -141,7 +156,7 @@ async fn end(
             ColumnType::Date(_) => CursorValue::Date(last_closed_day(latest, stream)?),
             _ => CursorValue::instant(latest),
         };
-        return Ok((Some(Position::of(value)), Exactness::Margin));
+        return Ok((Some(Position::of(value)), exactness));
     }
     let of = column.sql()?;
     let (greatest, like) = match kind {
@@ -154,8 +169,13 @@ async fn end(
         CursorValue::Int(_) => row.get::<_, Option<i64>>(0).map(CursorValue::Int),
         _ => row.get::<_, Option<String>>(0).map(CursorValue::Text),
     };
-    settled(this, session, stream, WRITING).await?;
-    Ok((greatest.map(|value| Position::of(value).successor()), Exactness::Exact))
+    let exactness = if activity.standby {
+        Exactness::Lookback
+    } else {
+        settled(this, session, stream, WRITING).await?;
+        Exactness::Exact
+    };
+    Ok((greatest.map(|value| Position::of(value).successor()), exactness))
 }
 
 /// Waits until everybody whom `who` names now has ended.

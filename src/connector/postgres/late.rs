@@ -30,7 +30,7 @@ use crate::{
         spec::{CursorSpec, OnNull, Read, StreamSpec},
     },
     error::{ErrorKind, Result},
-    watermark::{CursorValue, Mark, Position, Window},
+    watermark::{CursorValue, Mark, Overlap, Position, Window},
 };
 
 /// What `find` finds, as soon as it does: others may hold it up for a while.
@@ -507,6 +507,12 @@ fn who_may_not_see_others_waits_and_says_how_sure_it_is() {
         assert!(error.to_string().contains("could still write below the end"), "{cursor}: {error}");
         assert!(began.elapsed() >= Duration::from_millis(200), "{cursor}: it did not wait");
     }
+    // A job that reads again does not wait, and says what its bound is worth.
+    let mut again = reader("made_at", 200);
+    again.stream.cursor.as_mut().unwrap().overlap = Some(Overlap::Micros(3_600_000_000));
+    let found = again.bounds().unwrap();
+    assert_eq!(found.exactness["orders"], Exactness::Lookback);
+    assert!(found.warnings[0].contains("as far as `overlap` reaches"), "{:?}", found.warnings);
     writer.batch_execute("COMMIT").unwrap();
     for (cursor, sure) in [("made_at", Exactness::Margin), ("id", Exactness::Exact)] {
         // Without the right it waits for the transactions of other tests, too.

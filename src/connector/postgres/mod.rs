@@ -336,6 +336,9 @@ impl PostgresConnection {
             "53" if *code == SqlState::DISK_FULL => {
                 this(ErrorKind::Failed).hint("Make room on the server's disk and run again: nothing was published.")
             }
+            "57" if *code == SqlState::QUERY_CANCELED => {
+                this(ErrorKind::Failed).hint("An administrator cancelled it, or the server's `statement_timeout` did. Nothing was published.")
+            }
             "53" | "57" | "08" => this(ErrorKind::Temporary).hint("Run again when the server is itself again."),
             "22" | "23" => this(ErrorKind::Data),
             _ => this(ErrorKind::Failed),

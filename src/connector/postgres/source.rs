@@ -15,7 +15,10 @@ use chrono::{DateTime, NaiveDate};
 use chrono_tz::Tz;
 use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
-use tokio_postgres::types::{Kind, Type};
+use tokio_postgres::{
+    error::SqlState,
+    types::{Kind, Type},
+};
 
 use super::{
     PostgresConnection, Session,
@@ -62,6 +65,25 @@ impl Source for Arc<PostgresConnection> {
         let session = self.transaction("READ ONLY").await?;
         let shape = Shape::of(self, &session, stream).await?;
         Ok(Arc::new(Schema::new(shape.columns.iter().map(ColumnShape::field).collect::<Vec<_>>())))
+    }
+
+    async fn origin(&self) -> Result<Option<String>> {
+        let session = self.transaction("READ ONLY").await?;
+        let sql =
+            "SELECT s.system_identifier::text || '/' || d.oid FROM pg_control_system() AS s, pg_database AS d
+            WHERE d.datname = current_database()";
+        match session.query_opt(sql, &[]).await {
+            Ok(row) => Ok(row.map(|row| row.get(0))),
+            // Some providers do not tell; then nobody can know.
+            Err(error)
+                if error.code().is_some_and(|code| {
+                    [SqlState::INSUFFICIENT_PRIVILEGE, SqlState::UNDEFINED_FUNCTION].contains(code)
+                }) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(self.error("ask for the identity of", &error)),
+        }
     }
 
     async fn bounds(&self, streams: &[StreamSpec], since: &Marks, time: RunTime) -> Result<Bounds> {

@@ -33,7 +33,7 @@ use crate::{
         spec::{GONE, Guarantee, Mode, OutputSpec},
     },
     error::{Error, ErrorKind, Result},
-    load::{as_announced, overtaken, refuse_keys},
+    load::{as_announced, overtaken, refuse_keys, reshaped},
     names::{JobId, quoted, quoted_list},
     record::{LoadRecord, columns_of},
     runtime,
@@ -454,7 +454,9 @@ impl Load for PostgresLoad {
             let Err(error) = self.publish(record).await else { break };
             // The transaction never heard COMMIT: it ends here, or with the session. Its stage outlives it: who lost a deadlock, or
             // waited for a lock in vain, publishes it once more.
-            let stands = left > 0 && error.kind() == ErrorKind::Temporary;
+            // What we refuse ourselves leaves the transaction as it was, and would be refused again.
+            let broken = session.batch_execute("SELECT").await.is_err();
+            let stands = left > 0 && broken && error.kind() == ErrorKind::Temporary;
             if !(stands && session.batch_execute("ROLLBACK").await.is_ok()) {
                 return CommitOutcome::Rejected(error);
             }
@@ -509,7 +511,7 @@ impl PostgresLoad {
             .map_err(failed)?;
         let lock = format!("SELECT pg_advisory_xact_lock({LOCK_KEY})");
         session.query_one(&lock, &[&lock_name(job)]).await.map_err(failed)?;
-        let there = "SELECT to_regclass('floodmark_quarantine') IS NOT NULL";
+        let there = "SELECT num_nulls(to_regclass('floodmark_state'), to_regclass('floodmark_log'), to_regclass('floodmark_quarantine')) = 0";
         if !session.query_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
             // Two jobs' first commits must not make the same tables at once.
             let tables = JobId { project: String::new(), job: "tables".to_owned() };
@@ -662,11 +664,7 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
     }
     let locked = if there.is_some() { Table::of(this, session, &output.name).await? } else { None };
     if locked != stage.current {
-        return Err(Error::temporary(format!(
-            "the columns of output `{}` were changed by somebody else while this run went on",
-            output.name
-        ))
-        .hint("Nothing was published. Run again."));
+        return Err(reshaped(output));
     }
     match locked {
         None => {

@@ -412,7 +412,7 @@ async fn selected(
     let spill = tempfile::tempdir().unwrap();
     let limits = Limits { memory_bytes: 64 << 20, spill: spill.path().to_owned() };
     let sources = Arc::new(OpenSources([("facts".to_owned(), open)].into()));
-    let context = session::for_models(&Scratch::new(limits).unwrap(), chrono::DateTime::UNIX_EPOCH, sources);
+    let context = session::for_models(&Scratch::new(&limits).unwrap(), chrono::DateTime::UNIX_EPOCH, sources);
     let scan = Scan::new(stream, schema, Window::Whole);
     context.register_table("facts", Arc::new(ScanTable { scan, selective })).unwrap();
     let rows = context.sql(&format!("SELECT id FROM facts {filter}")).await.unwrap().collect().await.unwrap();

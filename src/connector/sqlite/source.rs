@@ -103,7 +103,15 @@ impl Source for Arc<SqliteConnection> {
         let (this, scan) = (Self::clone(self), scan.clone());
         Ok(runtime::blocking_stream(Arc::clone(&scan.schema), move |out| {
             let views = || pinned.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let database = views().remove(&scan.stream.name);
+            let mut database = views().remove(&scan.stream.name);
+            for _ in 0..VIEW_TRIES {
+                // One that read it before, and was let go early, is about to put it back.
+                if database.is_some() {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(10));
+                database = views().remove(&scan.stream.name);
+            }
             let database = database.ok_or_else(|| {
                 Error::bug(format!("source `{}` was read twice at once from one view", scan.stream.name))
             })?;
@@ -114,6 +122,9 @@ impl Source for Arc<SqliteConnection> {
     }
 }
 
+/// How often to look for a view that another reader has.
+const VIEW_TRIES: u32 = 200;
+
 /// What stands in front of a query of the project.
 const BEFORE_QUERY: &str = "SELECT * FROM (";
 
@@ -121,8 +132,13 @@ const BEFORE_QUERY: &str = "SELECT * FROM (";
 fn query(stream: &StreamSpec) -> Result<String> {
     match &stream.read {
         Read::Table(table) => {
-            let parts = table.split('.').map(quoted).collect::<Result<Vec<_>>>()?;
-            Ok(format!("SELECT * FROM {}", parts.join(".")))
+            // An output's name may have dots; schemas of one file are these two.
+            let (schema, name) = match table.split_once('.') {
+                Some((schema @ ("main" | "temp"), name)) => (Some(schema), name),
+                _ => (None, table.as_str()),
+            };
+            let schema = schema.map(|schema| format!("{schema}.")).unwrap_or_default();
+            Ok(format!("SELECT * FROM {schema}{}", quoted(name)?))
         }
         Read::Query { sql, .. } => Ok(format!("{BEFORE_QUERY}{}\n)", sql.trim_end().trim_end_matches(';'))),
         Read::File(_) | Read::Files { .. } | Read::Request(_) => Err(Error::configuration(format!(

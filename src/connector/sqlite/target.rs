@@ -32,7 +32,7 @@ use crate::{
         spec::{GONE, Guarantee, Mode, OutputSpec},
     },
     error::{Error, Result},
-    load::{as_announced, overtaken, refuse_keys},
+    load::{as_announced, overtaken, refuse_keys, reshaped},
     names::{JobId, quoted, quoted_list},
     record::{LoadRecord, columns_of, schema_of},
     runtime,
@@ -586,7 +586,11 @@ fn apply(this: &SqliteConnection, database: &Sqlite, job: &JobId, stage: &Stage)
         |error: rusqlite::Error| this.error(&format!("write output `{}` to", stage.output.name), &error);
     let output = &stage.output;
     let name = quoted(&output.name)?;
-    match table_schema(this, database, job, &output.name)? {
+    let there = table_schema(this, database, job, &output.name)?;
+    if there != stage.current {
+        return Err(reshaped(output));
+    }
+    match there {
         None => {
             let mut parts = stage
                 .schema

@@ -8,9 +8,9 @@ use serde_json::json;
 
 use crate::{
     connector::{
-        Connection, Connector, Options,
-        contract::{self, Row, World, made_at, orders},
-        spec::{CursorSpec, OnNull, Read, StreamSpec},
+        CommitOutcome, Connection, Connector, Options,
+        contract::{self, Release, Row, World, made_at, orders},
+        spec::{CursorSpec, Mode, OnNull, Read, StreamSpec},
         tap::Tap,
     },
     types::describe,
@@ -179,4 +179,41 @@ async fn a_column_is_what_it_declares_and_without_a_declaration_what_all_of_its_
 
 fn by_query(sql: &str) -> Read {
     Read::Query { file: "sql/all.sql".to_owned(), sql: sql.to_owned() }
+}
+
+/// P26: the table is altered between staging and commit: that is seen inside the transaction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_is_altered_behind_its_staging_is_seen_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("books.db");
+    let (connection, output) = (open(&path), contract::output(Mode::Append));
+    let rows = [(1, "a".to_owned(), 1)];
+    let mut release = Release::of(connection.as_ref(), contract::job(), None).await.unwrap();
+    let staged = release.load.stage(&output, contract::stream(&rows)).await.unwrap();
+    let record = release.record(&staged, output.mode);
+    assert!(matches!(release.load.commit(&record).await, CommitOutcome::Committed(_)));
+    let database = rusqlite::Connection::open(&path).unwrap();
+    let column: String = database
+        .query_row("SELECT name FROM pragma_table_info('lines') WHERE cid = 1", [], |row| row.get(0))
+        .unwrap();
+    for alter in [
+        format!("ALTER TABLE lines RENAME COLUMN {column} TO other"),
+        "ALTER TABLE lines ADD COLUMN more TEXT".to_owned(),
+        "ALTER TABLE lines DROP COLUMN more".to_owned(),
+        format!("ALTER TABLE lines RENAME COLUMN other TO {column}"),
+    ] {
+        let Ok(mut release) = Release::of(connection.as_ref(), contract::job(), None).await else { panic!() };
+        // What others did before the staging is the contract's business.
+        let Ok(staged) = release.load.stage(&output, contract::stream(&rows)).await else {
+            database.execute_batch(&alter).unwrap();
+            continue;
+        };
+        let record = release.record(&staged, output.mode);
+        database.execute_batch(&alter).unwrap();
+        let outcome = release.load.commit(&record).await;
+        let CommitOutcome::Rejected(error) = outcome else { panic!("{alter}: {outcome:?}") };
+        assert!(error.to_string().contains("were changed by somebody else"), "{alter}: {error}");
+        let count: i64 = database.query_row("SELECT count(*) FROM lines", [], |row| row.get(0)).unwrap();
+        assert_eq!(count, 1, "{alter}");
+    }
 }
