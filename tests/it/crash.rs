@@ -8,7 +8,10 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::ledger::{Ledger, MODES, Rows, next};
+use crate::{
+    ledger::{Ledger, MODES, Rows, next},
+    services::faults,
+};
 
 /// A target that faults come upon: what it holds, what it should hold after the next release, and how many there were.
 struct Tried {
@@ -306,4 +309,93 @@ fn a_target_that_was_emptied_is_filled_anew() {
         assert_eq!(ledger.seen(), (expected, 1), "{target}");
         assert!(run["warnings"].to_string().contains("it is filled anew"), "{target}: {run}");
     }
+}
+
+/// The calls on files of the target that a run makes: what, on what, and to what.
+fn calls_of(ledger: &Ledger, fails: Option<usize>) -> (std::process::Output, Vec<[String; 3]>) {
+    let log = ledger.folder.path().join("calls");
+    drop(fs::remove_file(&log));
+    let mut command = ledger.command(&["run"]);
+    command.env("LD_PRELOAD", faults()).env("FAULT_LOG", &log);
+    if let Some(nth) = fails {
+        command.env("FAULT_FSYNC", nth.to_string());
+    }
+    let output = command.output().unwrap();
+    let text = fs::read_to_string(&log).unwrap();
+    let calls = text.lines().filter(|line| line.contains("/out/") || line.contains("/out\t")).map(|line| {
+        let mut parts = line.split('\t').map(str::to_owned);
+        std::array::from_fn(|_| parts.next().unwrap())
+    });
+    (output, calls.collect())
+}
+
+/// P11: a file gets its name once what it holds was flushed, the folder is flushed behind it, and all of it before the manifest that lists it.
+#[test]
+fn what_has_its_name_was_flushed_before_and_its_folder_after() {
+    let mut ledger = Ledger::new("files", "merge, key: [id]", "");
+    for _ in 0..3 {
+        ledger.arrive(false);
+        let (output, calls) = calls_of(&ledger, None);
+        assert!(output.status.success());
+        let last = |what: &[&str], path: &str, before: usize| {
+            calls[..before].iter().rposition(|[call, on, _]| what.contains(&call.as_str()) && on == path)
+        };
+        // A release's own links, and `current`, are no data: the next run repairs them.
+        let is_data = |to: &str| to.contains("/data/") || to.contains("/commits/");
+        let named = calls.iter().enumerate().filter(|(_, [call, _, to])| {
+            ["rename", "link", "linkat"].contains(&call.as_str()) && is_data(to) && !to.contains("/releases/")
+        });
+        let mut names = Vec::new();
+        for (at, [_, from, to]) in named {
+            let written = last(&["write", "writev", "pwrite64"], from, at).unwrap();
+            let flushed = last(&["fsync", "fdatasync"], from, at);
+            assert!(
+                flushed.is_some_and(|flushed| flushed > written),
+                "{to} has its name before it is flushed"
+            );
+            let folder = to.rsplit_once('/').unwrap().0;
+            let behind = calls[at..].iter().position(|[call, on, _]| call == "fsync" && on == folder);
+            names.push((
+                at,
+                behind.unwrap_or_else(|| unreachable!("the folder of {to} is not flushed")) + at,
+                to,
+            ));
+        }
+        let (commit, _, path) = *names.last().unwrap();
+        assert!(path.contains("/commits/") && names.len() >= 2, "{names:?}");
+        assert!(names[..names.len() - 1].iter().all(|(_, flushed, _)| *flushed < commit), "{names:?}");
+    }
+}
+
+/// What failed to be flushed is never flushed again, nor named: the kernel may have forgotten it.
+#[test]
+fn what_could_not_be_flushed_is_thrown_away() {
+    let mut ledger = Ledger::new("files", "replace", "");
+    ledger.arrive(false);
+    ledger.run();
+    let (mut failed, mut landed) = (0, 0);
+    for nth in 1..=40 {
+        let before = ledger.seen();
+        let after = ledger.arrive(false);
+        let (output, calls) = calls_of(&ledger, Some(nth));
+        let Some(at) = calls.iter().position(|[call, ..]| call == "failed") else {
+            // One of the local store, or there are not so many.
+            assert!(output.status.success());
+            continue;
+        };
+        failed += 1;
+        let path = &calls[at][1];
+        let again = calls[at..].iter().skip(1).any(|[call, on, _]| {
+            on == path && !fs::metadata(path).is_ok_and(|meta| meta.is_dir()) && call != "unlink"
+        });
+        assert!(!again, "{path} was used again: {:?}", &calls[at..]);
+        let (rows, releases) = ledger.seen();
+        assert!(rows == after || (rows == before.0 && releases == before.1), "flush {nth} of {path}");
+        assert!(output.status.success() == (releases > before.1), "flush {nth} of {path}");
+        landed += u32::from(releases > before.1);
+        ledger.run();
+        assert_eq!(ledger.seen().0, after, "flush {nth}");
+    }
+    println!("{failed} flushes failed, {landed} of them behind the commit");
+    assert!(failed >= 5, "{failed}");
 }
