@@ -3,6 +3,7 @@
 //! * A job of ten rows ends within 100 ms of its start, whether it publishes or finds nothing new.
 //! * A million rows are merged from PostgreSQL into PostgreSQL within 300 MiB of memory.
 //! * A CSV file of 1 GB becomes Parquet within 300 MiB of memory.
+//! * The hash of all rows, which every run adds up, costs less than 5 % of that.
 //!
 //! A number, `cargo bench --bench bounds -- 100000000`, is another size of the file. Exits with 1 if a bound is broken.
 #![expect(
@@ -18,9 +19,12 @@ use std::{
     io::{BufWriter, Write},
     path::Path,
     process::{Command, ExitCode, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use arrow::array::{ArrayRef, Date32Array, Decimal128Array, Int64Array, RecordBatch, StringArray};
+use floodmark::record::totals::RowHash;
 use nix::sys::resource::{UsageWho, getrusage};
 
 #[path = "../tests/services/mod.rs"]
@@ -29,6 +33,7 @@ mod services;
 
 const START: Duration = Duration::from_millis(100);
 const MEMORY_KIB: i64 = 300 << 10;
+const HASH_SHARE: f64 = 0.05;
 
 fn main() -> ExitCode {
     let kept = [ten_rows(), large_merge(), large_file()];
@@ -171,5 +176,35 @@ fn large_file() -> bool {
         MEMORY_KIB >> 10,
         mb / seconds
     );
-    peak < MEMORY_KIB
+    let share = hashing(written).as_secs_f64() / seconds;
+    println!("the hash of its rows: {:.1} % of that; bound {:.0} %", share * 100.0, HASH_SHARE * 100.0);
+    peak < MEMORY_KIB && share < HASH_SHARE
+}
+
+/// How long the hash of as many rows takes as are in a file of so many bytes: the same rows, a batch of them again and again.
+fn hashing(bytes: usize) -> Duration {
+    const ROWS: i64 = 8192;
+    let ids: Int64Array = (0..ROWS).map(|row| row * 997).collect();
+    let accounts: StringArray = (0..ROWS).map(|row| Some((row % 997).to_string())).collect();
+    let days: Date32Array = (0..ROWS).map(|row| Some(20_700 + i32::try_from(row % 28).unwrap())).collect();
+    let amounts: Decimal128Array = (0..ROWS).map(|row| Some(i128::from(row * 7919 * 2))).collect();
+    let texts: StringArray = (0..ROWS).map(|row| Some(format!("line {} of the ledger", row * 997))).collect();
+    let batch = RecordBatch::try_from_iter([
+        ("id", Arc::new(ids) as ArrayRef),
+        ("account", Arc::new(accounts)),
+        ("posted", Arc::new(days)),
+        ("twice", Arc::new(amounts.with_precision_and_scale(38, 2).unwrap())),
+        ("text", Arc::new(texts)),
+    ])
+    .unwrap();
+    // A line of the file has about fifty bytes.
+    let batches = bytes / 53 / 8192;
+    let mut hash = RowHash::new(&batch.schema()).unwrap();
+    let began = Instant::now();
+    for _ in 0..batches {
+        hash.add(&batch).unwrap();
+    }
+    let took = began.elapsed();
+    assert!(hash.finish().contains(&(batches * 8192).to_string()));
+    took
 }

@@ -293,7 +293,14 @@ fn a_range_is_read_again_and_the_watermark_stays() {
     let (_, after) = told(&folder, &["state", "show", "load", "--output", "json"]);
     let mark =
         |text: &str| text.split("\"mark\"").nth(1).map(|text| text.chars().take(80).collect::<String>());
-    assert_eq!(mark(&before), mark(&after));
+    assert!(mark(&before).is_some() && mark(&before) == mark(&after), "{before} {after}");
+    let database = rusqlite::Connection::open(folder.path().join("out/books.db")).unwrap();
+    let mut statement =
+        database.prepare("SELECT id FROM lines WHERE amount = 'corrected' ORDER BY id").unwrap();
+    let corrected: Vec<i64> =
+        statement.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+    assert_eq!(corrected, [4, 5], "what lies outside of the range is as it was");
+    assert_eq!(ids(&folder), (1..=20).collect::<Vec<_>>());
     add(&folder, 21);
     let (_, next) = run(&folder, &[]);
     assert_eq!(next["sources"]["lines"]["counts"]["extracted"], 1, "only what is new: {next}");

@@ -241,3 +241,52 @@ fn what_a_stopped_run_has_staged_is_not_cleaned_up() {
     }
     assert!(refused >= 3, "{refused}");
 }
+
+/// P29: a range is read again while a run goes through: nothing is lost or doubled, and what the run marked stays marked.
+#[test]
+fn a_backfill_beside_a_run_loses_and_doubles_nothing() {
+    let mut ledger = Ledger::limited(
+        "sqlite",
+        "merge, key: [id]",
+        "incremental: { cursor: id }",
+        IMPATIENT,
+        "busy_timeout_ms: 300",
+    );
+    for _ in 0..4 {
+        ledger.arrive(true);
+    }
+    ledger.run();
+    let (mut lost, mut both) = (0, 0);
+    for nth in (4..100).step_by(8) {
+        // What was corrected behind the watermark only a backfill sees.
+        ledger.source("UPDATE lines SET amount = amount + 100 WHERE id < 4");
+        let after = ledger.arrive(true);
+        let backfill = ["backfill", "load", "--from", "1", "--to", "4", "--output", "json"];
+        let mut command = ledger.command(&backfill);
+        command.env("LD_PRELOAD", faults()).env("FAULT", "stop").env("FAULT_AT", nth.to_string());
+        let mut first = spawn(&mut command);
+        let still = stands_still(&mut first);
+        let second = loop {
+            let second = ledger.command(&["run"]).output().unwrap();
+            if !told(&second).contains("is being run already") {
+                break second;
+            }
+        };
+        if still {
+            signal(&first, Signal::SIGCONT);
+        }
+        let first = first.wait_with_output().unwrap();
+        for run in [&first, &second] {
+            assert!(matches!(run.status.code(), Some(0 | 75)), "{nth}: {}", told(run));
+            lost += u32::from(run.status.code() == Some(75));
+        }
+        both += u32::from(first.status.success() && second.status.success());
+        let again = ledger.command(&backfill).output().unwrap();
+        assert!(again.status.success(), "{nth}: {}", told(&again));
+        ledger.run();
+        assert_eq!(ledger.seen().0, after, "{nth}");
+        let nothing = ledger.run();
+        assert_eq!(nothing["sources"]["lines"]["counts"]["extracted"], 0, "{nth}: the watermark stays");
+    }
+    assert!(lost >= 1 && both >= 1, "{lost} lost, {both} went through side by side");
+}

@@ -412,3 +412,22 @@ fn history_takes_odd_columns_and_refuses_two_versions_that_begin_at_once() {
     assert_eq!(counts(&load(&folder, "1,a,1.10\n", &[]).1), [0, 1, 1, 0, 2]);
     assert_eq!(folder.run(&["--full-refresh"]).0, 2);
 }
+
+/// P27: what would be left without rows is refused where nobody allowed it, whatever else the guard says.
+#[test]
+fn no_rows_pass_only_where_the_job_allows_it() {
+    for (name, target) in TARGETS {
+        let folder = project(target, "mode: replace", "");
+        assert_eq!(load(&folder, "1,a,1.10\n2,a,2.20\n", &[]).0, 0, "{name}");
+        let before = folder.published();
+        let (code, run) = load(&folder, "", &[]);
+        assert_eq!(code, 3, "{name}");
+        assert!(run["errors"].to_string().contains("would be left without rows"), "{name}: {run}");
+        assert_eq!(folder.published(), before, "{name}");
+        let job = std::fs::read_to_string(folder.path().join("jobs/load.yaml")).unwrap();
+        folder.write("jobs/load.yaml", format!("{job}  guard: {{ allow_empty: true }}\n").as_bytes());
+        let (code, run) = load(&folder, "", &[]);
+        assert_eq!((code, counts(&run)[4]), (0, 0), "{name}: {run}");
+        assert!(rows(&folder).is_empty(), "{name}");
+    }
+}
