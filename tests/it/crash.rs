@@ -64,11 +64,22 @@ impl Tried {
     }
 }
 
+/// How many calls to the outside a run makes that publishes its target's second release, and a fifth more.
+fn calls_of_a_release(target: &str, mode: &str) -> usize {
+    let reading = MODES.iter().find(|(name, _)| *name == mode).unwrap().1;
+    let mut ledger = Ledger::new(target, mode, reading);
+    ledger.arrive(mode == "append");
+    ledger.run();
+    ledger.arrive(mode == "append");
+    ledger.counted() * 6 / 5
+}
+
 /// Kills runs into one kind of target, in all modes.
 fn killed_everywhere(target: &'static str) {
     let mut points = 0;
     for mut tried in Tried::modes(target) {
         let mode = tried.mode;
+        let calls = calls_of_a_release(target, mode);
         let mut nth = 1;
         while {
             let killed = tried.ledger.is_killed_at(nth);
@@ -80,7 +91,8 @@ fn killed_everywhere(target: &'static str) {
                 assert_eq!(tried.goes_on(nth)["outcome"] == "published", repeats, "{target}, {mode}, {nth}");
             }
             points += usize::from(killed);
-            killed
+            // A merge into files makes more calls with each release; those that it made of a young target were all tried.
+            killed && nth <= calls
         } {
             nth = next(nth, 40, mode);
         }
