@@ -20,7 +20,7 @@ use crate::{
     support::Folder,
 };
 
-/// The point after `nth`: of the first `many` all are tried, of the others every fifth, each mode others than the last one; all, with
+/// The point after `nth` where not all are tried: of the first `many` all are tried, of the others every fifth, each mode others than the last one; all, with
 /// `FLOODMARK_TEST_EXHAUSTIVE` set.
 pub(crate) fn next(nth: usize, many: usize, mode: &str) -> usize {
     if nth < many || std::env::var_os("FLOODMARK_TEST_EXHAUSTIVE").is_some() {
