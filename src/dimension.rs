@@ -19,16 +19,15 @@ use datafusion::{physical_plan::SendableRecordBatchStream, prelude::SessionConte
 
 use crate::{
     connector::{
-        Bounds, Connection, Snapshot,
-        scan::{OpenSource, OpenSources, Scan, ScanTable},
-        spec::{Deletes, GONE, Mode, OutputSpec, Read, StreamSpec},
+        Connection,
+        scan::{OpenSources, ScanTable},
+        spec::{Deletes, GONE, Mode, OutputSpec},
     },
-    error::{Error, Result},
+    error::Result,
     names::{quoted, quoted_list},
     session,
     spool::{Scratch, Spool},
     types::UTC,
-    watermark::Window,
 };
 
 /// Since when a version holds.
@@ -208,21 +207,10 @@ impl Sides<'_> {
 
     /// What the output holds of the model's keys; with deletes, everything. Written down, since it is read more than once.
     async fn held(&self, target: &Arc<dyn Connection>) -> Result<Spool> {
-        let name = "_held";
-        let stream = StreamSpec::whole(name, Read::Table(self.output.name.clone()));
-        let source = target.source().ok_or_else(|| {
-            Error::configuration(format!(
-                "output `{}`: its connection cannot be read, and history needs it",
-                self.output.name
-            ))
-        })?;
-        let schema = source.describe(&stream).await?;
-        let snapshot: Snapshot = source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await?;
-        let open = OpenSource { connection: Arc::clone(target), snapshot, tap: Arc::default() };
-        let sources = OpenSources([(name.to_owned(), open)].into_iter().collect());
+        let (table, sources) = ScanTable::of_output(target, &self.output.name).await?;
+        let schema = Arc::clone(&table.scan.schema);
         let context = self.context(Arc::new(sources));
-        let scan = Scan::new(stream, Arc::clone(&schema), Window::Whole);
-        context.register_table("t", Arc::new(ScanTable { scan, selective: false }))?;
+        context.register_table("t", Arc::new(table))?;
         context.register_table("m", self.model.table()?)?;
         // Columns that somebody else added are not ours to merge.
         let columns =
@@ -235,7 +223,7 @@ impl Sides<'_> {
             format!("SELECT {columns} FROM t")
         };
         let rows = context.sql(&sql).await?.execute_stream().await?;
-        Spool::of(name, session::conform(rows, Arc::clone(&self.schema)), self.scratch).await
+        Spool::of("_held", session::conform(rows, Arc::clone(&self.schema)), self.scratch).await
     }
 
     fn same_key(&self, left: &str, right: &str) -> Result<String> {

@@ -204,11 +204,6 @@ impl Extract<'_> {
         Ok(Some(Relations { context, taps, windows, waiting, aside, row_rejects }))
     }
 
-    /// Which rows that were set aside wait no longer.
-    fn settled(&self) -> Settled {
-        self.base.map(|base| base.settled.clone()).unwrap_or_default()
-    }
-
     /// The rows of the quarantine that go through the job now, if it is asked to replay any.
     async fn waiting(
         &self,
@@ -220,7 +215,8 @@ impl Extract<'_> {
         let target = connections.get(&self.plan.target).and_then(|connection| connection.target());
         let target = target.ok_or_else(|| Error::bug("the target is not open"))?;
         let rows = target.quarantined(&self.plan.id).await?;
-        let waiting = Waiting::of(rows, self.plan, replay, &self.settled(), taps, self.scratch).await?;
+        let waiting =
+            Waiting::of(rows, self.plan, replay, &Settled::of(self.base), taps, self.scratch).await?;
         record.warnings.extend(waiting.warnings.iter().cloned());
         Ok(Some(waiting))
     }

@@ -32,11 +32,7 @@ use serde::Serialize;
 use tracing::info;
 
 use crate::{
-    connector::{
-        Bounds, Connection,
-        scan::{OpenSource, OpenSources, Scan, ScanTable},
-        spec::{Read, StreamSpec},
-    },
+    connector::{Connection, Source, scan::ScanTable},
     error::{Error, ErrorKind, Result, nearest},
     extract::{Extract, Joins, Reading},
     history,
@@ -48,7 +44,6 @@ use crate::{
     },
     run::{Conductor, Connections},
     session,
-    watermark::Window,
 };
 
 /// Keys that are sampled in one reading: the ranges that it may lead to.
@@ -275,18 +270,10 @@ async fn held(
     output: &Output,
     target: &Arc<dyn Connection>,
 ) -> Result<SessionContext> {
-    let name = "_held";
-    let stream = StreamSpec::whole(name, Read::Table(output.spec.name.clone()));
-    let source = target.source().ok_or_else(|| {
-        Error::configuration(format!("output `{}`: its connection cannot be read", output.spec.name))
-    })?;
-    let schema = source.describe(&stream).await?;
-    let snapshot = source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await?;
-    let opened = OpenSource { connection: Arc::clone(target), snapshot, tap: Arc::default() };
-    let sources = OpenSources([(name.to_owned(), opened)].into_iter().collect());
+    let (mut table, sources) = ScanTable::of_output(target, &output.spec.name).await?;
+    table.selective = target.source().is_some_and(Source::applies_conditions);
     let context = session::for_models(&conductor.scratch, request.as_of, Arc::new(sources));
-    let scan = Scan::new(stream, schema, Window::Whole);
-    context.register_table("t", Arc::new(ScanTable { scan, selective: source.applies_conditions() }))?;
+    context.register_table("t", Arc::new(table))?;
     Ok(context)
 }
 

@@ -743,18 +743,13 @@ impl Release<'_> {
         let settled = match waiting {
             Some(waiting) => waiting.settled,
             None if self.request.full_refresh => Settled::before(self.attempt.seq),
-            None => self.settled(),
+            None => Settled::of(self.base),
         };
-        let settles = settled != self.settled() && !self.request.full_refresh;
+        let settles = settled != Settled::of(self.base) && !self.request.full_refresh;
         if unchanged && before == after && aside.rows() == 0 && self.base.is_some() && !settles {
             return Ok(None);
         }
         Ok(Some(self.load_record(sources, &written, aside.rows(), settled)))
-    }
-
-    /// Which rows that were set aside wait no longer.
-    fn settled(&self) -> Settled {
-        self.base.map(|base| base.settled.clone()).unwrap_or_default()
     }
 
     /// The checks that look at all rows together, once every relation that they read is there.
@@ -786,7 +781,7 @@ impl Release<'_> {
         let passed = Arc::new(AtomicU64::new(0));
         let counter = Counter::Staged(Arc::clone(&passed));
         self.conductor.progress.watch(&self.plan.id.job, &output.spec.name, counter);
-        let rows = tee(rows, Arc::clone(&counted), Arc::clone(&passed));
+        let rows = tee(count(rows, Arc::clone(&passed)), Arc::clone(&counted));
         let staged = self.stage_output(output, rows, connections).await.map_err(|error| {
             error.note(format!("while output `{}` was made from `{}`", output.spec.name, output.from))
         })?;
@@ -1082,12 +1077,10 @@ fn count(rows: SendableRecordBatchStream, passed: Arc<AtomicU64>) -> SendableRec
 fn tee(
     rows: SendableRecordBatchStream,
     counted: Arc<Mutex<(RowHash, Option<Totals>)>>,
-    passed: Arc<AtomicU64>,
 ) -> SendableRecordBatchStream {
     let schema = rows.schema();
     let rows = rows.map(move |batch| {
         let batch = batch?;
-        passed.fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
         let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
         counted.0.add(&batch)?;
         if let Some(totals) = counted.1.as_mut() {

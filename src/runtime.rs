@@ -79,8 +79,6 @@ impl Limits {
         let pool = TrackConsumersPool::new(Budget::within(self.memory_bytes), ten);
         let disk =
             DiskManagerBuilder::default().with_mode(DiskManagerMode::Directories(vec![self.spill.clone()]));
-        std::fs::create_dir_all(&self.spill)
-            .map_err(|error| Error::io("make the spill folder", self.spill.display(), error))?;
         let environment = RuntimeEnvBuilder::new()
             .with_memory_pool(Arc::new(pool))
             .with_disk_manager_builder(disk)

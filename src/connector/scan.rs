@@ -29,9 +29,9 @@ use datafusion::{
 use futures::StreamExt;
 
 use super::{
-    Connection, Snapshot,
+    Bounds, Connection, Snapshot,
     condition::Condition,
-    spec::{BadRows, StreamSpec},
+    spec::{BadRows, Read, StreamSpec},
     tap::Tap,
 };
 use crate::{error::Error, watermark::Window};
@@ -89,6 +89,30 @@ pub struct ScanTable {
     pub scan: Scan,
     /// Whether the source may leave out what a model does not want.
     pub selective: bool,
+}
+
+impl ScanTable {
+    /// All that an output holds, read back from its target; and the view that it is read from, for the session.
+    ///
+    /// # Errors
+    ///
+    /// If the target cannot be read, or the output is not there.
+    pub async fn of_output(
+        target: &Arc<dyn Connection>,
+        output: &str,
+    ) -> crate::error::Result<(Self, OpenSources)> {
+        let name = "_held";
+        let stream = StreamSpec::whole(name, Read::Table(output.to_owned()));
+        let source = target.source().ok_or_else(|| {
+            Error::configuration(format!("output `{output}`: its connection cannot be read, and has to be"))
+        })?;
+        let schema = source.describe(&stream).await?;
+        let snapshot = source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await?;
+        let open = OpenSource { connection: Arc::clone(target), snapshot, tap: Arc::default() };
+        let sources = OpenSources([(name.to_owned(), open)].into_iter().collect());
+        let scan = Scan::new(stream, schema, Window::Whole);
+        Ok((Self { scan, selective: false }, sources))
+    }
 }
 
 #[async_trait]

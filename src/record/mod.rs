@@ -89,6 +89,11 @@ pub struct Lot {
 }
 
 impl Settled {
+    /// What a job's last record knows of it.
+    pub fn of(base: Option<&LoadRecord>) -> Self {
+        base.map(|base| base.settled.clone()).unwrap_or_default()
+    }
+
     /// All that releases before `seq` set aside.
     pub fn before(seq: u64) -> Self {
         Self { before: seq, lots: BTreeSet::new() }

@@ -12,7 +12,7 @@ use std::{
 use arrow::{array::AsArray, datatypes::Int64Type};
 use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem, path::Path};
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::{arrow::arrow_reader::ParquetRecordBatchReaderBuilder, file::reader::ChunkReader};
 use serde_json::Value;
 
 use crate::{
@@ -40,6 +40,17 @@ pub(crate) const MODES: [(&str, &str); 4] = [
 /// Rows as a target holds them: id and amount.
 pub(crate) type Rows = BTreeMap<i64, Vec<i64>>;
 
+/// Adds the rows of a Parquet file.
+fn add_rows(rows: &mut Rows, file: impl ChunkReader + 'static) {
+    for batch in ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap() {
+        let batch = batch.unwrap();
+        let column = |name| batch.column_by_name(name).unwrap().as_primitive::<Int64Type>().clone();
+        let (ids, amounts) = (column("id"), column("amount"));
+        (0..batch.num_rows())
+            .for_each(|row| rows.entry(ids.value(row)).or_default().push(amounts.value(row)));
+    }
+}
+
 /// What a target held.
 pub(crate) enum Backup {
     Objects(Vec<(Path, bytes::Bytes)>),
@@ -64,8 +75,13 @@ fn to_s3(prefix: &str, endpoint: &str) -> String {
     options.to_string()
 }
 
+/// The option that says whom the shared server's certificate is signed by.
+pub(crate) fn trusted() -> String {
+    format!("sslrootcert: {}", postgres().authority)
+}
+
 /// A connection to a PostgreSQL schema.
-fn to_postgres(schema: &str, host: &str, port: u16, more: &str) -> String {
+pub(crate) fn to_postgres(schema: &str, host: &str, port: u16, more: &str) -> String {
     format!(
         "{{ kind: postgres, host: {host}, port: {port}, database: postgres, user: admin, password: \"${{env:ERP_PASSWORD}}\", schema: {schema}, {more} }}"
     )
@@ -73,11 +89,7 @@ fn to_postgres(schema: &str, host: &str, port: u16, more: &str) -> String {
 
 impl Ledger {
     pub(crate) fn new(target: &str, mode: &str, reading: &str) -> Self {
-        let more = if target == "postgres" {
-            format!("sslrootcert: {}", postgres().authority)
-        } else {
-            String::new()
-        };
+        let more = if target == "postgres" { trusted() } else { String::new() };
         Self::limited(target, mode, reading, "", &more)
     }
 
@@ -242,14 +254,7 @@ impl Ledger {
         let mut rows = Rows::new();
         let Ok(release) = fs::canonicalize(self.folder.path().join("out/lines/current")) else { return rows };
         for entry in fs::read_dir(release).unwrap() {
-            let file = fs::File::open(entry.unwrap().path()).unwrap();
-            for batch in ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap() {
-                let batch = batch.unwrap();
-                let column = |name| batch.column_by_name(name).unwrap().as_primitive::<Int64Type>().clone();
-                let (ids, amounts) = (column("id"), column("amount"));
-                (0..batch.num_rows())
-                    .for_each(|row| rows.entry(ids.value(row)).or_default().push(amounts.value(row)));
-            }
+            add_rows(&mut rows, fs::File::open(entry.unwrap().path()).unwrap());
         }
         rows
     }
@@ -371,7 +376,6 @@ impl Ledger {
     /// What a reader sees that knows nothing of floodmark but where it says its releases are; and how many there are.
     pub(crate) fn seen(&self) -> (Rows, u64) {
         let mut rows = Rows::new();
-        let mut add = |id: i64, amount: i64| rows.entry(id).or_default().push(amount);
         let numbers: Vec<i64> = if let Some(store) = &self.store {
             self.wait(async {
                 let commits = Path::from("_floodmark/small/load/commits");
@@ -385,15 +389,7 @@ impl Ledger {
                     for file in record["outputs"]["lines"]["files"].as_array().into_iter().flatten() {
                         let path = Path::from(format!("lines/{}", file["path"].as_str().unwrap()));
                         let bytes = store.get(&path).await.unwrap().bytes().await.unwrap();
-                        for batch in ParquetRecordBatchReaderBuilder::try_new(bytes).unwrap().build().unwrap()
-                        {
-                            let batch = batch.unwrap();
-                            let column = |name| {
-                                batch.column_by_name(name).unwrap().as_primitive::<Int64Type>().clone()
-                            };
-                            let (ids, amounts) = (column("id"), column("amount"));
-                            (0..batch.num_rows()).for_each(|row| add(ids.value(row), amounts.value(row)));
-                        }
+                        add_rows(&mut rows, bytes);
                     }
                 }
                 names
@@ -415,7 +411,7 @@ impl Ledger {
                     .start()
                     .unwrap();
                 for row in transaction.query("SELECT id, amount FROM lines", &[]).unwrap() {
-                    add(row.get(0), row.get(1));
+                    rows.entry(row.get(0)).or_default().push(row.get(1));
                 }
                 let log = transaction.query("SELECT seq FROM floodmark_log ORDER BY seq", &[]).unwrap();
                 log.iter().map(|row| row.get(0)).collect()
@@ -434,7 +430,9 @@ impl Ledger {
             }
             let mut statement = database.prepare("SELECT id, amount FROM lines").unwrap();
             let found = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
-            found.map(Result::unwrap).for_each(|(id, amount)| add(id, amount));
+            found
+                .map(Result::unwrap)
+                .for_each(|(id, amount): (i64, i64)| rows.entry(id).or_default().push(amount));
             let mut statement = database.prepare("SELECT seq FROM floodmark_log ORDER BY seq").unwrap();
             statement.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
         };

@@ -5,7 +5,7 @@ use std::process::Output;
 use serde_json::Value;
 
 use crate::{
-    ledger::Ledger,
+    ledger::{Ledger, to_postgres, trusted},
     services::{Schema, postgres},
     support::Folder,
 };
@@ -28,13 +28,7 @@ fn a_doubled_a_lost_and_a_changed_row_in_a_million_are_found_by_their_keys() {
         "CREATE TABLE lines (id bigint PRIMARY KEY, account text NOT NULL, amount numeric(18,2));
          INSERT INTO lines SELECT i, 'A' || i % 1000, i / 100.0 FROM generate_series(1, 1000000) AS i",
     );
-    let connection = |schema: &Schema| {
-        let server = postgres();
-        format!(
-            "{{ kind: postgres, host: localhost, port: {}, database: postgres, user: admin, password: \"${{env:ERP_PASSWORD}}\", sslrootcert: {}, schema: {} }}",
-            server.port, server.authority, schema.name
-        )
-    };
+    let connection = |schema: &Schema| to_postgres(&schema.name, "localhost", postgres().port, &trusted());
     let folder = Folder::with(&[
         ("connections.yaml", &format!("erp: {}\ndw: {}\n", connection(&from), connection(&to))),
         (

@@ -3,7 +3,6 @@
 //! and who comes too late says so and ends with 75.
 
 use std::{
-    fs,
     process::{Child, Command, Output, Stdio},
     sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
     time::Duration,
@@ -17,8 +16,8 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
-    ledger::{Ledger, MODES, Rows},
-    services::{faults, postgres},
+    ledger::{Ledger, MODES, Rows, trusted},
+    services::{faults, is_stopped},
     support::Folder,
 };
 
@@ -39,9 +38,7 @@ pub(crate) fn stands_still(process: &mut Child) -> bool {
         if process.try_wait().unwrap().is_some() {
             return false;
         }
-        // Its state stands behind its name, which is in brackets.
-        let about = fs::read_to_string(format!("/proc/{}/stat", process.id())).unwrap_or_default();
-        if about.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T')) {
+        if is_stopped(process.id()) == Some(true) {
             return true;
         }
         std::thread::sleep(Duration::from_millis(2));
@@ -101,7 +98,7 @@ fn seen_whole(ledger: &Ledger, target: &str, before: &Rows, after: &Rows, what: 
 
 fn fifty_two_rounds(target: &str) {
     let more = match target {
-        "postgres" => format!("sslrootcert: {}, lock_timeout_ms: 300", postgres().authority),
+        "postgres" => format!("{}, lock_timeout_ms: 300", trusted()),
         _ => "busy_timeout_ms: 300".to_owned(),
     };
     let mut fights = Fights::default();

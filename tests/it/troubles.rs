@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{
-    ledger::{Ledger, MODES},
+    ledger::{Ledger, MODES, to_postgres, trusted},
     rivals::{signal, spawn, stands_still},
     services::{Schema, faults, postgres, private_postgres},
     support::Folder,
@@ -72,10 +72,8 @@ impl Shared {
     fn new(options: &str) -> Self {
         let schema = Schema::new();
         let server = postgres();
-        let connection = format!(
-            "{{ kind: postgres, host: localhost, port: {}, database: postgres, user: admin, password: \"${{env:ERP_PASSWORD}}\", sslrootcert: {}, schema: {}, {options} }}",
-            server.port, server.authority, schema.name
-        );
+        let more = format!("{}, {options}", trusted());
+        let connection = to_postgres(&schema.name, "localhost", server.port, &more);
         let folder = Folder::with(&[
             ("connections.yaml", &format!("data: {{ kind: files, root: data }}\ndw: {connection}\n")),
             (
@@ -160,9 +158,8 @@ fn a_table_that_is_altered_in_the_middle_of_a_run_is_seen_before_anything_is_wri
         for alter in
             ["ALTER TABLE lines DROP COLUMN period", "ALTER TABLE lines RENAME COLUMN period TO month"]
         {
-            let more = format!("sslrootcert: {}", postgres().authority);
             let mut ledger =
-                Ledger::limited(target, "append", "incremental: { cursor: id }", "retries: 0", &more);
+                Ledger::limited(target, "append", "incremental: { cursor: id }", "retries: 0", &trusted());
             ledger.arrive(true);
             ledger.run();
             ledger.arrive(true);

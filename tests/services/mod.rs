@@ -31,6 +31,13 @@ fn service<const N: usize>(name: &str, arguments: &[&str]) -> [String; N] {
     text.lines().map(str::to_owned).collect::<Vec<_>>().try_into().unwrap()
 }
 
+/// Whether a process stands still; `None` if it is gone.
+pub fn is_stopped(process: u32) -> Option<bool> {
+    let about = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // Its state stands behind its name, which is in brackets.
+    Some(about.rsplit(')').next().is_some_and(|state| state.trim_start().starts_with('T')))
+}
+
 /// The library that lets a process die, or its disk be full, at its nth call to the outside: see `faults.c`.
 pub fn faults() -> &'static Path {
     static LIBRARY: OnceLock<(tempfile::TempDir, std::path::PathBuf)> = OnceLock::new();

@@ -418,10 +418,7 @@ impl Shared {
         let process = *connection.process.get().unwrap();
         *held(&self.frozen) = Some(process);
         kill(Pid::from_raw(process), Signal::SIGSTOP).unwrap();
-        // Its state stands behind its name, which is in brackets.
-        while let Ok(about) = std::fs::read_to_string(format!("/proc/{process}/stat"))
-            && !about.rsplit(')').next().is_some_and(|state| state.trim_start().starts_with('T'))
-        {
+        while super::is_stopped(process.unsigned_abs()) == Some(false) {
             std::thread::sleep(Duration::from_millis(1));
         }
     }

@@ -22,9 +22,10 @@ use proptest::{prelude::*, test_runner::TestRunner};
 use serde_json::{Value, json};
 use tokio::runtime::{Builder, Runtime};
 
+use super::tests::opened;
 use crate::{
     connector::{
-        Bounds, Connection, Connector, Exactness, Marks, Options, RunTime, Snapshot,
+        Bounds, Connection, Exactness, Marks, RunTime, Snapshot,
         scan::Scan,
         services::postgres,
         spec::{CursorSpec, OnNull, Read, StreamSpec},
@@ -140,23 +141,14 @@ struct Reader {
 impl Reader {
     fn new(database: &Database, cursor: &[&str], changes: &Value) -> Self {
         let server = postgres();
-        let mut values = json!({
+        let values = json!({
             "host": "localhost", "port": server.port, "user": "admin", "password": server.password, "database": database.name,
             "sslmode": "disable", "bound_margin_ms": 0, "lock_timeout_ms": 50,
         });
-        for (option, value) in changes.as_object().unwrap() {
-            values[option] = value.clone();
-        }
-        let options = Options {
-            name: "erp".to_owned(),
-            base: std::path::PathBuf::new(),
-            values,
-            spill: std::env::temp_dir(),
-        };
         let columns: Vec<String> = cursor.iter().map(|&column| column.to_owned()).collect();
         Self {
             runtime: Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap(),
-            connection: (Connector::named("postgres").unwrap().open)(options).unwrap(),
+            connection: opened(values, changes),
             column: columns[0].clone(),
             stream: StreamSpec {
                 cursor: Some(CursorSpec { columns, overlap: None, on_null: OnNull::Error }),

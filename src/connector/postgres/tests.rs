@@ -34,10 +34,15 @@ fn open(schema: &str) -> Arc<dyn Connection> {
 /// A connection with some options changed.
 fn open_with(schema: &str, changes: &serde_json::Value) -> Arc<dyn Connection> {
     let server = postgres();
-    let mut values = serde_json::json!({
+    let values = serde_json::json!({
         "host": "localhost", "port": server.port, "user": "admin", "password": server.password, "database": "postgres",
         "sslrootcert": server.authority, "schema": schema, "lock_timeout_ms": 3000,
     });
+    opened(values, changes)
+}
+
+/// A connection with these options, some of them changed.
+pub(super) fn opened(mut values: serde_json::Value, changes: &serde_json::Value) -> Arc<dyn Connection> {
     for (option, value) in changes.as_object().unwrap() {
         values[option] = value.clone();
     }
