@@ -24,7 +24,7 @@ use std::{
 };
 
 use arrow::array::{ArrayRef, Date32Array, Decimal128Array, Int64Array, RecordBatch, StringArray};
-use floodmark::record::totals::RowHash;
+use floodmark::record::rowhash::RowHash;
 use nix::sys::resource::{UsageWho, getrusage};
 
 #[path = "../tests/services/mod.rs"]

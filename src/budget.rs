@@ -1,12 +1,15 @@
 //! The memory of a run: one budget for joins, sorts, aggregates and spools, and a share that is left to those who read and write.
 //!
 //! DataFusion counts what its operators say they hold, and they do not say all. What is known of that is counted here: a hash join
-//! holds its smaller side twice while it is put together. Readers, writers and batches on their way are not counted by anybody; a part of
-//! the limit is theirs, so that the process stays within it.
+//! holds its smaller side twice while it is put together. Sources say what they have under way ([`of_source`]), and outputs what
+//! they have not written yet ([`of_output`]): a part of the limit is theirs alone, and what queries do not use is theirs too. A source that
+//! gets no room for one batch is an error that names it; an output that gets none writes what it has.
+//!
+//! Not counted is what has a small bound of its own: a buffer of a connection, a page of SQLite, a block of a text.
 
 use std::{
     fmt,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use datafusion::{
@@ -17,14 +20,39 @@ use datafusion::{
     },
 };
 
-/// The part of a limit that readers, writers and batches on their way have for themselves: a quarter, and no more than this.
-const OTHERS_BYTES: usize = 256 << 20;
+use crate::runtime::BATCH_BYTES;
+
+/// The part of a limit that sources and outputs have for themselves: a quarter, and no more than this.
+const MOVING_BYTES: usize = 256 << 20;
+
+/// The memory of a source for what it has under way.
+pub fn of_source(name: &str, pool: &Arc<dyn MemoryPool>) -> MemoryReservation {
+    MemoryConsumer::new(format!("{SOURCE}{name}`")).register(pool)
+}
+
+/// The memory of an output for what it has not written yet.
+pub fn of_output(name: &str, pool: &Arc<dyn MemoryPool>) -> MemoryReservation {
+    MemoryConsumer::new(format!("{OUTPUT}{name}`")).register(pool)
+}
+
+const SOURCE: &str = "source `";
+const OUTPUT: &str = "output `";
+
+/// Bytes at which a source cuts a batch, however few rows it has: where there is little memory, a few batches of each source have room.
+pub fn batch_bytes(pool: &dyn MemoryPool) -> usize {
+    match pool.memory_limit() {
+        MemoryLimit::Finite(limit) => (limit / 48).clamp(BATCH_BYTES / 128, BATCH_BYTES),
+        MemoryLimit::Infinite | MemoryLimit::Unknown => BATCH_BYTES,
+    }
+}
 
 /// Gives memory while there is some. Those who can do with less have equal shares of what the others leave: so the first of several
 /// sorts does not take all, and the last one has something to spill.
 #[derive(Debug)]
 pub struct Budget {
     limit: usize,
+    /// What queries never get.
+    moving: usize,
     given: Mutex<Given>,
 }
 
@@ -36,23 +64,44 @@ struct Given {
     to_sharing: usize,
     /// What the others hold.
     to_others: usize,
+    /// What sources and outputs hold.
+    to_moving: usize,
 }
 
 impl Given {
     fn of(&mut self, consumer: &MemoryConsumer) -> &mut usize {
-        if shares(consumer) { &mut self.to_sharing } else { &mut self.to_others }
+        match consumer {
+            moving if moves(moving) => &mut self.to_moving,
+            sharing if shares(sharing) => &mut self.to_sharing,
+            _ => &mut self.to_others,
+        }
     }
 }
 
 impl Budget {
     /// For a process that may use `limit` bytes.
     pub fn within(limit: usize) -> Self {
-        Self { limit: limit - (limit / 4).min(OTHERS_BYTES), given: Mutex::default() }
+        Self { limit, moving: (limit / 4).min(MOVING_BYTES), given: Mutex::default() }
+    }
+
+    /// What queries may have, of what sources and outputs leave.
+    fn of_queries(&self, given: &Given) -> usize {
+        self.limit.saturating_sub(self.moving.max(given.to_moving))
     }
 
     fn given(&self) -> MutexGuard<'_, Given> {
         self.given.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A consumer as people read it.
+fn shown(consumer: &MemoryConsumer) -> String {
+    if moves(consumer) { consumer.name().to_owned() } else { format!("`{}`", consumer.name()) }
+}
+
+/// Whether a consumer brings rows in or takes them out.
+fn moves(consumer: &MemoryConsumer) -> bool {
+    [SOURCE, OUTPUT].iter().any(|kind| consumer.name().starts_with(kind))
 }
 
 /// Whether a consumer goes on with less: it spills, or merges what was spilled, fewer files at a time.
@@ -67,7 +116,7 @@ fn held(consumer: &MemoryConsumer, bytes: usize) -> usize {
 
 impl fmt::Display for Budget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "budget of {}", human_readable_size(self.limit))
+        write!(f, "budget of {}", human_readable_size(self.limit - self.moving))
     }
 }
 
@@ -98,17 +147,20 @@ impl MemoryPool for Budget {
         let consumer = reservation.consumer();
         let more = held(consumer, additional);
         let mut given = self.given();
-        let (has, may_have) = if shares(consumer) {
-            let share = self.limit.saturating_sub(given.to_others) / given.sharing.max(1);
+        let queries = given.to_sharing + given.to_others;
+        let (has, may_have) = if moves(consumer) {
+            (given.to_moving + queries, self.limit)
+        } else if shares(consumer) {
+            let share = self.of_queries(&given).saturating_sub(given.to_others) / given.sharing.max(1);
             // What a sort keeps back to merge with it has at once, or it cannot begin (`sort_spill_reservation_bytes`).
-            (reservation.size(), share.max(self.limit / 32))
+            (reservation.size(), share.max(self.limit / 42))
         } else {
-            (given.to_sharing + given.to_others, self.limit)
+            (queries, self.of_queries(&given))
         };
         if has.saturating_add(more) > may_have {
             return Err(resources_datafusion_err!(
-                "`{}` asked for {} more, and {} of {} are in use",
-                consumer.name(),
+                "{} asked for {} more, and {} of {} are in use",
+                shown(consumer),
                 human_readable_size(more),
                 human_readable_size(has),
                 human_readable_size(may_have)
@@ -120,18 +172,16 @@ impl MemoryPool for Budget {
 
     fn reserved(&self) -> usize {
         let given = self.given();
-        given.to_sharing + given.to_others
+        given.to_sharing + given.to_others + given.to_moving
     }
 
     fn memory_limit(&self) -> MemoryLimit {
-        MemoryLimit::Finite(self.limit)
+        MemoryLimit::Finite(self.limit - self.moving)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
 
     #[test]
@@ -152,6 +202,26 @@ mod tests {
         assert_eq!(budget.reserved(), 760);
         drop(spool);
         assert_eq!(budget.reserved(), 0);
+    }
+
+    #[test]
+    fn sources_and_outputs_have_a_part_of_their_own_and_what_queries_leave() {
+        let budget = Arc::new(Budget::within(1000));
+        let pool: Arc<dyn MemoryPool> = Arc::clone(&budget) as _;
+        let spool = MemoryConsumer::new("spool x").register(&pool);
+        let (source, output) = (of_source("a", &pool), of_output("b", &pool));
+        spool.try_grow(750).unwrap();
+        source.try_grow(200).unwrap();
+        output.try_grow(50).unwrap();
+        let told = source.try_grow(1).unwrap_err().to_string();
+        assert!(told.contains("source `a` asked for 1"), "{told}");
+        spool.shrink(500);
+        output.try_grow(500).unwrap();
+        // What these have more than their part is not there for queries.
+        spool.try_grow(1).unwrap_err();
+        output.shrink(500);
+        spool.try_grow(500).unwrap();
+        assert_eq!(budget.reserved(), 1000);
     }
 
     #[test]

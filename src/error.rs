@@ -347,7 +347,7 @@ impl From<DataFusionError> for Error {
             DataFusionError::ResourcesExhausted(what) => {
                 // Who asked, and what there was, stands behind a list of all who hold some.
                 let asked = what.lines().rev().find(|line| line.contains(" asked for ")).unwrap_or(what);
-                return Self::new(ErrorKind::Memory, "the memory limit is too small for this query")
+                return Self::new(ErrorKind::Memory, "the memory limit is too small")
                     .note(first_line(asked.trim_start_matches("Error: ")))
                     .hint(
                         "Raise `limits: { memory: … }` in floodmark.yaml, or join and sort fewer columns.",

@@ -31,6 +31,7 @@ pub mod plan;
 pub mod project;
 pub mod reconcile;
 pub mod record;
+mod release;
 pub mod replay;
 pub mod run;
 pub mod runtime;

@@ -138,6 +138,21 @@ impl Target for Mortal {
         self.call(self.inner_target()?.quarantined(job)).await
     }
 
+    async fn sealed(&self, job: &JobId, base: Option<&LoadRecord>) -> Result<Option<LoadRecord>> {
+        self.call(self.inner_target()?.sealed(job, base)).await
+    }
+
+    async fn commit_sealed(&self, job: &JobId, record: &LoadRecord) -> CommitOutcome {
+        let Ok(target) = self.1.touch().and_then(|()| self.inner_target()) else {
+            return CommitOutcome::Rejected(Error::failed("the process is dead"));
+        };
+        let outcome = target.commit_sealed(job, record).await;
+        match self.1.touch() {
+            Ok(()) => outcome,
+            Err(dead) => CommitOutcome::Unknown(dead),
+        }
+    }
+
     async fn begin(
         &self,
         job: &JobId,

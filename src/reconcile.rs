@@ -40,7 +40,7 @@ use crate::{
     plan::{self, Output, Plan, Promised, Request},
     record::{
         run::RunRecord,
-        totals::{HashSum, Totals, TotalsSpec},
+        totals::{Totals, TotalsSpec},
     },
     run::{Conductor, Connections},
     session,
@@ -286,6 +286,31 @@ struct Shape {
     places: Vec<usize>,
     keys: RowConverter,
     rows: RowConverter,
+}
+
+/// A sum of hashes modulo 2^256: least significant limb first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct HashSum([u64; 4]);
+
+impl HashSum {
+    /// Adds the BLAKE3 of one row.
+    fn add(&mut self, hash: &blake3::Hash) {
+        let mut carry = false;
+        for (limb, bytes) in self.0.iter_mut().zip(hash.as_bytes().chunks_exact(8)) {
+            let value = bytes.iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
+            let (sum, over) = limb.overflowing_add(value);
+            let (sum, over_again) = sum.overflowing_add(u64::from(carry));
+            *limb = sum;
+            carry = over || over_again;
+        }
+    }
+}
+
+impl std::fmt::Display for HashSum {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d] = self.0;
+        write!(f, "{d:016x}{c:016x}{b:016x}{a:016x}")
+    }
 }
 
 /// One range of keys, on one side.

@@ -30,6 +30,9 @@ pub const BATCH_BYTES: usize = 8 << 20;
 /// Batches that wait between a blocking reader and its consumer.
 const CHANNEL_BATCHES: usize = 2;
 
+/// Batches of one reader that are there at a time: those that wait, the one that is being made, and the one that is being used.
+pub const BATCHES_UNDER_WAY: usize = CHANNEL_BATCHES + 2;
+
 /// Tells the time, so that a test can hold it still.
 pub trait Clock: Send + Sync + std::fmt::Debug {
     /// The time now.
@@ -60,7 +63,7 @@ impl Clock for FixedClock {
 /// What a run may use.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// What the process may use, in bytes. A part of it is left to those who read and write ([`Budget::within`]); joins, sorts,
+    /// What the process may use, in bytes. A part of it is kept for sources and outputs ([`Budget`]); joins, sorts,
     /// aggregates and spools share the rest.
     pub memory_bytes: usize,
     /// Where what does not fit is written. Each call has a folder of its own there, which ends with it; the next call takes away

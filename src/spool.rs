@@ -32,6 +32,7 @@ use futures::StreamExt;
 use tempfile::NamedTempFile;
 
 use crate::{
+    budget,
     error::{Error, Result},
     runtime::{self, Limits},
 };
@@ -111,6 +112,11 @@ impl Scratch {
         let limits = Limits { spill: folder.path.clone(), ..limits.clone() };
         let environment = limits.environment()?;
         Ok(Self { limits, environment, _folder: Arc::new(folder) })
+    }
+
+    /// The memory of an output for what it has not written yet.
+    pub fn of_output(&self, name: &str) -> MemoryReservation {
+        budget::of_output(name, &self.environment.memory_pool)
     }
 }
 

@@ -544,8 +544,9 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
                 return run(&conductor, renderer, &[], &[], &request, None).await.map_err(adhoc::plain);
             };
             let rows = preview::stream(&conductor, adhoc::JOB, &request).await.map_err(adhoc::plain)?;
-            let (count, bytes) =
-                crate::connector::files::write_parquet(&file, rows).await.map_err(adhoc::plain)?;
+            let (count, bytes) = crate::connector::files::write_parquet(&file, rows, &conductor.scratch)
+                .await
+                .map_err(adhoc::plain)?;
             renderer.copied(&copy.to, count, bytes);
         }
         Verb::Discover { connection, table } => {

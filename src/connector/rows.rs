@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    runtime::{BATCH_BYTES, BATCH_ROWS, BatchSender},
+    runtime::{BATCH_ROWS, BatchSender},
 };
 
 /// Builds batches of a scan's schema row by row.
@@ -64,7 +64,7 @@ impl<'a> RowBuilder<'a> {
 
     /// Whether the batch should be sent before the next row.
     pub fn is_full(&self) -> bool {
-        self.rows >= BATCH_ROWS || self.bytes >= BATCH_BYTES
+        self.rows >= BATCH_ROWS || self.bytes >= self.scan.batch_bytes
     }
 
     /// Appends one row. If a value does not fit, the row is not in the batch, and the batch must be sent before

@@ -34,7 +34,12 @@ use super::{
     spec::{BadRows, Read, StreamSpec},
     tap::Tap,
 };
-use crate::{error::Error, watermark::Window};
+use crate::{
+    budget,
+    error::Error,
+    runtime::{BATCH_BYTES, BATCHES_UNDER_WAY},
+    watermark::Window,
+};
 
 /// The column that a model may name to get a row's place in its source.
 pub const POSITION_COLUMN: &str = "_source_position";
@@ -58,12 +63,14 @@ pub struct Scan {
     pub conditions: Vec<Condition>,
     /// More rows than these need not come.
     pub limit: Option<usize>,
+    /// Bytes at which a batch is cut, however few rows it has. A single row may be larger.
+    pub batch_bytes: usize,
 }
 
 impl Scan {
     /// All rows of `window`.
     pub fn new(stream: StreamSpec, schema: SchemaRef, window: Window) -> Self {
-        Self { stream, schema, window, conditions: Vec::new(), limit: None }
+        Self { stream, schema, window, conditions: Vec::new(), limit: None, batch_bytes: BATCH_BYTES }
     }
 }
 
@@ -245,12 +252,22 @@ impl ExecutionPlan for ScanExec {
             .source()
             .ok_or_else(|| DataFusionError::from(Error::bug(format!("source `{name}` cannot be read"))))?;
         open.tap.start();
-        let mut rows = source.scan(&open.snapshot, &self.scan, Arc::clone(&open.tap))?;
-        let tap = open.tap;
+        let pool = context.memory_pool();
+        let scan = Scan { batch_bytes: budget::batch_bytes(pool.as_ref()), ..self.scan.clone() };
+        let mut rows = source.scan(&open.snapshot, &scan, Arc::clone(&open.tap))?;
+        let (tap, memory) = (open.tap, budget::of_source(name, pool));
         let counted = futures::stream::poll_fn(move |waker| {
             let next = rows.poll_next_unpin(waker);
             match &next {
-                Poll::Ready(Some(Ok(batch))) => tap.hand(batch.num_rows() as u64),
+                Poll::Ready(Some(Ok(batch))) => {
+                    tap.hand(batch.num_rows() as u64);
+                    // As much as this one, for each that is under way; or at least for this one.
+                    let bytes = batch.get_array_memory_size();
+                    let room = memory.try_resize(bytes.saturating_mul(BATCHES_UNDER_WAY));
+                    if let Err(error) = room.or_else(|_| memory.try_resize(bytes)) {
+                        return Poll::Ready(Some(Err(error)));
+                    }
+                }
                 Poll::Ready(None) => tap.drain(),
                 Poll::Ready(Some(Err(_))) | Poll::Pending => {}
             }

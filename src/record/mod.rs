@@ -18,6 +18,7 @@ use crate::{
     watermark::{Mark, Window},
 };
 
+pub mod rowhash;
 pub mod run;
 pub mod totals;
 

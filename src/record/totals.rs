@@ -1,8 +1,7 @@
-//! Control totals and row hashes, computed outside the query engine.
+//! Control totals, computed outside the query engine.
 //!
 //! A total is a sum in 256 bits of an exact column, per group: it cannot wrap before more rows than any disk
-//! holds. A row hash is the sum modulo 2^256 of BLAKE3 over each row's bytes; adding instead of XOR-ing makes a
-//! doubled row show, and makes the order of rows not matter.
+//! holds.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +9,6 @@ use arrow::{
     array::{Array, AsArray},
     datatypes::{DataType, Decimal128Type, Int64Type, Schema, i256},
     record_batch::RecordBatch,
-    row::{RowConverter, SortField},
     util::display::{ArrayFormatter, FormatOptions},
 };
 use schemars::JsonSchema;
@@ -182,75 +180,11 @@ fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a dyn Array> {
         .ok_or_else(|| Error::bug(format!("totals of a column that is not there: {name}")))
 }
 
-/// A sum of hashes modulo 2^256: least significant limb first.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct HashSum([u64; 4]);
-
-impl HashSum {
-    /// Adds the BLAKE3 of one row.
-    pub fn add(&mut self, hash: &blake3::Hash) {
-        let mut carry = false;
-        for (limb, bytes) in self.0.iter_mut().zip(hash.as_bytes().chunks_exact(8)) {
-            let value = bytes.iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
-            let (sum, over) = limb.overflowing_add(value);
-            let (sum, over_again) = sum.overflowing_add(u64::from(carry));
-            *limb = sum;
-            carry = over || over_again;
-        }
-    }
-}
-
-impl std::fmt::Display for HashSum {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [a, b, c, d] = self.0;
-        write!(f, "{d:016x}{c:016x}{b:016x}{a:016x}")
-    }
-}
-
-/// The order-free hash of rows.
-#[derive(Debug)]
-pub struct RowHash {
-    converter: RowConverter,
-    sum: HashSum,
-    rows: u64,
-}
-
-impl RowHash {
-    /// Of no rows, for rows of `schema`.
-    ///
-    /// # Errors
-    ///
-    /// If a column's type has no row format.
-    pub fn new(schema: &Schema) -> Result<Self> {
-        let fields = schema.fields().iter().map(|field| SortField::new(field.data_type().clone())).collect();
-        Ok(Self { converter: RowConverter::new(fields)?, sum: HashSum::default(), rows: 0 })
-    }
-
-    /// Adds the rows of `batch`.
-    ///
-    /// # Errors
-    ///
-    /// If the batch is of another schema.
-    pub fn add(&mut self, batch: &RecordBatch) -> Result<()> {
-        let rows = self.converter.convert_columns(batch.columns())?;
-        for row in &rows {
-            self.sum.add(&blake3::hash(row.as_ref()));
-            self.rows += 1;
-        }
-        Ok(())
-    }
-
-    /// The hash, with its algorithm's name.
-    pub fn finish(&self) -> String {
-        format!("blake3-256-sum:{}:{}", self.rows, self.sum)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
-    use arrow::array::{Decimal128Array, Int64Array, StringArray};
+    use arrow::array::{Decimal128Array, StringArray};
     use arrow::datatypes::Field;
 
     use super::*;
@@ -278,38 +212,5 @@ mod tests {
         let schema = Schema::new(vec![Field::new("x", DataType::Float64, true)]);
         let spec = TotalsSpec { sum: vec!["x".to_owned()], by: vec![] };
         assert!(Totals::problem(&spec, &schema).is_some());
-    }
-
-    #[test]
-    fn the_row_hash_ignores_order_and_sees_a_doubled_pair() {
-        let hash = |batches: &[RecordBatch]| {
-            let mut hash = RowHash::new(&batches[0].schema()).unwrap();
-            for batch in batches {
-                hash.add(batch).unwrap();
-            }
-            hash.finish()
-        };
-        let one = hash(&[batch(&[("a", 1), ("b", 2), ("c", 3)])]);
-        assert_eq!(one, hash(&[batch(&[("c", 3)]), batch(&[("b", 2), ("a", 1)])]));
-        let twice = hash(&[batch(&[("a", 1), ("b", 2), ("c", 3), ("x", 9), ("x", 9)])]);
-        assert_ne!(one.rsplit(':').next(), twice.rsplit(':').next());
-        // Why hashes are added: an exclusive or does not see a pair of equal rows.
-        let combined = |rows: &[(&str, i128)]| {
-            let batch = batch(rows);
-            let schema = batch.schema();
-            let fields = schema.fields().iter().map(|field| SortField::new(field.data_type().clone()));
-            let converter = RowConverter::new(fields.collect()).unwrap();
-            let rows = converter.convert_columns(batch.columns()).unwrap();
-            rows.iter().fold([0_u8; 32], |sum, row| {
-                let hash = blake3::hash(row.as_ref());
-                std::array::from_fn(|at| sum[at] ^ hash.as_bytes()[at])
-            })
-        };
-        let pair = [("a", 1), ("b", 2), ("c", 3), ("x", 9), ("x", 9)];
-        assert_eq!(combined(&pair[..3]), combined(&pair));
-        let numbers =
-            RecordBatch::try_from_iter([("n", Arc::new(Int64Array::from(vec![None, Some(0)])) as _)])
-                .unwrap();
-        assert_ne!(hash(&[numbers.slice(0, 1)]), hash(&[numbers.slice(1, 1)]), "null is not zero");
     }
 }

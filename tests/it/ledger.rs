@@ -121,10 +121,11 @@ impl Ledger {
         Self::made(&connection, Some(schema), None, mode, reading, limits)
     }
 
-    /// One whose target is a server of its own.
-    pub(crate) fn at(server: &'static Postgres, mode: &str, reading: &str, limits: &str) -> Self {
+    /// One whose target is a server of its own; `more` are options of the connection to it.
+    pub(crate) fn at(server: &'static Postgres, mode: &str, reading: &str, limits: &str, more: &str) -> Self {
         let schema = Schema::at(server);
-        let connection = to_postgres(&schema.name, "127.0.0.1", server.port, "sslmode: disable");
+        let connection =
+            to_postgres(&schema.name, "127.0.0.1", server.port, &format!("sslmode: disable, {more}"));
         Self::made(&connection, Some(schema), None, mode, reading, limits)
     }
 
@@ -223,18 +224,8 @@ impl Ledger {
 
     /// Which run made each release.
     pub(crate) fn runs(&self) -> BTreeMap<u64, String> {
-        let records: Vec<String> = if let Some(store) = &self.store {
-            self.wait(async {
-                let commits = Path::from("_floodmark/small/load/commits");
-                let listed: Vec<_> = store.list(Some(&commits)).try_collect().await.unwrap();
-                let mut records = Vec::new();
-                for object in listed.into_iter().filter(|object| object.location.extension() == Some("json"))
-                {
-                    let bytes = store.get(&object.location).await.unwrap().bytes().await.unwrap();
-                    records.push(String::from_utf8(bytes.to_vec()).unwrap());
-                }
-                records
-            })
+        let records: Vec<String> = if self.store.is_some() {
+            self.records_in("commits")
         } else if let Some(schema) = &self.schema {
             let sql = "SELECT record_json FROM floodmark_log";
             schema.with(|client| client.query(sql, &[]).unwrap().iter().map(|row| row.get(0)).collect())
@@ -247,6 +238,22 @@ impl Ledger {
         let told = records
             .map(|record| (record["seq"].as_u64().unwrap(), record["run_id"].as_str().unwrap().to_owned()));
         told.collect()
+    }
+
+    /// The records in a folder of the job's own, of a target of files.
+    pub(crate) fn records_in(&self, folder: &str) -> Vec<String> {
+        let store = self.store.as_ref().unwrap();
+        self.wait(async {
+            let folder = Path::from(format!("_floodmark/small/load/{folder}"));
+            let mut listed: Vec<_> = store.list(Some(&folder)).try_collect().await.unwrap();
+            listed.sort_by(|a, b| a.location.cmp(&b.location));
+            let mut records = Vec::new();
+            for object in listed.into_iter().filter(|object| object.location.extension() == Some("json")) {
+                let bytes = store.get(&object.location).await.unwrap().bytes().await.unwrap();
+                records.push(String::from_utf8(bytes.to_vec()).unwrap());
+            }
+            records
+        })
     }
 
     /// What a reader sees that knows folders only, and follows the link once.
@@ -264,8 +271,11 @@ impl Ledger {
         let store = self.store.as_ref().unwrap();
         let listed: Vec<_> = self.wait(async { store.list(None).try_collect().await.unwrap() });
         let paths = listed.into_iter().map(|object| object.location.to_string());
-        let mut paths: Vec<String> =
-            paths.filter(|path| path.contains("/data/") || path.contains("/commits/")).collect();
+        let mut paths: Vec<String> = paths
+            .filter(|path| {
+                ["/data/", "/commits/", "/staged/", "/probe/"].iter().any(|part| path.contains(part))
+            })
+            .collect();
         paths.sort();
         paths
     }

@@ -181,3 +181,27 @@ fn too_little_memory_is_an_error_that_says_who_asked_and_publishes_nothing() {
     }
     assert_eq!(folder.published(), before);
 }
+
+/// A row that is larger than what there is: its source is named. A few wide rows come in batches that have room.
+#[test]
+fn a_source_that_finds_no_room_for_its_rows_is_named() {
+    let model = "SELECT id, length(text) AS length FROM lines\n";
+    let job = "job: load\nsources:\n  lines: { connection: data, file: lines.csv, columns: { id: int, text: string } }\nmodels:\n  clean:\ntarget:\n  connection: lake\n  outputs:\n    lines: { from: clean, mode: replace }\n";
+    let folder = Folder::with(&[
+        ("floodmark.yaml", "project: small\nlimits: { memory: 24MiB, retries: 0 }\n"),
+        ("jobs/load.yaml", job),
+        ("sql/mappings/load/clean.sql", model),
+    ]);
+    let line = |id: usize, bytes: usize| format!("{id},{}\n", "x".repeat(bytes));
+    let lines: String = (0..64).map(|id| line(id, 1 << 20)).collect();
+    folder.write("data/lines.csv", format!("id,text\n{lines}").as_bytes());
+    let (output, _) = measured(&folder);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let before = folder.published();
+    folder.write("data/lines.csv", format!("id,text\n{lines}{}", line(64, 32 << 20)).as_bytes());
+    let refused = folder.floodmark(&["run"]);
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{told}");
+    assert!(told.contains("the memory limit is too small") && told.contains("source `lines` asked for"), "{told}");
+    assert_eq!(folder.published(), before);
+}

@@ -34,7 +34,7 @@ fn a_server_that_starts_anew_in_the_middle_of_a_run_loses_and_doubles_nothing() 
     let server = private_postgres("restarted");
     let (mut points, mut again) = (0, 0);
     for (mode, reading) in MODES {
-        let mut ledger = Ledger::at(server, mode, reading, "retries: 5");
+        let mut ledger = Ledger::at(server, mode, reading, "retries: 5", "");
         ledger.arrive(mode == "append");
         ledger.run();
         ledger.arrive(mode == "append");
@@ -130,6 +130,50 @@ fn who_waited_for_a_lock_in_vain_publishes_its_stage_once_more() {
     let run = document(&run.wait_with_output().unwrap(), "a lock was held for too long");
     assert_eq!((run["outcome"].as_str(), is_tried_again(&run)), (Some("published"), false), "{run}");
     assert_eq!((shared.holds("first"), shared.holds("second")), (3, 2));
+}
+
+/// A server that stands still with all of its processes holds its connections, and the kernel takes new ones for it: it is given up. One that
+/// answers others is waited for, however long it works on a query.
+#[test]
+fn a_server_that_answers_nobody_any_more_is_given_up_and_one_that_works_is_waited_for() {
+    let server = private_postgres("silent");
+    let options = "lock_timeout_ms: 600000, silence_ms: 50, connect_timeout_ms: 200";
+    let mut ledger = Ledger::at(server, "append", "incremental: { cursor: id }", "retries: 0", options);
+    ledger.arrive(true);
+    ledger.run();
+    let login = format!(
+        "host=127.0.0.1 port={} user=admin password={} dbname=postgres",
+        server.port, server.password
+    );
+    let mut other = Client::connect(&login, NoTls).unwrap();
+    let lock = format!("BEGIN; LOCK TABLE {}.lines", ledger.schema.as_ref().unwrap().name);
+    for stands_still in [false, true] {
+        let after = ledger.arrive(true);
+        other.batch_execute(&lock).unwrap();
+        let mut command = ledger.command(&["run"]);
+        let run = spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+        let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)";
+        while !other.query_one(waits, &[]).unwrap().get::<_, bool>(0) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if stands_still {
+            let still = server.stand_still();
+            let output = run.wait_with_output().unwrap();
+            drop(still);
+            other.batch_execute("ROLLBACK").unwrap();
+            let told = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(75), "{told}");
+            assert!(told.contains("the server answers nobody any more, and was given up"), "{told}");
+            assert_eq!(ledger.run()["outcome"], "published");
+        } else {
+            // Long enough to be looked after many times.
+            std::thread::sleep(Duration::from_millis(1500));
+            other.batch_execute("ROLLBACK").unwrap();
+            let output = run.wait_with_output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        assert_eq!(ledger.seen().0, after);
+    }
 }
 
 #[test]

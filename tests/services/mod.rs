@@ -6,6 +6,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use postgres::{Client, NoTls};
 
 pub mod proxy;
@@ -160,6 +164,28 @@ impl Postgres {
         assert!(self.admin("postgres", |client| client.query_one(promote, &[]).unwrap().get::<_, bool>(0)));
     }
 
+    /// Stops all of its processes where they are, until the answer is dropped.
+    pub fn stand_still(&self) -> StandingStill<'_> {
+        self.signal(Signal::SIGSTOP);
+        StandingStill(self)
+    }
+
+    fn signal(&self, signal: Signal) {
+        let first = std::fs::read_to_string(self.home().join("data/postmaster.pid")).unwrap();
+        let first: i32 = first.lines().next().unwrap().parse().unwrap();
+        // It first, so that it starts no others meanwhile.
+        kill(Pid::from_raw(first), signal).unwrap();
+        for process in std::fs::read_dir("/proc").unwrap().flatten() {
+            let stat = std::fs::read_to_string(process.path().join("stat")).unwrap_or_default();
+            // Behind the name come the state and the parent.
+            let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
+            if parent == Some(first) {
+                let process = process.file_name().to_string_lossy().parse().unwrap();
+                let _ended_already = kill(Pid::from_raw(process), signal);
+            }
+        }
+    }
+
     fn home(&self) -> &Path {
         Path::new(&self.authority).parent().unwrap()
     }
@@ -192,6 +218,16 @@ impl Postgres {
         std::thread::scope(|scope| {
             scope.spawn(|| work(&mut Client::connect(&options, NoTls).unwrap())).join().unwrap()
         })
+    }
+}
+
+/// A server that stands still.
+#[derive(Debug)]
+pub struct StandingStill<'a>(&'a Postgres);
+
+impl Drop for StandingStill<'_> {
+    fn drop(&mut self) {
+        self.0.signal(Signal::SIGCONT);
     }
 }
 

@@ -16,6 +16,7 @@ use arrow::{
     datatypes::{Decimal128Type, Int64Type},
 };
 use async_trait::async_trait;
+use datafusion::execution::memory_pool::{MemoryPool, UnboundedMemoryPool};
 use futures::{
     FutureExt, StreamExt, TryFutureExt, TryStreamExt, future,
     stream::{self, BoxStream},
@@ -33,6 +34,7 @@ use super::{
     place::{Bucket, Place},
 };
 use crate::{
+    budget,
     connector::{
         CommitOutcome, Connection,
         contract::{self, Line, Release},
@@ -385,10 +387,10 @@ fn mark(attempt: Uuid) -> String {
     attempt.simple().to_string().split_off(20)
 }
 
-/// The files of an attempt, whoever lists them.
+/// The files of an attempt, whoever lists them; its seal is none of them.
 async fn files_of(bucket: &InMemory, attempt: Uuid) -> Vec<String> {
     let paths = objects(bucket).await.into_iter().map(|object| object.location.to_string());
-    paths.filter(|path| path.contains(&mark(attempt))).collect()
+    paths.filter(|path| path.contains(&mark(attempt)) && !path.contains("/staged/")).collect()
 }
 
 /// A bucket holds these rows and so many releases: each has one record, which follows the one before, and all
@@ -556,6 +558,65 @@ async fn a_file_of_several_parts_that_fails_at_any_of_them_is_all_or_nothing() {
     assert!(points >= 24, "parts of a file: {points} faults only");
 }
 
+/// A process dies before or behind its commit: what it had sealed waits for whoever comes next, until something else has its place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_dead_process_had_sealed_can_be_committed_once() {
+    let job = contract::job();
+    for mode in [Mode::Append, Mode::Merge, Mode::Replace, Mode::ReplaceRange] {
+        let tried = Tried::of(mode).await;
+        for fault in [Fault::Crash, Fault::CrashAfter] {
+            let bucket = tried.bucket.fork();
+            let outcome =
+                load(&FaultStore::faulty(&bucket, fault, 1, commits), &tried.output, &tried.rows).await;
+            let Ok((attempt, CommitOutcome::Unknown(_))) = outcome else { panic!("{mode}: {outcome:?}") };
+            let connection = open(&FaultStore::sound(&bucket));
+            let target = connection.target().unwrap();
+            let last = target.last_record(&job).await.unwrap();
+            let found = target.sealed(&job, last.as_ref()).await.unwrap();
+            assert_eq!(found.is_some(), fault == Fault::Crash, "{mode}, {fault:?}");
+            // On top of another release it is nothing.
+            assert_eq!(target.sealed(&job, None).await.unwrap(), None, "{mode}");
+            let Some(sealed) = found else { continue };
+            assert_eq!(sealed.attempt_id, attempt, "{mode}");
+            assert_eq!(sealed.prev_record_sha256, Some(tried.first.sha256()), "{mode}");
+
+            // Another one is faster.
+            let overtaken = bucket.fork();
+            let sound = FaultStore::sound(&overtaken);
+            let (_, outcome) = load(&sound, &tried.output, &tried.before).await.unwrap();
+            assert!(matches!(outcome, CommitOutcome::Committed(None)), "{mode}: {outcome:?}");
+            let rows = contract::expected(mode, &tried.before, &tried.before);
+            let outcome = open(&sound).target().unwrap().commit_sealed(&job, &sealed).await;
+            assert!(matches!(outcome, CommitOutcome::Rejected(_)), "{mode}: {outcome:?}");
+            holds(&overtaken, &rows, 2, "overtaken").await;
+
+            // A file of it is gone.
+            let lacking = bucket.fork();
+            let file = files_of(&lacking, attempt).await.pop().unwrap();
+            lacking.delete(&Path::parse(file).unwrap()).await.unwrap();
+            let target = open(&FaultStore::sound(&lacking));
+            let found = target.target().unwrap().sealed(&job, last.as_ref()).await.unwrap();
+            assert_eq!(found, None, "{mode}: it is not whole");
+
+            // Two come upon it at once.
+            let again = open(&FaultStore::sound(&bucket));
+            let (one, two) = future::join(
+                connection.target().unwrap().commit_sealed(&job, &sealed),
+                again.target().unwrap().commit_sealed(&job, &sealed),
+            )
+            .await;
+            for outcome in [one, two] {
+                assert!(matches!(outcome, CommitOutcome::Committed(None)), "{mode}: {outcome:?}");
+            }
+            runtime::tidied().await;
+            holds(&bucket, &tried.after, 2, "sealed").await;
+            let last = again.target().unwrap().last_record(&job).await.unwrap();
+            assert_eq!(last.as_ref(), Some(&sealed), "{mode}");
+            assert_eq!(again.target().unwrap().sealed(&job, last.as_ref()).await.unwrap(), None, "{mode}");
+        }
+    }
+}
+
 /// When the attempt commits that meets the fault.
 #[derive(Debug, Clone, Copy)]
 enum Turn {
@@ -657,7 +718,8 @@ async fn an_upload_that_could_not_start_is_an_error_for_whoever_goes_on_writing(
     let bucket = InMemory::new();
     let place = place(&FaultStore::faulty(&bucket, Fault::Before, 1, uploads));
     let writing = runtime::blocking(move || {
-        let mut sink = place.new_file("lines/data/large.parquet")?;
+        let pool: Arc<dyn MemoryPool> = Arc::new(UnboundedMemoryPool::default());
+        let mut sink = place.new_file("lines/data/large.parquet", &budget::of_output("lines", &pool))?;
         assert!(sink.write_all(&vec![0; 17 << 20]).is_err());
         // A buffer in front of it does so when it is dropped.
         assert!(sink.write_all(b"more").is_err());

@@ -1,6 +1,6 @@
 //! What attempts that died left behind: files that no release lists.
 //!
-//! A file is garbage if no record of any job here lists it and it is older than the grace period, which is longer than any run. Old
+//! A file is garbage if no record of any job here lists it, and no seal that may still be committed, and it is older than the grace period, which is longer than any run. Old
 //! releases stay: their records list what they are made of. Incomplete uploads of parts are not seen by a listing; a bucket
 //! has a rule of its own for them.
 
@@ -9,7 +9,12 @@ use std::{collections::HashSet, sync::Arc};
 use chrono::{DateTime, Utc};
 use futures::TryStreamExt;
 
-use super::{FilesConnection, manifest::job_path, place::Place, target::QUARANTINE};
+use super::{
+    FilesConnection,
+    manifest::{job_path, written_by},
+    place::{PROBES, Place},
+    target::QUARANTINE,
+};
 use crate::{connector::Orphan, error::Result, names::JobId, runtime};
 
 impl FilesConnection {
@@ -25,6 +30,9 @@ impl FilesConnection {
         }
         let mut folders: Vec<String> = outputs.iter().map(|output| format!("{output}/data")).collect();
         folders.push(format!("{}/{QUARANTINE}", job_path(job)));
+        folders.push(format!("{}/staged", job_path(job)));
+        // What a death left of trying whether a bucket keeps to conditions.
+        folders.push(PROBES.to_owned());
         if !self.place.is_bucket() {
             // A record that was being written has a name of its own until it is whole.
             folders.push(format!("{}/commits", job_path(job)));
@@ -53,7 +61,7 @@ impl FilesConnection {
         Ok(found)
     }
 
-    /// Every file that a record of any job here lists.
+    /// Every file that a record of any job here lists, or a seal of one that is not overtaken; and these seals.
     fn listed_by_records(&self) -> Result<HashSet<String>> {
         let mut live = HashSet::new();
         for job in self.jobs()? {
@@ -64,6 +72,10 @@ impl FilesConnection {
                     live.extend(written.files.iter().map(|file| format!("{output}/{}", file.path)));
                 }
                 live.extend(record.quarantine_files);
+            }
+            for (path, seal) in self.seals(&job)?.into_iter().filter(|(_, seal)| seal.seq > newest) {
+                live.extend(written_by(&seal, None).into_iter().map(|file| file.path));
+                live.insert(path);
             }
         }
         Ok(live)

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <root>/_floodmark/<project>/<job>/commits/<seq>.json   the load record: the commit itself
+//! <root>/_floodmark/<project>/<job>/staged/<attempt>.json  a seal: the record that the attempt is about to commit
 //! <root>/_floodmark/<project>/<job>/releases/<seq>/…     hard links to one release's files
 //! <root>/_floodmark/<project>/<job>/current              a link to the newest of them
 //! <root>/<output>/data/*.parquet                         files, live or not; named per attempt
@@ -11,6 +12,10 @@
 //! A release is visible when its commit file has its name, which only one attempt can give it. Readers that know
 //! manifests take the files that the newest one lists. Readers that know only folders take `<output>/current`: all
 //! outputs of a job switch by one rename, after the commit; a switch that was cut off is repaired by the next run.
+//!
+//! A seal is written when everything that its record lists is there and audited, and is taken away when it is known how the commit
+//! ended. Who finds one on top of the newest release may commit it: its process died, or its answer was lost. Until then nobody
+//! removes what it lists, also not its own attempt, since somebody may be committing it.
 //!
 //! A bucket has no `releases` and no `current`: its readers take the file list. It has `latest` instead, a hint at the
 //! newest sequence number, from which readers walk on: so that finding the newest record costs three requests and no listing.
@@ -68,6 +73,54 @@ impl FilesConnection {
     /// Commits `record`: gives its file the name of its sequence number. False if another has it.
     pub(super) fn commit_record(&self, job: &JobId, record: &LoadRecord) -> Result<bool> {
         self.place.create(&commit_path(job, record.seq), &record.to_json())
+    }
+
+    /// Writes down that everything that `record` lists is there.
+    pub(super) fn seal(&self, job: &JobId, record: &LoadRecord) -> Result<()> {
+        let path = seal_path(job, record);
+        match self.place.create(&path, &record.to_json())? {
+            true => Ok(()),
+            false => Err(Error::bug(format!("another attempt has sealed `{path}`"))),
+        }
+    }
+
+    /// Whether the seal of `record` is there, or may come to be.
+    pub(super) fn may_be_sealed(&self, job: &JobId, record: &LoadRecord) -> bool {
+        self.place.is_bucket() || !matches!(self.place.read(&seal_path(job, record)), Ok(None))
+    }
+
+    /// Takes the seal away: it is known how the commit of `record` ended.
+    pub(super) fn unseal(&self, job: &JobId, record: &LoadRecord) {
+        self.place.remove(vec![seal_path(job, record)]);
+    }
+
+    /// The seals of a job, by their paths. Who cannot read one leaves it alone: it may be of a newer floodmark.
+    pub(super) fn seals(&self, job: &JobId) -> Result<Vec<(String, LoadRecord)>> {
+        let folder = staged_path(job);
+        let (names, _) = self.place.names(&folder)?;
+        let mut seals = Vec::new();
+        for name in names.iter().filter(|name| name.ends_with(".json")) {
+            let path = format!("{folder}/{name}");
+            let record = self.place.read(&path)?.and_then(|text| LoadRecord::from_json(&text).ok());
+            seals.extend(record.map(|record| (path, record)));
+        }
+        Ok(seals)
+    }
+
+    /// What was sealed on top of `base` and is there. Seals whose sequence number is taken are taken away.
+    pub(super) fn sealed(&self, job: &JobId, base: Option<&LoadRecord>) -> Result<Option<LoadRecord>> {
+        let (seq, before) = (base.map_or(1, |base| base.seq + 1), base.map(LoadRecord::sha256));
+        for (path, record) in self.seals(job)? {
+            if record.seq < seq {
+                self.place.remove(vec![path]);
+                continue;
+            }
+            let follows = record.seq == seq && record.prev_record_sha256 == before;
+            if follows && written_by(&record, base).iter().all(|file| self.place.is_there(file).is_ok()) {
+                return Ok(Some(record));
+            }
+        }
+        Ok(None)
     }
 
     /// The record that has the sequence number `seq`.
@@ -152,6 +205,25 @@ pub(super) fn job_path(job: &JobId) -> String {
 
 fn commit_path(job: &JobId, seq: u64) -> String {
     format!("{}/commits/{seq:020}.json", job_path(job))
+}
+
+fn staged_path(job: &JobId) -> String {
+    format!("{}/staged", job_path(job))
+}
+
+fn seal_path(job: &JobId, record: &LoadRecord) -> String {
+    format!("{}/{}.json", staged_path(job), record.attempt_id.simple())
+}
+
+/// The files that an attempt wrote itself: those that the release before it does not list.
+pub(super) fn written_by(record: &LoadRecord, base: Option<&LoadRecord>) -> Vec<Listed> {
+    let mut written: Vec<Listed> = record.quarantine_files.iter().map(|path| Listed::named(path)).collect();
+    for (name, output) in &record.outputs {
+        let before = base.and_then(|base| base.outputs.get(name)).map(|before| &before.files);
+        let new = output.files.iter().filter(|file| before.is_none_or(|before| !before.contains(file)));
+        written.extend(new.map(|file| listed(name, file)));
+    }
+    written
 }
 
 fn latest_path(job: &JobId) -> String {

@@ -92,7 +92,8 @@ impl Staging<'_> {
             *parts += 1;
             name
         };
-        parquet::write_parts(self.connection, &self.output.name, name, rows, partition_by).await
+        let memory = self.attempt.scratch.of_output(&self.output.name);
+        parquet::write_parts(self.connection, &self.output.name, name, rows, partition_by, &memory).await
     }
 
     /// The rows in the order of their partitions, so that one file is open at a time.

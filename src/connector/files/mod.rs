@@ -71,11 +71,13 @@ const ROW_GROUP_BYTES: usize = 48 << 20;
 pub async fn write_parquet(
     path: &std::path::Path,
     rows: datafusion::physical_plan::SendableRecordBatchStream,
+    scratch: &crate::spool::Scratch,
 ) -> Result<(u64, u64)> {
     let folder = path.parent().map(std::path::Path::to_path_buf).unwrap_or_default();
     let connection = Arc::new(FilesConnection::of_folder("copy", &path.display().to_string(), folder));
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(parquet::write_file(&connection, name, rows, true).await?.unwrap_or_default())
+    let memory = scratch.of_output(&name);
+    Ok(parquet::write_file(&connection, name, rows, &memory, true).await?.unwrap_or_default())
 }
 
 /// The reading side of a folder that another connector fills; people know it as `shown`.

@@ -1,7 +1,7 @@
 //! Parquet in and out.
 //!
-//! Out: one file a call, its columns encoded side by side by rayon, a row group closed by rows or by encoded bytes,
-//! whichever comes first, so that wide rows do not hold more memory than narrow ones.
+//! Out: one file a call, its columns encoded side by side by rayon, a row group closed by rows, by encoded bytes or when the budget has
+//! no more memory for it, whichever comes first, so that wide rows do not hold more than narrow ones.
 
 use std::{fs::File, sync::Arc};
 
@@ -20,7 +20,7 @@ use arrow::{
     datatypes::SchemaRef,
     util::display::{ArrayFormatter, FormatOptions},
 };
-use datafusion::physical_plan::SendableRecordBatchStream;
+use datafusion::{execution::memory_pool::MemoryReservation, physical_plan::SendableRecordBatchStream};
 use futures::StreamExt;
 use rayon::prelude::*;
 
@@ -74,7 +74,7 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
     }
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
     let rows_in_all = builder.metadata().file_metadata().num_rows().unsigned_abs().max(1);
-    let batch_rows = batch_rows(&builder, &mask);
+    let batch_rows = batch_rows(&builder, &mask, scan.batch_bytes);
     let reader = builder
         .with_projection(mask)
         .with_batch_size(batch_rows)
@@ -99,7 +99,11 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
 }
 
 /// How many rows come to a batch that is not too large, by what the file says of the columns that are read.
-fn batch_rows(builder: &ParquetRecordBatchReaderBuilder<File>, mask: &ProjectionMask) -> usize {
+fn batch_rows(
+    builder: &ParquetRecordBatchReaderBuilder<File>,
+    mask: &ProjectionMask,
+    batch_bytes: usize,
+) -> usize {
     let widest = builder.metadata().row_groups().iter().filter(|group| group.num_rows() > 0).map(|group| {
         let columns = group.columns().iter().enumerate().filter(|(leaf, _)| mask.leaf_included(*leaf));
         let bytes = columns.map(|(_, column)| {
@@ -110,7 +114,7 @@ fn batch_rows(builder: &ParquetRecordBatchReaderBuilder<File>, mask: &Projection
         bytes.sum::<i64>() / group.num_rows()
     });
     let bytes = usize::try_from(widest.max().unwrap_or_default()).unwrap_or_default();
-    (BATCH_BYTES / bytes.max(1)).clamp(1, BATCH_ROWS)
+    (batch_bytes / bytes.max(1)).clamp(1, BATCH_ROWS)
 }
 
 /// A batch as the scan wants it, or the column that does not fit and why; `number` rows of the file came before.
@@ -211,7 +215,8 @@ pub(super) fn data_file(
         let shown = file.path;
         let builder =
             ParquetRecordBatchReaderBuilder::try_new(handle).map_err(|error| damaged(&shown, error))?;
-        for batch in builder.with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(&shown, error))? {
+        let batch_rows = batch_rows(&builder, &ProjectionMask::all(), BATCH_BYTES);
+        for batch in builder.with_batch_size(batch_rows).build().map_err(|error| damaged(&shown, error))? {
             let batch = batch.map_err(|error| damaged(&shown, error))?;
             let rows = batch.num_rows();
             let arrays = schema
@@ -239,10 +244,19 @@ struct Writer {
     group_rows: usize,
     groups: usize,
     limits: (usize, usize),
+    /// What the open row group has.
+    memory: MemoryReservation,
 }
 
 impl Writer {
-    fn new(sink: Sink, path: &str, schema: SchemaRef, limits: (usize, usize)) -> Result<Self> {
+    fn new(
+        connection: &FilesConnection,
+        path: &str,
+        schema: SchemaRef,
+        memory: &MemoryReservation,
+    ) -> Result<Self> {
+        let sink = connection.place.new_file(path, memory)?;
+        let limits = (connection.row_group_rows, connection.row_group_bytes);
         let properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).unwrap_or_default()))
             .set_created_by(concat!("floodmark ", env!("CARGO_PKG_VERSION")).to_owned())
@@ -253,7 +267,8 @@ impl Writer {
         let writer =
             ArrowWriter::try_new(sink, Arc::clone(&schema), Some(properties)).map_err(failed(path))?;
         let (file, factory) = writer.into_serialized_writer().map_err(failed(path))?;
-        Ok(Self { file, factory, columns: Vec::new(), schema, group_rows: 0, groups: 0, limits })
+        let memory = memory.new_empty();
+        Ok(Self { file, factory, columns: Vec::new(), schema, group_rows: 0, groups: 0, limits, memory })
     }
 
     fn write(&mut self, batch: &RecordBatch) -> ::parquet::errors::Result<()> {
@@ -271,7 +286,9 @@ impl Writer {
         self.columns.par_iter_mut().zip(leaves).try_for_each(|(column, leaf)| column.write(&leaf))?;
         self.group_rows += batch.num_rows();
         let bytes: usize = self.columns.iter().map(ArrowColumnWriter::get_estimated_total_bytes).sum();
-        if self.group_rows >= self.limits.0 || bytes >= self.limits.1 {
+        let held = self.columns.iter().map(ArrowColumnWriter::memory_size).sum();
+        if self.group_rows >= self.limits.0 || bytes >= self.limits.1 || self.memory.try_resize(held).is_err()
+        {
             self.close_group()?;
         }
         Ok(())
@@ -293,6 +310,7 @@ impl Writer {
         group.close()?;
         self.groups += 1;
         self.group_rows = 0;
+        self.memory.free();
         Ok(())
     }
 }
@@ -323,8 +341,8 @@ pub(super) async fn write_parts(
     mut name: impl FnMut() -> String,
     mut rows: SendableRecordBatchStream,
     partition_by: &[String],
+    memory: &MemoryReservation,
 ) -> Result<Vec<DataFile>> {
-    let limits = (connection.row_group_rows, connection.row_group_bytes);
     let (schema, mut files) = (rows.schema(), Vec::new());
     let mut open: Option<(String, DataFile, Writer)> = None;
     while let Some(batch) = rows.next().await {
@@ -346,10 +364,11 @@ pub(super) async fn write_parts(
             let path = format!("{output}/{}", file.path);
             let file = DataFile { rows: file.rows + part.num_rows() as u64, ..file };
             let (connection, schema) = (Arc::clone(connection), Arc::clone(&schema));
+            let memory = memory.new_empty();
             let writer = runtime::blocking(move || {
                 let mut writer = match writer {
                     Some(writer) => writer,
-                    None => Writer::new(connection.place.new_file(&path)?, &path, schema, limits)?,
+                    None => Writer::new(&connection, &path, schema, &memory)?,
                 };
                 writer.write(&part).map_err(failed(&path))?;
                 Ok(writer)
@@ -428,9 +447,10 @@ pub(super) async fn write(
     output: &str,
     name: &str,
     rows: SendableRecordBatchStream,
+    memory: &MemoryReservation,
 ) -> Result<Option<DataFile>> {
     let relative = format!("data/{name}");
-    let written = write_file(connection, format!("{output}/{relative}"), rows, false).await?;
+    let written = write_file(connection, format!("{output}/{relative}"), rows, memory, false).await?;
     Ok(written.map(|(rows, bytes)| DataFile { path: relative, rows, bytes }))
 }
 
@@ -439,13 +459,10 @@ pub(super) async fn write_file(
     connection: &Arc<FilesConnection>,
     path: String,
     mut rows: SendableRecordBatchStream,
+    memory: &MemoryReservation,
     even_empty: bool,
 ) -> Result<Option<(u64, u64)>> {
-    let limits = (connection.row_group_rows, connection.row_group_bytes);
     let (schema, mut writer, mut count) = (rows.schema(), None, 0_u64);
-    let new = move |path: &str, schema: SchemaRef, connection: &Arc<FilesConnection>| {
-        Writer::new(connection.place.new_file(path)?, path, schema, limits)
-    };
     while let Some(batch) = rows.next().await {
         let batch = batch?;
         if batch.num_rows() == 0 {
@@ -453,11 +470,12 @@ pub(super) async fn write_file(
         }
         count += batch.num_rows() as u64;
         let (path, schema, connection) = (path.clone(), Arc::clone(&schema), Arc::clone(connection));
+        let memory = memory.new_empty();
         writer = Some(
             runtime::blocking(move || {
                 let mut writer = match writer {
                     Some(writer) => writer,
-                    None => new(&path, schema, &connection)?,
+                    None => Writer::new(&connection, &path, schema, &memory)?,
                 };
                 writer.write(&batch).map_err(failed(&path))?;
                 Ok(writer)
@@ -468,11 +486,11 @@ pub(super) async fn write_file(
     if writer.is_none() && !even_empty {
         return Ok(None);
     }
-    let connection = Arc::clone(connection);
+    let (connection, memory) = (Arc::clone(connection), memory.new_empty());
     runtime::blocking(move || {
         let mut writer = match writer {
             Some(writer) => writer,
-            None => new(&path, schema, &connection)?,
+            None => Writer::new(&connection, &path, schema, &memory)?,
         };
         writer.close_group().map_err(failed(&path))?;
         let file = writer.file.into_inner().map_err(failed(&path))?;

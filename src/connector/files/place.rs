@@ -16,6 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use datafusion::execution::memory_pool::MemoryReservation;
 use object_store::{
     GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
     buffered::BufWriter,
@@ -112,11 +113,15 @@ impl std::hash::Hash for Listed {
     }
 }
 
-/// Bytes of one part of an upload.
-const PART_BYTES: usize = 16 << 20;
+/// Where a bucket is tried.
+pub(super) const PROBES: &str = "_floodmark/probe";
 
-/// Parts of one upload under way at a time.
-const PARTS_AT_ONCE: usize = 4;
+/// Bytes of one piece of an object that is read.
+const PIECE_BYTES: usize = 16 << 20;
+
+/// Bytes of one part of an upload, and how many parts are under way at a time: the first of these for which there is memory. No part of S3 but
+/// the last one is smaller than 5 MiB.
+const UPLOADS: [(usize, usize); 4] = [(16 << 20, 4), (16 << 20, 2), (8 << 20, 2), (5 << 20, 1)];
 
 /// How often a commit whose answer was lost is put again, each time after a longer wait: for twelve seconds in all. What is staged
 /// stays, and is not made again for a store that is busy.
@@ -210,8 +215,8 @@ impl Bucket {
         if self.probed.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let path = format!("_floodmark/probe/{}", uuid::Uuid::new_v4().simple());
-        let failed = |error| self.error("write", "_floodmark/probe", error);
+        let path = format!("{PROBES}/{}", uuid::Uuid::new_v4().simple());
+        let failed = |error| self.error("write", PROBES, error);
         // One may be refused although nothing was there: the store was busy, or its library put again what it had no answer to.
         let mut accepted = 0;
         for content in [b"probe", b"again", b"third"] {
@@ -321,7 +326,7 @@ struct Ranges {
 impl Read for Ranges {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.piece.is_empty() && self.at < self.size {
-            let end = (self.at + PART_BYTES as u64).min(self.size);
+            let end = (self.at + PIECE_BYTES as u64).min(self.size);
             let options = GetOptions {
                 range: Some(GetRange::Bounded(self.at..end)),
                 if_match: self.tag.clone(),
@@ -552,14 +557,25 @@ impl Place {
         }
     }
 
-    /// Starts a large file. Nobody may have its name.
-    pub(super) fn new_file(&self, path: &str) -> Result<Sink> {
+    /// Starts a large file. Nobody may have its name. What waits to be sent to a bucket is taken from the memory of `output`.
+    pub(super) fn new_file(&self, path: &str, output: &MemoryReservation) -> Result<Sink> {
         match self {
             Self::Folder(root) => NewFile::create(&root.join(path)).map(Sink::File),
             Self::Bucket(bucket) => {
-                let writer = BufWriter::with_capacity(bucket.store(), object(path), PART_BYTES)
-                    .with_max_concurrency(PARTS_AT_ONCE);
+                let memory = output.new_empty();
+                // One part is filled while the others are under way.
+                let mut refused = None;
+                let room = UPLOADS.into_iter().find(|(bytes, parts)| {
+                    refused = memory.try_grow(bytes * (parts + 1)).err();
+                    refused.is_none()
+                });
+                let Some((bytes, parts)) = room else {
+                    return Err(refused.map_or_else(|| Error::bug("no way to upload"), Error::from));
+                };
+                let writer =
+                    BufWriter::with_capacity(bucket.store(), object(path), bytes).with_max_concurrency(parts);
                 Ok(Sink::Object(Box::new(Upload {
+                    _memory: memory,
                     bridge: Some(SyncIoBridge::new(writer)),
                     written: 0,
                     store: bucket.store(),
@@ -586,6 +602,7 @@ pub(super) enum Sink {
 
 /// An object under construction: one put if it is small, parts if it is not.
 pub(super) struct Upload {
+    _memory: MemoryReservation,
     bridge: Option<SyncIoBridge<BufWriter>>,
     written: u64,
     store: Arc<dyn ObjectStore>,

@@ -13,7 +13,7 @@ use indexmap::IndexMap;
 
 use super::{
     FilesConnection,
-    manifest::{job_path, listed},
+    manifest::{job_path, written_by},
     merge::Staging,
     parquet,
     place::Listed,
@@ -93,6 +93,15 @@ impl Target for Arc<FilesConnection> {
         self.discard(orphans).await
     }
 
+    async fn sealed(&self, job: &JobId, base: Option<&LoadRecord>) -> Result<Option<LoadRecord>> {
+        let (this, job, base) = (Self::clone(self), job.clone(), base.cloned());
+        runtime::blocking(move || FilesConnection::sealed(&this, &job, base.as_ref())).await
+    }
+
+    async fn commit_sealed(&self, job: &JobId, record: &LoadRecord) -> CommitOutcome {
+        publish(self, job, record.clone()).await
+    }
+
     async fn begin(
         &self,
         job: &JobId,
@@ -121,6 +130,31 @@ impl Target for Arc<FilesConnection> {
             quarantine: None,
             keep: false,
         }))
+    }
+}
+
+/// Commits a record that is sealed, or that an attempt seals: its own, or one that it left behind.
+async fn publish(connection: &Arc<FilesConnection>, job: &JobId, record: LoadRecord) -> CommitOutcome {
+    let (connection, job, overtaken) = (Arc::clone(connection), job.clone(), overtaken(job));
+    let outcome = runtime::blocking(move || {
+        let landed = connection.commit_record(&job, &record)?
+            || connection
+                .committed(&job, record.seq)?
+                .is_some_and(|landed| landed.attempt_id == record.attempt_id);
+        let shown = if landed { connection.show(&job) } else { Ok(()) };
+        // It is known how it ended.
+        connection.unseal(&job, &record);
+        Ok((landed, shown))
+    })
+    .await;
+    match outcome {
+        Ok((true, Ok(()))) => CommitOutcome::Committed(None),
+        // The release is visible to manifest readers; what others look at is repaired by the next run.
+        Ok((true, Err(error))) => CommitOutcome::Committed(Some(format!(
+            "the release is published, and readers without manifests do not see it yet; the next run shows it to them: {error}"
+        ))),
+        Ok((false, _)) => CommitOutcome::Rejected(overtaken),
+        Err(error) => CommitOutcome::Unknown(error),
     }
 }
 
@@ -239,7 +273,9 @@ impl Load for FilesLoad {
 
     async fn quarantine(&mut self, rows: SendableRecordBatchStream) -> Result<u64> {
         let name = format!("{:08}-{}.parquet", self.attempt.seq, self.attempt.id.simple());
-        self.quarantine = parquet::write(&self.connection, &self.quarantine_folder(), &name, rows).await?;
+        let memory = self.attempt.scratch.of_output(QUARANTINE);
+        self.quarantine =
+            parquet::write(&self.connection, &self.quarantine_folder(), &name, rows, &memory).await?;
         Ok(self.quarantine.as_ref().map_or(0, |file| file.rows))
     }
 
@@ -254,40 +290,29 @@ impl Load for FilesLoad {
         let folder = self.quarantine_folder();
         record.quarantine_files =
             self.quarantine.iter().map(|file| format!("{folder}/{}", file.path)).collect();
-        let (connection, job) = (Arc::clone(&self.connection), self.job.clone());
-        let mut own: Vec<Listed> = record.quarantine_files.iter().map(|path| Listed::named(path)).collect();
-        for (output, (_, files)) in &self.staged {
-            let base = self.base_files(output);
-            own.extend(files.iter().filter(|file| !base.contains(file)).map(|file| listed(output, file)));
-        }
-        let there = Arc::clone(&connection);
-        if let Err(error) =
-            runtime::blocking(move || own.iter().try_for_each(|file| there.place.is_there(file))).await
-        {
-            return CommitOutcome::Rejected(error);
+        let (connection, job, base) = (Arc::clone(&self.connection), self.job.clone(), self.base.clone());
+        let sealing = record.clone();
+        let sealed = runtime::blocking(move || {
+            written_by(&sealing, base.as_ref())
+                .iter()
+                .try_for_each(|file| connection.place.is_there(file))?;
+            let sealed = connection.seal(&job, &sealing);
+            Ok(sealed.map_err(|error| (error, connection.may_be_sealed(&job, &sealing))))
+        })
+        .await;
+        match sealed {
+            Ok(Ok(())) => {}
+            Ok(Err((error, maybe))) => {
+                self.keep = maybe;
+                return CommitOutcome::Rejected(error);
+            }
+            Err(error) => return CommitOutcome::Rejected(error),
         }
         // From here on the files may be part of a release: they are removed only when it is certain that they are not.
         self.keep = true;
-        let outcome = runtime::blocking(move || {
-            if connection.commit_record(&job, &record)? {
-                return Ok((true, connection.show(&job)));
-            }
-            let landed = connection.committed(&job, record.seq)?;
-            Ok((landed.is_some_and(|landed| landed.attempt_id == record.attempt_id), Ok(())))
-        })
-        .await;
-        match outcome {
-            Ok((true, Ok(()))) => CommitOutcome::Committed(None),
-            // The release is visible to manifest readers; what others look at is repaired by the next run.
-            Ok((true, Err(error))) => CommitOutcome::Committed(Some(format!(
-                "the release is published, and readers without manifests do not see it yet; the next run shows it to them: {error}"
-            ))),
-            Ok((false, _)) => {
-                self.keep = false;
-                CommitOutcome::Rejected(overtaken(&self.job))
-            }
-            Err(error) => CommitOutcome::Unknown(error),
-        }
+        let outcome = publish(&self.connection, &self.job, record).await;
+        self.keep = !matches!(outcome, CommitOutcome::Rejected(_));
+        outcome
     }
 
     async fn discard(mut self: Box<Self>) -> Result<()> {

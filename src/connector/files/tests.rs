@@ -14,6 +14,7 @@ use arrow::{
     array::{Int64Array, RecordBatch, StringArray},
     datatypes::{DataType, Field, Schema},
 };
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use serde_json::json;
 
 use crate::{
@@ -25,6 +26,8 @@ use crate::{
         spec::{Read, StreamSpec},
     },
     error::ErrorKind,
+    runtime::Limits,
+    spool::Scratch,
 };
 
 fn bucket(prefix: &str) -> Arc<dyn Connection> {
@@ -213,5 +216,42 @@ async fn a_file_that_changes_after_it_was_looked_at_is_not_loaded_under_its_old_
             }
         };
         assert_eq!(error.kind(), ErrorKind::Temporary, "{ending}: {error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_group_is_closed_when_there_is_no_more_memory_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("wide.parquet");
+    let schema = Arc::new(Schema::new(vec![Field::new("wide", DataType::Utf8, false)]));
+    let mut number = 1_u64;
+    // 32 MiB that nothing makes smaller by more than a half.
+    let batches: Vec<_> = (0..32)
+        .map(|_| {
+            let mut text = || {
+                number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                format!("{number:016x}")
+            };
+            let texts = (0..1024).map(|_| Some((0..64).map(|_| text()).collect::<String>()));
+            let column: Arc<dyn arrow::array::Array> = Arc::new(texts.collect::<StringArray>());
+            Ok(RecordBatch::try_new(Arc::clone(&schema), vec![column]).unwrap())
+        })
+        .collect();
+    for (memory_bytes, groups) in [(1 << 30, 1..=1), (8 << 20, 2..=16)] {
+        let limits = Limits { memory_bytes, spill: folder.path().join("spill") };
+        let scratch = Scratch::new(&limits).unwrap();
+        let rows =
+            futures::stream::iter(batches.clone().into_iter().map(|batch: Result<_, String>| {
+                batch.map_err(datafusion::error::DataFusionError::Execution)
+            }));
+        let rows = Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&schema), rows));
+        let (count, _) = super::write_parquet(&path, rows, &scratch).await.unwrap();
+        let file = fs::File::open(&path).unwrap();
+        let reader = ::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(file).unwrap();
+        let found = reader.metadata().num_row_groups();
+        assert!(groups.contains(&found), "{found} row groups in {memory_bytes} bytes of memory");
+        let read: usize = reader.build().unwrap().map(|batch| batch.unwrap().num_rows()).sum();
+        assert_eq!((count, read), (32 * 1024, 32 * 1024));
+        assert_eq!(scratch.environment.memory_pool.reserved(), 0);
     }
 }

@@ -10,7 +10,7 @@
 //! Who sees a standby sees none of the primary's transactions, and is refused unless the job reads again; its window ends at what the
 //! standby has replayed.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
 
@@ -69,7 +69,7 @@ const WRITING: &str =
     AND pid IS DISTINCT FROM pg_backend_pid()";
 
 pub(super) async fn bounds(
-    this: &PostgresConnection,
+    this: &Arc<PostgresConnection>,
     streams: &[StreamSpec],
     since: &Marks,
     time: RunTime,
@@ -103,7 +103,7 @@ pub(super) async fn bounds(
 }
 
 /// Who is there, once for all streams: the server remembers its first answer for the whole transaction.
-async fn look(this: &PostgresConnection) -> Result<(Session, Activity)> {
+async fn look(this: &Arc<PostgresConnection>) -> Result<(Session, Activity)> {
     let session = this.transaction("ISOLATION LEVEL READ COMMITTED READ ONLY").await?;
     let row = session
         .query_one(ACTIVITY, &[])
@@ -114,7 +114,7 @@ async fn look(this: &PostgresConnection) -> Result<(Session, Activity)> {
 }
 
 async fn end(
-    this: &PostgresConnection,
+    this: &Arc<PostgresConnection>,
     session: &Session,
     activity: &Activity,
     stream: &StreamSpec,

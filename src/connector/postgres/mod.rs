@@ -4,9 +4,18 @@
 //! transaction can slip under, and rows and record in one transaction. Not done: replication slots, large objects,
 //! GSSAPI, servers without binary COPY.
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use async_trait::async_trait;
+use futures::{FutureExt, future::BoxFuture};
 use schemars::JsonSchema;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -51,7 +60,12 @@ pub static CONNECTOR: Connector = Connector {
     from_url,
     open: |options| {
         let parsed: PostgresOptions = options.parse()?;
-        let connection = PostgresConnection { name: options.name, base: options.base, options: parsed };
+        let connection = PostgresConnection {
+            name: options.name,
+            base: options.base,
+            options: parsed,
+            is_silent: AtomicBool::new(false),
+        };
         connection.config()?;
         Ok(Arc::new(Arc::new(connection)))
     },
@@ -83,6 +97,9 @@ struct PostgresOptions {
     lock_timeout_ms: Option<u32>,
     /// How long to wait for the server to answer a connection, in milliseconds. Unless set, 10000.
     connect_timeout_ms: Option<u32>,
+    /// After how long it is looked, again and again, whether the server that a session waits for still answers anybody, in milliseconds. Unless
+    /// set, 60000. One that does not three times in a row is given up; a query may take as long as it likes.
+    silence_ms: Option<u32>,
     /// How far behind the server's clock the end of a window stays, in milliseconds. Unless set, 5000.
     bound_margin_ms: Option<u32>,
 }
@@ -133,6 +150,8 @@ struct PostgresConnection {
     name: String,
     base: PathBuf,
     options: PostgresOptions,
+    /// Whether a session was given up because the server answered nobody any more.
+    is_silent: AtomicBool,
 }
 
 impl fmt::Debug for PostgresConnection {
@@ -153,6 +172,17 @@ impl std::ops::Deref for Session {
     fn deref(&self) -> &Client {
         &self.client
     }
+}
+
+/// A connection, and what drives it.
+type Opened = (Client, BoxFuture<'static, ()>);
+
+/// Why there is none.
+enum Unopened {
+    /// Nobody said anything in time.
+    NoAnswer,
+    /// The server, the network or the library refused.
+    Failed(tokio_postgres::Error),
 }
 
 /// What every transaction sets: values as our decoder knows them, and no time-out but our own; a machine of ours that has vanished
@@ -208,23 +238,50 @@ impl PostgresConnection {
         Ok(config)
     }
 
-    /// A new session.
-    async fn connect(&self) -> Result<Session> {
+    /// Opens a connection, which whoever keeps the client drives.
+    async fn open(&self) -> Result<std::result::Result<Opened, Unopened>> {
         let config = self.config()?;
-        let session = match self.tls() {
-            TlsMode::Disable => {
-                let (client, driver) = self.in_time(config.connect(NoTls)).await?;
-                Session { client, _driver: runtime::spawn(async move { drop(driver.await) }) }
-            }
+        match self.tls() {
+            TlsMode::Disable => Ok(self.in_time(config.connect(NoTls)).await),
             mode => {
                 let roots = self.options.sslrootcert.as_ref().map(|path| self.base.join(path));
                 let tls = tls::connector(mode == TlsMode::VerifyFull, roots.as_deref()).map_err(|error| {
                     error.while_doing(format!("connection `{}`: cannot prepare TLS", self.name))
                 })?;
-                let (client, driver) = self.in_time(config.connect(tls)).await?;
-                Session { client, _driver: runtime::spawn(async move { drop(driver.await) }) }
+                Ok(self.in_time(config.connect(tls)).await)
             }
-        };
+        }
+    }
+
+    /// Waits until the server answers nobody any more.
+    async fn until_silent(&self) {
+        let every = Duration::from_millis(self.options.silence_ms.unwrap_or(60_000).into());
+        let mut unanswered = 0;
+        while unanswered < 3 {
+            runtime::sleep(every).await;
+            let answered = match self.open().await {
+                Ok(Err(Unopened::NoAnswer)) => false,
+                // Who is sent away has been answered.
+                Ok(Err(Unopened::Failed(error))) => error.as_db_error().is_some(),
+                Ok(Ok(_)) | Err(_) => true,
+            };
+            unanswered = if answered { 0 } else { unanswered + 1 };
+        }
+        self.is_silent.store(true, Ordering::Relaxed);
+    }
+
+    /// A new session. It ends when the server is found to answer nobody any more: what waits for it is told that the connection is lost.
+    async fn connect(self: &Arc<Self>) -> Result<Session> {
+        let (client, driver) = self.open().await?.map_err(|why| self.unreachable(&why))?;
+        self.is_silent.store(false, Ordering::Relaxed);
+        let this = Arc::clone(self);
+        let driver = runtime::spawn(async move {
+            tokio::select! {
+                () = driver => {}
+                () = this.until_silent() => {}
+            }
+        });
+        let session = Session { client, _driver: driver };
         // A server that learns of it within a second does not go on working for nobody.
         let watch = "SELECT set_config('client_connection_check_interval', '1s', false) WHERE current_setting('server_version_num')::int >= 140000";
         session.batch_execute(watch).await.map_err(|error| self.error("set up", &error))?;
@@ -232,19 +289,20 @@ impl PostgresConnection {
     }
 
     /// What connecting comes to: a server that takes a connection and then says nothing is not waited for.
-    async fn in_time<T>(
+    async fn in_time<S, T>(
         &self,
-        connecting: impl Future<Output = std::result::Result<T, tokio_postgres::Error>>,
-    ) -> Result<T> {
+        connecting: impl Future<
+            Output = std::result::Result<(Client, tokio_postgres::Connection<S, T>), tokio_postgres::Error>,
+        >,
+    ) -> std::result::Result<Opened, Unopened>
+    where
+        tokio_postgres::Connection<S, T>: Future + Send + 'static,
+    {
         // Each address of the host has its own time; and the server is to say who it is, too.
         match runtime::within(self.patience() * 2, connecting).await {
-            Some(connected) => connected.map_err(|error| self.unreachable(&error)),
-            None => Err(Error::temporary(format!(
-                "connection `{}`: `{}` takes connections and says nothing",
-                self.name,
-                self.place()
-            ))
-            .hint("Is it a PostgreSQL server, and well? `connect_timeout_ms` says how long to wait.")),
+            Some(Ok((client, driver))) => Ok((client, driver.map(drop).boxed())),
+            Some(Err(error)) => Err(Unopened::Failed(error)),
+            None => Err(Unopened::NoAnswer),
         }
     }
 
@@ -253,7 +311,7 @@ impl PostgresConnection {
     }
 
     /// A session inside a transaction, set up to read or to write.
-    async fn transaction(&self, how: &str) -> Result<Session> {
+    async fn transaction(self: &Arc<Self>, how: &str) -> Result<Session> {
         let session = self.connect().await?;
         let settings = self.settings()?;
         session
@@ -274,7 +332,15 @@ impl PostgresConnection {
     }
 
     /// Why no session came about.
-    fn unreachable(&self, error: &tokio_postgres::Error) -> Error {
+    fn unreachable(&self, why: &Unopened) -> Error {
+        let Unopened::Failed(error) = why else {
+            return Error::temporary(format!(
+                "connection `{}`: `{}` takes connections and says nothing",
+                self.name,
+                self.place()
+            ))
+            .hint("Is it a PostgreSQL server, and well? `connect_timeout_ms` says how long to wait.");
+        };
         if error.as_db_error().is_some() {
             return self.error("connect to", error);
         }
@@ -310,8 +376,12 @@ impl PostgresConnection {
         let this =
             |kind| Error::new(kind, format!("connection `{}`: cannot {doing} `{}`", self.name, self.place()));
         let Some(server) = error.as_db_error() else {
+            let why = match self.is_silent.load(Ordering::Relaxed) {
+                true => "the server answers nobody any more, and was given up".to_owned(),
+                false => causes(error),
+            };
             return this(ErrorKind::Temporary)
-                .note(causes(error))
+                .note(why)
                 .hint("The connection was lost. Run again: nothing of this run was published.");
         };
         let code = server.code();

@@ -37,7 +37,7 @@ use crate::{
     },
     error::{Error, ErrorKind, Place, Result, SourceText, nearest},
     names::quoted,
-    runtime::{self, AsyncSender, BATCH_BYTES, BATCH_ROWS},
+    runtime::{self, AsyncSender, BATCH_ROWS},
     types::ColumnType,
     watermark::{CursorValue, Position, Window},
 };
@@ -141,7 +141,7 @@ pub(super) enum ReadAs {
 impl Shape {
     /// Asks the server what a stream has.
     pub(super) async fn of(
-        this: &PostgresConnection,
+        this: &Arc<PostgresConnection>,
         session: &Session,
         stream: &StreamSpec,
     ) -> Result<Self> {
@@ -328,7 +328,11 @@ fn from(stream: &StreamSpec) -> Result<String> {
 }
 
 /// The server does not take a stream: what it says, at the place in the file; or which table was meant.
-async fn refused(this: &PostgresConnection, stream: &StreamSpec, error: &tokio_postgres::Error) -> Error {
+async fn refused(
+    this: &Arc<PostgresConnection>,
+    stream: &StreamSpec,
+    error: &tokio_postgres::Error,
+) -> Error {
     let doing = format!("read source `{}` from", stream.name);
     let told = this.error(&doing, error);
     match (&stream.read, error.as_db_error()) {
@@ -377,7 +381,7 @@ async fn refused(this: &PostgresConnection, stream: &StreamSpec, error: &tokio_p
 }
 
 /// The tables and views of the database, with their columns, keys and the planner's idea of their size.
-pub(super) async fn discover(this: &PostgresConnection) -> Result<Vec<CatalogTable>> {
+pub(super) async fn discover(this: &Arc<PostgresConnection>) -> Result<Vec<CatalogTable>> {
     let session = this.transaction("READ ONLY").await?;
     let sql = "
         SELECT CASE WHEN n.nspname = current_schema() THEN c.relname ELSE n.nspname || '.' || c.relname END, n.nspname::text,
@@ -445,7 +449,7 @@ struct Reader<'a> {
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
 
 async fn read(
-    this: &PostgresConnection,
+    this: &Arc<PostgresConnection>,
     lead: &Lead,
     scan: &Scan,
     tap: &Tap,
@@ -758,7 +762,7 @@ impl<'a> Reader<'a> {
     }
 
     fn is_full(&self) -> bool {
-        self.count == BATCH_ROWS || self.bytes >= BATCH_BYTES || self.uneven
+        self.count == BATCH_ROWS || self.bytes >= self.scan.batch_bytes || self.uneven
     }
 
     /// The rows so far.

@@ -35,7 +35,7 @@ use crate::{
     },
     error::{Error, Place, Result, SourceText},
     names::quoted,
-    runtime::{self, BATCH_BYTES, BATCH_ROWS, BatchSender},
+    runtime::{self, BATCH_ROWS, BatchSender},
     types::ColumnType,
     watermark::{CursorValue, Position, Window},
 };
@@ -438,7 +438,7 @@ fn read(this: &SqliteConnection, database: &Sqlite, scan: &Scan, tap: &Tap, out:
             positions.append_value(position());
         }
         count += 1;
-        if (count == BATCH_ROWS || bytes >= BATCH_BYTES)
+        if (count == BATCH_ROWS || bytes >= scan.batch_bytes)
             && !flush(
                 &mut readers,
                 &mut positions,
