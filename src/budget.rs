@@ -1,11 +1,12 @@
 //! The memory of a run: one budget for joins, sorts, aggregates and spools, and a share that is left to those who read and write.
 //!
 //! DataFusion counts what its operators say they hold, and they do not say all. What is known of that is counted here: a hash join
-//! holds its smaller side twice while it is put together. Sources say what they have under way ([`of_source`]), and outputs what
-//! they have not written yet ([`of_output`]): a part of the limit is theirs alone, and what queries do not use is theirs too. A source that
-//! gets no room for one batch is an error that names it; an output that gets none writes what it has.
+//! holds its smaller side twice while it is put together. Sources say what they have under way, and outputs into files and buckets what they have
+//! not written yet ([`Share`]): a part of the limit is theirs alone. What makes them faster they take from it only; what they cannot
+//! do without they also take from what queries leave. A source that gets no room for one batch is an error that names it; an output closes its
+//! row group.
 //!
-//! Not counted is what has a small bound of its own: a buffer of a connection, a page of SQLite, a block of a text.
+//! Not counted is what has a bound of its own: a buffer of a connection, a page of SQLite, a piece of an object that is read.
 
 use std::{
     fmt,
@@ -25,18 +26,66 @@ use crate::runtime::BATCH_BYTES;
 /// The part of a limit that sources and outputs have for themselves: a quarter, and no more than this.
 const MOVING_BYTES: usize = 256 << 20;
 
-/// The memory of a source for what it has under way.
-pub fn of_source(name: &str, pool: &Arc<dyn MemoryPool>) -> MemoryReservation {
-    MemoryConsumer::new(format!("{SOURCE}{name}`")).register(pool)
+/// The memory of a source for what it has under way, or of an output for what it has not written yet: what it cannot do without, and what makes it
+/// faster.
+#[derive(Debug)]
+pub struct Share {
+    need: MemoryReservation,
+    wish: MemoryReservation,
 }
 
-/// The memory of an output for what it has not written yet.
-pub fn of_output(name: &str, pool: &Arc<dyn MemoryPool>) -> MemoryReservation {
-    MemoryConsumer::new(format!("{OUTPUT}{name}`")).register(pool)
+impl Share {
+    /// That of a source.
+    pub fn of_source(name: &str, pool: &Arc<dyn MemoryPool>) -> Self {
+        Self::of(&format!("{SOURCE}{name}`"), pool)
+    }
+
+    /// That of an output.
+    pub fn of_output(name: &str, pool: &Arc<dyn MemoryPool>) -> Self {
+        Self::of(&format!("{OUTPUT}{name}`"), pool)
+    }
+
+    fn of(who: &str, pool: &Arc<dyn MemoryPool>) -> Self {
+        let need = MemoryConsumer::new(who).register(pool);
+        let wish = MemoryConsumer::new(format!("{who}{AHEAD}")).register(pool);
+        Self { need, wish }
+    }
+
+    /// Another one of the same source or output, of nothing yet.
+    pub fn another(&self) -> Self {
+        Self { need: self.need.new_empty(), wish: self.wish.new_empty() }
+    }
+
+    /// So many bytes, which there must be.
+    ///
+    /// # Errors
+    ///
+    /// If there are not.
+    pub fn needs(&self, bytes: usize) -> Result<()> {
+        self.need.try_resize(bytes)
+    }
+
+    /// So many bytes besides, if the part of sources and outputs has them. Whether it has; else what there is stays.
+    pub fn wishes(&self, bytes: usize) -> bool {
+        self.wish.try_resize(bytes).is_ok()
+    }
+
+    /// So many bytes, which are in use already.
+    pub fn uses(&self, bytes: usize) {
+        self.need.resize(bytes);
+    }
+
+    /// Nothing any more.
+    pub fn free(&self) {
+        self.need.free();
+        self.wish.free();
+    }
 }
 
 const SOURCE: &str = "source `";
 const OUTPUT: &str = "output `";
+/// Behind the name of who could do without.
+const AHEAD: &str = ", ahead";
 
 /// Bytes at which a source cuts a batch, however few rows it has: where there is little memory, a few batches of each source have room.
 pub fn batch_bytes(pool: &dyn MemoryPool) -> usize {
@@ -148,7 +197,9 @@ impl MemoryPool for Budget {
         let more = held(consumer, additional);
         let mut given = self.given();
         let queries = given.to_sharing + given.to_others;
-        let (has, may_have) = if moves(consumer) {
+        let (has, may_have) = if consumer.name().ends_with(AHEAD) {
+            (given.to_moving, self.moving)
+        } else if moves(consumer) {
             (given.to_moving + queries, self.limit)
         } else if shares(consumer) {
             let share = self.of_queries(&given).saturating_sub(given.to_others) / given.sharing.max(1);
@@ -209,19 +260,30 @@ mod tests {
         let budget = Arc::new(Budget::within(1000));
         let pool: Arc<dyn MemoryPool> = Arc::clone(&budget) as _;
         let spool = MemoryConsumer::new("spool x").register(&pool);
-        let (source, output) = (of_source("a", &pool), of_output("b", &pool));
+        let (source, output) = (Share::of_source("a", &pool), Share::of_output("b", &pool));
         spool.try_grow(750).unwrap();
-        source.try_grow(200).unwrap();
-        output.try_grow(50).unwrap();
-        let told = source.try_grow(1).unwrap_err().to_string();
+        source.needs(100).unwrap();
+        assert!(output.wishes(150));
+        let told = source.needs(101).unwrap_err().to_string();
         assert!(told.contains("source `a` asked for 1"), "{told}");
+        // What is only wished for is never taken from what queries leave.
         spool.shrink(500);
-        output.try_grow(500).unwrap();
+        assert!(!output.wishes(151));
+        source.needs(600).unwrap();
         // What these have more than their part is not there for queries.
         spool.try_grow(1).unwrap_err();
-        output.shrink(500);
+        assert!(output.wishes(10), "less than before");
+        source.free();
         spool.try_grow(500).unwrap();
-        assert_eq!(budget.reserved(), 1000);
+        assert!(output.wishes(250));
+        let another = output.another();
+        assert!(!another.wishes(1));
+        drop(output);
+        assert!(another.wishes(250));
+        another.uses(10);
+        assert_eq!(budget.reserved(), 1010, "what is in use shows");
+        drop((source, another));
+        assert_eq!(budget.reserved(), 750);
     }
 
     #[test]

@@ -138,7 +138,7 @@ impl Target for Mortal {
         self.call(self.inner_target()?.quarantined(job)).await
     }
 
-    async fn sealed(&self, job: &JobId, base: Option<&LoadRecord>) -> Result<Option<LoadRecord>> {
+    async fn sealed(&self, job: &JobId, base: Option<&LoadRecord>) -> Result<Vec<LoadRecord>> {
         self.call(self.inner_target()?.sealed(job, base)).await
     }
 

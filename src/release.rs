@@ -49,6 +49,8 @@ pub(crate) struct Release<'a> {
     pub(crate) load: Box<dyn Load>,
     pub(crate) request: &'a Request,
     pub(crate) joins: Joins,
+    /// Whether something was sealed in its place that must never be published: then it is committed even if it changes nothing.
+    pub(crate) overtakes: bool,
 }
 
 impl Release<'_> {
@@ -146,7 +148,13 @@ impl Release<'_> {
             None => Settled::of(self.base),
         };
         let settles = settled != Settled::of(self.base) && !self.request.full_refresh;
-        if unchanged && before == after && aside.rows() == 0 && self.base.is_some() && !settles {
+        if unchanged
+            && before == after
+            && aside.rows() == 0
+            && self.base.is_some()
+            && !settles
+            && !self.overtakes
+        {
             return Ok(None);
         }
         Ok(Some(self.load_record(sources, &written, aside.rows(), settled)))
@@ -377,12 +385,13 @@ impl Release<'_> {
         let Some(before) = self.base.and_then(|base| base.outputs.get(&output.spec.name)) else {
             return false;
         };
-        let names = before.columns.iter().map(|column| &column.name);
+        let columns_before = before.columns.iter().map(|column| (&column.name, &column.r#type));
+        let columns = columns_of(&output.schema);
         let same = before.rowhash == hash
             && before.rows_after == staged.rows_after
             && before.rows_after == staged.rows_before
             && before.mode == Mode::Replace.to_string()
-            && names.eq(output.schema.fields().iter().map(|field| field.name()))
+            && columns_before.eq(columns.iter().map(|column| (&column.name, &column.r#type)))
             && !output.spec.rebuild;
         !staged.changes() || same
     }

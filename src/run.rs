@@ -504,17 +504,26 @@ impl Conductor {
         });
         let base = self.unless_stopped(target.last_record(&plan.id)).await?;
         let sealed = self.unless_stopped(target.sealed(&plan.id, base.as_ref())).await?;
-        let base = match sealed.filter(|sealed| {
+        let chosen = sealed.iter().find(|sealed| {
             let known = remembered.is_none_or(|seen| seen.incarnation == sealed.incarnation);
-            // What is loaded anew needs nothing of before.
-            sealed.run_id == record.run_id || known && !request.full_refresh
-        }) {
+            // What is loaded anew needs nothing of before, and what the job would not make any more is made again.
+            let same = known && !request.full_refresh && sealed.mapping_fp == plan.mapping_fp;
+            sealed.run_id == record.run_id || same
+        });
+        let overtakes = chosen.is_none() && !sealed.is_empty();
+        let base = match chosen {
             Some(sealed) => {
-                self.resume(&plan, target, &sealed, left, record).await?;
+                self.resume(&plan, target, sealed, left, record).await?;
                 self.unless_stopped(target.last_record(&plan.id)).await?
             }
             None => base,
         };
+        if let Some(sealed) = sealed.first().filter(|_| overtakes && !request.full_refresh) {
+            record.warnings.push(format!(
+                "release {} was sealed by a run of the job as it was before, and is not published: it is made again",
+                sealed.seq
+            ));
+        }
         info!(release = base.as_ref().map_or(0, |base| base.seq), "the target was asked");
         let unsettled = &mut left.unsettled;
         if let Some(seq) = unsettled.as_ref().map(|unsettled| unsettled.committing.seq) {
@@ -553,6 +562,7 @@ impl Conductor {
             load,
             request,
             joins,
+            overtakes,
         };
         let staged = self.unless_stopped(Box::pin(release.stage(&connections, &marks, record))).await;
         let load_record = match staged {
@@ -590,7 +600,7 @@ impl Conductor {
     }
 
     /// Commits what an attempt had sealed, of this run or of one that ended before it saw it committed: it was audited, and its watermark goes
-    /// with it. What the job would not make any more is not published, and is overtaken.
+    /// with it.
     async fn resume(
         &self,
         plan: &Plan,
@@ -599,17 +609,11 @@ impl Conductor {
         left: &mut Left,
         record: &mut RunRecord,
     ) -> Result<()> {
-        if sealed.mapping_fp != plan.mapping_fp {
-            record.warnings.push(format!(
-                "release {} was sealed by a run of the job as it was before, and is not published: what it had read is read again",
-                sealed.seq
-            ));
-            return Ok(());
-        }
         match target.commit_sealed(&plan.id, sealed).await {
             CommitOutcome::Committed(warning) => {
                 record.warnings.extend(warning);
                 info!(release = sealed.seq, attempt_id = %sealed.attempt_id, "what was sealed is committed");
+                self.remember(plan, sealed, record);
                 let others = sealed.run_id != record.run_id;
                 left.resumed = left.resumed.or(others.then_some(sealed.seq));
                 Ok(())
@@ -620,15 +624,20 @@ impl Conductor {
         }
     }
 
+    /// Keeps in the local store what the target is now.
+    fn remember(&self, plan: &Plan, landed: &LoadRecord, record: &mut RunRecord) {
+        let remembered =
+            Store::open(&self.project.root).and_then(|store| store.remember(&plan.id, &plan.target, landed));
+        if let Err(error) = remembered {
+            record.warnings.push(format!("the local store could not be brought up to date: {error}"));
+        }
+    }
+
     /// A release has landed: what is left to do, of which nothing can undo it.
     fn committed(&self, plan: &Plan, load_record: &LoadRecord, record: &mut RunRecord) -> Outcome {
         record.seq = Some(load_record.seq);
         info!(release = load_record.seq, "committed");
-        let remembered = Store::open(&self.project.root)
-            .and_then(|store| store.remember(&plan.id, &plan.target, load_record));
-        if let Err(error) = remembered {
-            record.warnings.push(format!("the local store could not be brought up to date: {error}"));
-        }
+        self.remember(plan, load_record, record);
         if self.stop.is_cancelled() {
             record.warnings.push("interrupted after the commit had landed: the run is finished".to_owned());
         }

@@ -32,7 +32,7 @@ use futures::StreamExt;
 use tempfile::NamedTempFile;
 
 use crate::{
-    budget,
+    budget::Share,
     error::{Error, Result},
     runtime::{self, Limits},
 };
@@ -115,8 +115,8 @@ impl Scratch {
     }
 
     /// The memory of an output for what it has not written yet.
-    pub fn of_output(&self, name: &str) -> MemoryReservation {
-        budget::of_output(name, &self.environment.memory_pool)
+    pub fn of_output(&self, name: &str) -> Share {
+        Share::of_output(name, &self.environment.memory_pool)
     }
 }
 

@@ -425,7 +425,8 @@ pub trait Source: Send + Sync {
 /// 7. `replace` leaves exactly the staged rows; `replace_range` exactly them within their ranges.
 /// 8. What the contract refuses (a new, a dropped, a retyped column) is refused before anything is written.
 /// 9. A key that is null, or comes twice in one load, is refused.
-/// 10. What [`sealed`](Self::sealed) finds was staged whole, can be committed once, and is found no more when another release has its `seq`.
+/// 10. What [`sealed`](Self::sealed) finds was staged whole, can be committed once, and is found no more when another release has its `seq`
+///     (tested beside the targets that seal).
 #[async_trait]
 pub trait Target: Send + Sync {
     /// What is promised for this output.
@@ -451,11 +452,11 @@ pub trait Target: Send + Sync {
     async fn remove(&self, _: &[Orphan]) -> Result<()> {
         Ok(())
     }
-    /// What an attempt had sealed on top of `base`, and nobody knows to be committed: its process died, or its answer was lost.
-    /// All of it is there and durable, and waits for [`commit_sealed`](Self::commit_sealed).
-    async fn sealed(&self, _: &JobId, _base: Option<&LoadRecord>) -> Result<Option<LoadRecord>> {
+    /// What attempts had sealed on top of `base`, and nobody knows to be committed: their process died, or their answer was lost.
+    /// All of each is there and durable, and waits for [`commit_sealed`](Self::commit_sealed).
+    async fn sealed(&self, _: &JobId, _base: Option<&LoadRecord>) -> Result<Vec<LoadRecord>> {
         // What a database has not committed is gone with the session.
-        Ok(None)
+        Ok(Vec::new())
     }
     /// Commits what [`sealed`](Self::sealed) found, as its attempt would have.
     async fn commit_sealed(&self, _: &JobId, _: &LoadRecord) -> CommitOutcome {

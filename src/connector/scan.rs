@@ -35,7 +35,7 @@ use super::{
     tap::Tap,
 };
 use crate::{
-    budget,
+    budget::{self, Share},
     error::Error,
     runtime::{BATCH_BYTES, BATCHES_UNDER_WAY},
     watermark::Window,
@@ -255,20 +255,23 @@ impl ExecutionPlan for ScanExec {
         let pool = context.memory_pool();
         let scan = Scan { batch_bytes: budget::batch_bytes(pool.as_ref()), ..self.scan.clone() };
         let mut rows = source.scan(&open.snapshot, &scan, Arc::clone(&open.tap))?;
-        let (tap, memory) = (open.tap, budget::of_source(name, pool));
+        let (tap, memory) = (open.tap, Share::of_source(name, pool));
         let counted = futures::stream::poll_fn(move |waker| {
             let next = rows.poll_next_unpin(waker);
             match &next {
                 Poll::Ready(Some(Ok(batch))) => {
                     tap.hand(batch.num_rows() as u64);
-                    // As much as this one, for each that is under way; or at least for this one.
+                    // As much again for each of the others that are under way, if there is.
                     let bytes = batch.get_array_memory_size();
-                    let room = memory.try_resize(bytes.saturating_mul(BATCHES_UNDER_WAY));
-                    if let Err(error) = room.or_else(|_| memory.try_resize(bytes)) {
+                    memory.wishes(bytes.saturating_mul(BATCHES_UNDER_WAY - 1));
+                    if let Err(error) = memory.needs(bytes) {
                         return Poll::Ready(Some(Err(error)));
                     }
                 }
-                Poll::Ready(None) => tap.drain(),
+                Poll::Ready(None) => {
+                    tap.drain();
+                    memory.free();
+                }
                 Poll::Ready(Some(Err(_))) | Poll::Pending => {}
             }
             next

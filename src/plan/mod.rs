@@ -104,7 +104,7 @@ pub struct Plan {
     pub target: String,
     /// What is refused although it is well-formed.
     pub guard: GuardSpec,
-    /// The fingerprint of the job's file and its SQL.
+    /// The fingerprint of the job's file, its SQL, its parameters, and what its connections are written as.
     pub mapping_fp: String,
     /// What a person should know.
     pub warnings: Vec<Problem>,
@@ -450,6 +450,7 @@ impl Planner<'_> {
             let count = readers.get(name).copied().unwrap_or_default();
             model.spool = count > 1 || checks.iter().any(|check| check.on == *name);
         }
+        let mapping_fp = fingerprint(&self, &selects, &params, &streams, &checks);
         Ok(Plan {
             id: JobId { project: self.project.name.clone(), job: self.job.job.clone() },
             as_of: self.request.as_of,
@@ -459,7 +460,7 @@ impl Planner<'_> {
             outputs,
             target: self.job.target.connection.clone(),
             guard: self.job.target.guard.clone(),
-            mapping_fp: fingerprint(self.document, &selects),
+            mapping_fp,
             warnings: self.warnings,
         })
     }
@@ -1083,11 +1084,33 @@ fn conditions(plan: &LogicalPlan, table: &str, schema: &Schema) -> Vec<Condition
     found
 }
 
-fn fingerprint(document: &crate::project::yaml::Document, selects: &IndexMap<String, sql::Select>) -> String {
+/// What decides which rows a job makes, as far as a project holds it: two runs of one fingerprint would make the same of the same sources. What
+/// references in connections resolve to is not in it.
+fn fingerprint(
+    planner: &Planner<'_>,
+    selects: &IndexMap<String, sql::Select>,
+    params: &IndexMap<String, Param>,
+    streams: &IndexMap<String, Stream>,
+    checks: &[Check],
+) -> String {
     let mut hash = blake3::Hasher::new();
-    hash.update(document.file.text.as_bytes());
-    for select in selects.values() {
-        hash.update(select.file.text.as_bytes());
+    let mut add = |part: &str| {
+        hash.update(&(part.len() as u64).to_le_bytes());
+        hash.update(part.as_bytes());
+    };
+    add(&planner.document.file.text);
+    selects.values().chain(checks.iter().filter_map(|check| check.query.as_ref())).for_each(|select| {
+        add(&select.file.text);
+    });
+    add(&format!("{params:?}"));
+    let json = |value: serde_json::Result<String>| value.unwrap_or_default();
+    streams.values().for_each(|stream| add(&json(serde_json::to_string(&stream.spec))));
+    let targets = [planner.job.target.connection.as_str()];
+    let names: BTreeSet<&str> =
+        streams.values().map(|stream| stream.connection.as_str()).chain(targets).collect();
+    for connection in names.iter().filter_map(|name| planner.project.connections.get(*name)) {
+        add(connection.connector.name);
+        add(&json(serde_json::to_string(&connection.options)));
     }
     format!("blake3:{}", hash.finalize().to_hex())
 }

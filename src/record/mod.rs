@@ -51,7 +51,7 @@ pub struct LoadRecord {
     pub as_of: String,
     /// The engine's version.
     pub engine: String,
-    /// BLAKE3 of the job's file and its SQL.
+    /// BLAKE3 of the job's file, its SQL, its parameters, and what its connections are written as.
     pub mapping_fp: String,
     /// What was read.
     pub sources: IndexMap<String, SourceRecord>,

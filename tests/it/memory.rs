@@ -202,6 +202,9 @@ fn a_source_that_finds_no_room_for_its_rows_is_named() {
     let refused = folder.floodmark(&["run"]);
     let told = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1), "{told}");
-    assert!(told.contains("the memory limit is too small") && told.contains("source `lines` asked for"), "{told}");
+    assert!(
+        told.contains("the memory limit is too small") && told.contains("source `lines` asked for"),
+        "{told}"
+    );
     assert_eq!(folder.published(), before);
 }

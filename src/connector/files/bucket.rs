@@ -82,7 +82,7 @@ pub static S3: Connector = Connector {
             builder = builder.with_sse_kms_encryption(key);
         }
         let store = builder.build().map_err(|error| unbuilt(&options, error))?;
-        let credentials = "Give `access_key_id` and `secret_access_key: ${env:NAME}` in connections.yaml, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or this machine a role; and let a policy allow it to read, write and list the bucket.";
+        let credentials = "Give `access_key_id` and `secret_access_key: ${env:NAME}` in connections.yaml, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or this machine a role; and let a policy allow it to read, write, list and delete in the bucket.";
         Ok(connected(options, store, "s3", &parsed.bucket, parsed.prefix.as_deref(), credentials))
     },
 };
@@ -112,7 +112,7 @@ pub static GCS: Connector = Connector {
             builder = builder.with_application_credentials(file.to_string_lossy());
         }
         let store = builder.build().map_err(|error| unbuilt(&options, error))?;
-        let credentials = "Give `service_account_file` in connections.yaml, or GOOGLE_APPLICATION_CREDENTIALS in the environment, or this machine a service account; and let it read, write and list the bucket.";
+        let credentials = "Give `service_account_file` in connections.yaml, or GOOGLE_APPLICATION_CREDENTIALS in the environment, or this machine a service account; and let it read, write, list and delete in the bucket.";
         Ok(connected(options, store, "gs", &parsed.bucket, parsed.prefix.as_deref(), credentials))
     },
 };
@@ -157,7 +157,7 @@ pub static AZURE: Connector = Connector {
             builder = builder.with_client_secret_authorization(client, secret.expose_secret(), tenant);
         }
         let store = builder.build().map_err(|error| unbuilt(&options, error))?;
-        let credentials = "Give `account` and `access_key: ${env:NAME}` in connections.yaml, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY in the environment, or this machine an identity; and let it read, write and list the container.";
+        let credentials = "Give `account` and `access_key: ${env:NAME}` in connections.yaml, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY in the environment, or this machine an identity; and let it read, write, list and delete in the container.";
         Ok(connected(options, store, "az", &parsed.container, parsed.prefix.as_deref(), credentials))
     },
 };

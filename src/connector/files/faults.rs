@@ -34,7 +34,7 @@ use super::{
     place::{Bucket, Place},
 };
 use crate::{
-    budget,
+    budget::Share,
     connector::{
         CommitOutcome, Connection,
         contract::{self, Line, Release},
@@ -573,10 +573,10 @@ async fn what_a_dead_process_had_sealed_can_be_committed_once() {
             let target = connection.target().unwrap();
             let last = target.last_record(&job).await.unwrap();
             let found = target.sealed(&job, last.as_ref()).await.unwrap();
-            assert_eq!(found.is_some(), fault == Fault::Crash, "{mode}, {fault:?}");
+            assert_eq!(found.len(), usize::from(fault == Fault::Crash), "{mode}, {fault:?}");
             // On top of another release it is nothing.
-            assert_eq!(target.sealed(&job, None).await.unwrap(), None, "{mode}");
-            let Some(sealed) = found else { continue };
+            assert!(target.sealed(&job, None).await.unwrap().is_empty(), "{mode}");
+            let Some(sealed) = found.into_iter().next() else { continue };
             assert_eq!(sealed.attempt_id, attempt, "{mode}");
             assert_eq!(sealed.prev_record_sha256, Some(tried.first.sha256()), "{mode}");
 
@@ -596,7 +596,7 @@ async fn what_a_dead_process_had_sealed_can_be_committed_once() {
             lacking.delete(&Path::parse(file).unwrap()).await.unwrap();
             let target = open(&FaultStore::sound(&lacking));
             let found = target.target().unwrap().sealed(&job, last.as_ref()).await.unwrap();
-            assert_eq!(found, None, "{mode}: it is not whole");
+            assert!(found.is_empty(), "{mode}: it is not whole");
 
             // Two come upon it at once.
             let again = open(&FaultStore::sound(&bucket));
@@ -612,7 +612,7 @@ async fn what_a_dead_process_had_sealed_can_be_committed_once() {
             holds(&bucket, &tried.after, 2, "sealed").await;
             let last = again.target().unwrap().last_record(&job).await.unwrap();
             assert_eq!(last.as_ref(), Some(&sealed), "{mode}");
-            assert_eq!(again.target().unwrap().sealed(&job, last.as_ref()).await.unwrap(), None, "{mode}");
+            assert!(again.target().unwrap().sealed(&job, last.as_ref()).await.unwrap().is_empty(), "{mode}");
         }
     }
 }
@@ -719,7 +719,7 @@ async fn an_upload_that_could_not_start_is_an_error_for_whoever_goes_on_writing(
     let place = place(&FaultStore::faulty(&bucket, Fault::Before, 1, uploads));
     let writing = runtime::blocking(move || {
         let pool: Arc<dyn MemoryPool> = Arc::new(UnboundedMemoryPool::default());
-        let mut sink = place.new_file("lines/data/large.parquet", &budget::of_output("lines", &pool))?;
+        let mut sink = place.new_file("lines/data/large.parquet", &Share::of_output("lines", &pool))?;
         assert!(sink.write_all(&vec![0; 17 << 20]).is_err());
         // A buffer in front of it does so when it is dropped.
         assert!(sink.write_all(b"more").is_err());

@@ -1,8 +1,8 @@
 //! What attempts that died left behind: files that no release lists.
 //!
-//! A file is garbage if no record of any job here lists it, and no seal that may still be committed, and it is older than the grace period, which is longer than any run. Old
-//! releases stay: their records list what they are made of. Incomplete uploads of parts are not seen by a listing; a bucket
-//! has a rule of its own for them.
+//! A file is garbage if no record of any job here lists it, and no seal that may still be committed, and it is older than the grace period,
+//! which is longer than any run. A seal that cannot be read, of a newer floodmark say, is an error, and nothing is removed. Old releases stay:
+//! their records list what they are made of. Incomplete uploads of parts are not seen by a listing; a bucket has a rule of its own for them.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -65,17 +65,22 @@ impl FilesConnection {
     fn listed_by_records(&self) -> Result<HashSet<String>> {
         let mut live = HashSet::new();
         for job in self.jobs()? {
+            // Seals are read before the records: one that is committed meanwhile is seen as the one or as the other.
+            let mut sealed = Vec::new();
+            for (path, seq) in self.seals(&job)? {
+                sealed.extend(self.seal_at(&path)?.map(|seal| (path, seq, seal)));
+            }
             let newest = self.newest(&job)?.map_or(0, |record| record.seq);
+            for (path, _, seal) in sealed.into_iter().filter(|(_, seq, _)| *seq > newest) {
+                live.extend(written_by(&seal, None).into_iter().map(|file| file.path));
+                live.insert(path);
+            }
             for seq in 1..=newest {
                 let Some(record) = self.committed(&job, seq)? else { continue };
                 for (output, written) in &record.outputs {
                     live.extend(written.files.iter().map(|file| format!("{output}/{}", file.path)));
                 }
                 live.extend(record.quarantine_files);
-            }
-            for (path, seal) in self.seals(&job)?.into_iter().filter(|(_, seal)| seal.seq > newest) {
-                live.extend(written_by(&seal, None).into_iter().map(|file| file.path));
-                live.insert(path);
             }
         }
         Ok(live)

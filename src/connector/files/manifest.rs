@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <root>/_floodmark/<project>/<job>/commits/<seq>.json   the load record: the commit itself
-//! <root>/_floodmark/<project>/<job>/staged/<attempt>.json  a seal: the record that the attempt is about to commit
+//! <root>/_floodmark/<project>/<job>/staged/<seq>-<attempt>.json  a seal: the record that the attempt is about to commit
 //! <root>/_floodmark/<project>/<job>/releases/<seq>/…     hard links to one release's files
 //! <root>/_floodmark/<project>/<job>/current              a link to the newest of them
 //! <root>/<output>/data/*.parquet                         files, live or not; named per attempt
@@ -94,33 +94,49 @@ impl FilesConnection {
         self.place.remove(vec![seal_path(job, record)]);
     }
 
-    /// The seals of a job, by their paths. Who cannot read one leaves it alone: it may be of a newer floodmark.
-    pub(super) fn seals(&self, job: &JobId) -> Result<Vec<(String, LoadRecord)>> {
+    /// The seals of a job: their paths and their sequence numbers.
+    pub(super) fn seals(&self, job: &JobId) -> Result<Vec<(String, u64)>> {
         let folder = staged_path(job);
         let (names, _) = self.place.names(&folder)?;
-        let mut seals = Vec::new();
-        for name in names.iter().filter(|name| name.ends_with(".json")) {
-            let path = format!("{folder}/{name}");
-            let record = self.place.read(&path)?.and_then(|text| LoadRecord::from_json(&text).ok());
-            seals.extend(record.map(|record| (path, record)));
-        }
-        Ok(seals)
+        let seal = |name: &String| {
+            let (seq, _) = name.strip_suffix(".json")?.split_once('-')?;
+            Some((format!("{folder}/{name}"), seq.parse().ok()?))
+        };
+        Ok(names.iter().filter_map(seal).collect())
+    }
+
+    /// What a seal says; `None` if it was taken away.
+    pub(super) fn seal_at(&self, path: &str) -> Result<Option<LoadRecord>> {
+        let Some(text) = self.place.read(path)? else { return Ok(None) };
+        LoadRecord::from_json(&text).map(Some).map_err(|error| error.note(path))
     }
 
     /// What was sealed on top of `base` and is there. Seals whose sequence number is taken are taken away.
-    pub(super) fn sealed(&self, job: &JobId, base: Option<&LoadRecord>) -> Result<Option<LoadRecord>> {
-        let (seq, before) = (base.map_or(1, |base| base.seq + 1), base.map(LoadRecord::sha256));
-        for (path, record) in self.seals(job)? {
-            if record.seq < seq {
+    pub(super) fn sealed(&self, job: &JobId, base: Option<&LoadRecord>) -> Result<Vec<LoadRecord>> {
+        let (next, before) = (base.map_or(1, |base| base.seq + 1), base.map(LoadRecord::sha256));
+        let mut found = Vec::new();
+        for (path, seq) in self.seals(job)? {
+            if seq < next {
                 self.place.remove(vec![path]);
-                continue;
-            }
-            let follows = record.seq == seq && record.prev_record_sha256 == before;
-            if follows && written_by(&record, base).iter().all(|file| self.place.is_there(file).is_ok()) {
-                return Ok(Some(record));
+            } else if seq == next
+                && let Some(record) = self.seal_at(&path)?
+                && record.prev_record_sha256 == before
+                && self.are_there(&written_by(&record, base))?
+            {
+                found.push(record);
             }
         }
-        Ok(None)
+        Ok(found)
+    }
+
+    /// Whether all of these are there.
+    fn are_there(&self, files: &[Listed]) -> Result<bool> {
+        for file in files {
+            if !self.place.is_there(file)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The record that has the sequence number `seq`.
@@ -212,7 +228,7 @@ fn staged_path(job: &JobId) -> String {
 }
 
 fn seal_path(job: &JobId, record: &LoadRecord) -> String {
-    format!("{}/{}.json", staged_path(job), record.attempt_id.simple())
+    format!("{}/{:020}-{}.json", staged_path(job), record.seq, record.attempt_id.simple())
 }
 
 /// The files that an attempt wrote itself: those that the release before it does not list.

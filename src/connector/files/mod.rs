@@ -109,6 +109,11 @@ struct FilesConnection {
 }
 
 impl FilesConnection {
+    /// Refuses a bucket that cannot fence.
+    fn probe(&self) -> Result<()> {
+        self.place.probe().map_err(|error| error.within(&format!("connection `{}`", self.name)))
+    }
+
     fn of_folder(name: &str, shown: &str, folder: std::path::PathBuf) -> Self {
         Self {
             name: name.to_owned(),

@@ -20,7 +20,7 @@ use arrow::{
     datatypes::SchemaRef,
     util::display::{ArrayFormatter, FormatOptions},
 };
-use datafusion::{execution::memory_pool::MemoryReservation, physical_plan::SendableRecordBatchStream};
+use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
 use rayon::prelude::*;
 
@@ -30,6 +30,7 @@ use super::{
     place::{Sink, io_error},
 };
 use crate::{
+    budget::Share,
     connector::{
         columns::Misfit,
         quarantined_schema,
@@ -245,16 +246,11 @@ struct Writer {
     groups: usize,
     limits: (usize, usize),
     /// What the open row group has.
-    memory: MemoryReservation,
+    memory: Share,
 }
 
 impl Writer {
-    fn new(
-        connection: &FilesConnection,
-        path: &str,
-        schema: SchemaRef,
-        memory: &MemoryReservation,
-    ) -> Result<Self> {
+    fn new(connection: &FilesConnection, path: &str, schema: SchemaRef, memory: &Share) -> Result<Self> {
         let sink = connection.place.new_file(path, memory)?;
         let limits = (connection.row_group_rows, connection.row_group_bytes);
         let properties = WriterProperties::builder()
@@ -267,7 +263,7 @@ impl Writer {
         let writer =
             ArrowWriter::try_new(sink, Arc::clone(&schema), Some(properties)).map_err(failed(path))?;
         let (file, factory) = writer.into_serialized_writer().map_err(failed(path))?;
-        let memory = memory.new_empty();
+        let memory = memory.another();
         Ok(Self { file, factory, columns: Vec::new(), schema, group_rows: 0, groups: 0, limits, memory })
     }
 
@@ -286,9 +282,10 @@ impl Writer {
         self.columns.par_iter_mut().zip(leaves).try_for_each(|(column, leaf)| column.write(&leaf))?;
         self.group_rows += batch.num_rows();
         let bytes: usize = self.columns.iter().map(ArrowColumnWriter::get_estimated_total_bytes).sum();
-        let held = self.columns.iter().map(ArrowColumnWriter::memory_size).sum();
-        if self.group_rows >= self.limits.0 || bytes >= self.limits.1 || self.memory.try_resize(held).is_err()
-        {
+        let held: usize = self.columns.iter().map(ArrowColumnWriter::memory_size).sum();
+        self.memory.uses(held.min(LEAST_GROUP));
+        let has_room = self.memory.wishes(held.saturating_sub(LEAST_GROUP));
+        if self.group_rows >= self.limits.0 || bytes >= self.limits.1 || !has_room {
             self.close_group()?;
         }
         Ok(())
@@ -327,6 +324,9 @@ fn failed(path: &str) -> impl Fn(::parquet::errors::ParquetError) -> Error {
     }
 }
 
+/// Bytes that a row group has at least before it is closed for want of memory: many small ones would cost more than they save.
+const LEAST_GROUP: usize = 1 << 20;
+
 /// Bytes after which a file is closed and the next one begun.
 const FILE_BYTES: usize = 512 << 20;
 
@@ -341,7 +341,7 @@ pub(super) async fn write_parts(
     mut name: impl FnMut() -> String,
     mut rows: SendableRecordBatchStream,
     partition_by: &[String],
-    memory: &MemoryReservation,
+    memory: &Share,
 ) -> Result<Vec<DataFile>> {
     let (schema, mut files) = (rows.schema(), Vec::new());
     let mut open: Option<(String, DataFile, Writer)> = None;
@@ -364,7 +364,7 @@ pub(super) async fn write_parts(
             let path = format!("{output}/{}", file.path);
             let file = DataFile { rows: file.rows + part.num_rows() as u64, ..file };
             let (connection, schema) = (Arc::clone(connection), Arc::clone(&schema));
-            let memory = memory.new_empty();
+            let memory = memory.another();
             let writer = runtime::blocking(move || {
                 let mut writer = match writer {
                     Some(writer) => writer,
@@ -447,7 +447,7 @@ pub(super) async fn write(
     output: &str,
     name: &str,
     rows: SendableRecordBatchStream,
-    memory: &MemoryReservation,
+    memory: &Share,
 ) -> Result<Option<DataFile>> {
     let relative = format!("data/{name}");
     let written = write_file(connection, format!("{output}/{relative}"), rows, memory, false).await?;
@@ -459,7 +459,7 @@ pub(super) async fn write_file(
     connection: &Arc<FilesConnection>,
     path: String,
     mut rows: SendableRecordBatchStream,
-    memory: &MemoryReservation,
+    memory: &Share,
     even_empty: bool,
 ) -> Result<Option<(u64, u64)>> {
     let (schema, mut writer, mut count) = (rows.schema(), None, 0_u64);
@@ -470,7 +470,7 @@ pub(super) async fn write_file(
         }
         count += batch.num_rows() as u64;
         let (path, schema, connection) = (path.clone(), Arc::clone(&schema), Arc::clone(connection));
-        let memory = memory.new_empty();
+        let memory = memory.another();
         writer = Some(
             runtime::blocking(move || {
                 let mut writer = match writer {
@@ -486,7 +486,7 @@ pub(super) async fn write_file(
     if writer.is_none() && !even_empty {
         return Ok(None);
     }
-    let (connection, memory) = (Arc::clone(connection), memory.new_empty());
+    let (connection, memory) = (Arc::clone(connection), memory.another());
     runtime::blocking(move || {
         let mut writer = match writer {
             Some(writer) => writer,

@@ -16,7 +16,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use datafusion::execution::memory_pool::MemoryReservation;
 use object_store::{
     GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
     buffered::BufWriter,
@@ -26,6 +25,7 @@ use tokio_util::io::SyncIoBridge;
 
 use super::durable::{self, NewFile};
 use crate::{
+    budget::Share,
     error::{Error, ErrorKind, Result},
     runtime,
     watermark::FileVersion,
@@ -119,9 +119,14 @@ pub(super) const PROBES: &str = "_floodmark/probe";
 /// Bytes of one piece of an object that is read.
 const PIECE_BYTES: usize = 16 << 20;
 
-/// Bytes of one part of an upload, and how many parts are under way at a time: the first of these for which there is memory. No part of S3 but
-/// the last one is smaller than 5 MiB.
-const UPLOADS: [(usize, usize); 4] = [(16 << 20, 4), (16 << 20, 2), (8 << 20, 2), (5 << 20, 1)];
+/// Bytes of one part of an upload, and how many parts are under way at a time: the first of these for which there is memory.
+const UPLOADS: [(usize, usize); 3] = [(16 << 20, 4), (16 << 20, 2), (8 << 20, 2)];
+
+/// The same where there is little memory: no part of S3 but the last one is smaller.
+const LEAST_UPLOAD: (usize, usize) = (5 << 20, 1);
+
+/// Bytes that an upload cannot do without.
+const SMALL_UPLOAD: usize = LEAST_UPLOAD.0 * (LEAST_UPLOAD.1 + 1);
 
 /// How often a commit whose answer was lost is put again, each time after a longer wait: for twelve seconds in all. What is staged
 /// stays, and is not made again for a store that is busy.
@@ -461,21 +466,21 @@ impl Place {
         }
     }
 
-    /// Sees that a file that was written is still there, whole: nobody has taken it for garbage.
-    pub(super) fn is_there(&self, file: &Listed) -> Result<()> {
+    /// Whether a file that was written is still there, whole: nobody has taken it for garbage.
+    pub(super) fn is_there(&self, file: &Listed) -> Result<bool> {
         let found = match self {
-            Self::Folder(root) => root.join(&file.path).metadata().ok().map(|meta| meta.len()),
+            Self::Folder(root) => match root.join(&file.path).metadata() {
+                Ok(meta) => Some(meta.len()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                Err(error) => return Err(Error::io("look at", &file.path, error)),
+            },
             Self::Bucket(bucket) => match wait(bucket.store.head(&object(&file.path))) {
                 Ok(object) => Some(object.size),
                 Err(object_store::Error::NotFound { .. }) => None,
                 Err(error) => return Err(bucket.error("look at", &file.path, error)),
             },
         };
-        match found {
-            Some(size) if !file.is_not(size) => Ok(()),
-            _ => Err(Error::temporary(format!("`{}`, which this run had written, is gone", file.path))
-                .hint("Was it taken for garbage? Run again: nothing of this run was published.")),
-        }
+        Ok(found.is_some_and(|size| !file.is_not(size)))
     }
 
     /// Writes a small file, whole, only if nothing has its name. False if something else has.
@@ -558,24 +563,19 @@ impl Place {
     }
 
     /// Starts a large file. Nobody may have its name. What waits to be sent to a bucket is taken from the memory of `output`.
-    pub(super) fn new_file(&self, path: &str, output: &MemoryReservation) -> Result<Sink> {
+    pub(super) fn new_file(&self, path: &str, output: &Share) -> Result<Sink> {
         match self {
             Self::Folder(root) => NewFile::create(&root.join(path)).map(Sink::File),
             Self::Bucket(bucket) => {
-                let memory = output.new_empty();
+                let memory = output.another();
                 // One part is filled while the others are under way.
-                let mut refused = None;
-                let room = UPLOADS.into_iter().find(|(bytes, parts)| {
-                    refused = memory.try_grow(bytes * (parts + 1)).err();
-                    refused.is_none()
-                });
-                let Some((bytes, parts)) = room else {
-                    return Err(refused.map_or_else(|| Error::bug("no way to upload"), Error::from));
-                };
+                let fits =
+                    |(bytes, parts): &(usize, usize)| memory.wishes(bytes * (parts + 1) - SMALL_UPLOAD);
+                let (bytes, parts) = UPLOADS.into_iter().find(fits).unwrap_or(LEAST_UPLOAD);
                 let writer =
                     BufWriter::with_capacity(bucket.store(), object(path), bytes).with_max_concurrency(parts);
                 Ok(Sink::Object(Box::new(Upload {
-                    _memory: memory,
+                    memory,
                     bridge: Some(SyncIoBridge::new(writer)),
                     written: 0,
                     store: bucket.store(),
@@ -602,7 +602,7 @@ pub(super) enum Sink {
 
 /// An object under construction: one put if it is small, parts if it is not.
 pub(super) struct Upload {
-    _memory: MemoryReservation,
+    memory: Share,
     bridge: Option<SyncIoBridge<BufWriter>>,
     written: u64,
     store: Arc<dyn ObjectStore>,
@@ -643,6 +643,8 @@ impl Write for Sink {
                 match bridge.write(buffer) {
                     Ok(written) => {
                         upload.written += written as u64;
+                        let buffered = usize::try_from(upload.written).unwrap_or(usize::MAX);
+                        upload.memory.uses(buffered.min(SMALL_UPLOAD));
                         Ok(written)
                     }
                     Err(error) => {

@@ -13,7 +13,7 @@ use indexmap::IndexMap;
 
 use super::{
     FilesConnection,
-    manifest::{job_path, written_by},
+    manifest::{job_path, listed},
     merge::Staging,
     parquet,
     place::Listed,
@@ -25,7 +25,7 @@ use crate::{
         quarantined_schema,
         spec::{Guarantee, Mode, OutputSpec},
     },
-    error::{ErrorKind, Result},
+    error::{Error, ErrorKind, Result},
     load::overtaken,
     names::JobId,
     record::{DataFile, LoadRecord, columns_of},
@@ -93,13 +93,17 @@ impl Target for Arc<FilesConnection> {
         self.discard(orphans).await
     }
 
-    async fn sealed(&self, job: &JobId, base: Option<&LoadRecord>) -> Result<Option<LoadRecord>> {
+    async fn sealed(&self, job: &JobId, base: Option<&LoadRecord>) -> Result<Vec<LoadRecord>> {
         let (this, job, base) = (Self::clone(self), job.clone(), base.cloned());
         runtime::blocking(move || FilesConnection::sealed(&this, &job, base.as_ref())).await
     }
 
     async fn commit_sealed(&self, job: &JobId, record: &LoadRecord) -> CommitOutcome {
-        publish(self, job, record.clone()).await
+        let this = Self::clone(self);
+        match runtime::blocking(move || this.probe()).await {
+            Ok(()) => publish(self, job, record.clone()).await,
+            Err(error) => CommitOutcome::Rejected(error),
+        }
     }
 
     async fn begin(
@@ -110,7 +114,7 @@ impl Target for Arc<FilesConnection> {
     ) -> Result<Box<dyn Load>> {
         let (this, id, known) = (Self::clone(self), job.clone(), base.is_some());
         runtime::blocking(move || {
-            this.place.probe().map_err(|error| error.within(&format!("connection `{}`", this.name)))?;
+            this.probe()?;
             if !known {
                 return Ok(());
             }
@@ -290,26 +294,36 @@ impl Load for FilesLoad {
         let folder = self.quarantine_folder();
         record.quarantine_files =
             self.quarantine.iter().map(|file| format!("{folder}/{}", file.path)).collect();
-        let (connection, job, base) = (Arc::clone(&self.connection), self.job.clone(), self.base.clone());
-        let sealing = record.clone();
+        let mut own: Vec<Listed> = record.quarantine_files.iter().map(|path| Listed::named(path)).collect();
+        for (output, (_, files)) in &self.staged {
+            let base = self.base_files(output);
+            own.extend(files.iter().filter(|file| !base.contains(file)).map(|file| listed(output, file)));
+        }
+        // From the seal on the files may be part of a release: they are removed only when it is certain that they are not.
+        self.keep = true;
+        let (connection, job, sealing) = (Arc::clone(&self.connection), self.job.clone(), record.clone());
         let sealed = runtime::blocking(move || {
-            written_by(&sealing, base.as_ref())
-                .iter()
-                .try_for_each(|file| connection.place.is_there(file))?;
+            for file in &own {
+                if !connection.place.is_there(file)? {
+                    let gone = format!("`{}`, which this run had written, is gone", file.path);
+                    let hint = "Was it taken for garbage? Run again: nothing of this run was published.";
+                    return Err(Error::temporary(gone).hint(hint));
+                }
+            }
             let sealed = connection.seal(&job, &sealing);
             Ok(sealed.map_err(|error| (error, connection.may_be_sealed(&job, &sealing))))
         })
         .await;
-        match sealed {
-            Ok(Ok(())) => {}
-            Ok(Err((error, maybe))) => {
-                self.keep = maybe;
-                return CommitOutcome::Rejected(error);
-            }
-            Err(error) => return CommitOutcome::Rejected(error),
+        let refused = match sealed {
+            Ok(Ok(())) => None,
+            // Whoever finds it may commit it.
+            Ok(Err((error, true))) => return CommitOutcome::Unknown(error),
+            Ok(Err((error, false))) | Err(error) => Some(error),
+        };
+        if let Some(error) = refused {
+            self.keep = false;
+            return CommitOutcome::Rejected(error);
         }
-        // From here on the files may be part of a release: they are removed only when it is certain that they are not.
-        self.keep = true;
         let outcome = publish(&self.connection, &self.job, record).await;
         self.keep = !matches!(outcome, CommitOutcome::Rejected(_));
         outcome

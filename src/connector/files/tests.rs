@@ -237,7 +237,7 @@ async fn a_row_group_is_closed_when_there_is_no_more_memory_for_it() {
             Ok(RecordBatch::try_new(Arc::clone(&schema), vec![column]).unwrap())
         })
         .collect();
-    for (memory_bytes, groups) in [(1 << 30, 1..=1), (8 << 20, 2..=16)] {
+    for (memory_bytes, groups) in [(1 << 30, 1..=1), (8 << 20, 4..=16)] {
         let limits = Limits { memory_bytes, spill: folder.path().join("spill") };
         let scratch = Scratch::new(&limits).unwrap();
         let rows =

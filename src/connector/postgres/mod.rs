@@ -9,9 +9,9 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -65,6 +65,8 @@ pub static CONNECTOR: Connector = Connector {
             base: options.base,
             options: parsed,
             is_silent: AtomicBool::new(false),
+            heard: AtomicU64::new(0),
+            look: tokio::sync::Mutex::default(),
         };
         connection.config()?;
         Ok(Arc::new(Arc::new(connection)))
@@ -97,8 +99,8 @@ struct PostgresOptions {
     lock_timeout_ms: Option<u32>,
     /// How long to wait for the server to answer a connection, in milliseconds. Unless set, 10000.
     connect_timeout_ms: Option<u32>,
-    /// After how long it is looked, again and again, whether the server that a session waits for still answers anybody, in milliseconds. Unless
-    /// set, 60000. One that does not three times in a row is given up; a query may take as long as it likes.
+    /// After how long in which nothing came it is looked, again and again, whether the server answers anybody, in milliseconds, of which 10 are the least.
+    /// Unless set, 60000. One that does not three times in a row is given up; a query may take as long as it likes.
     silence_ms: Option<u32>,
     /// How far behind the server's clock the end of a window stays, in milliseconds. Unless set, 5000.
     bound_margin_ms: Option<u32>,
@@ -152,6 +154,10 @@ struct PostgresConnection {
     options: PostgresOptions,
     /// Whether a session was given up because the server answered nobody any more.
     is_silent: AtomicBool,
+    /// Counts what came to sessions, and what was taken from them.
+    heard: AtomicU64,
+    /// When it was last looked whether the server answers, and whether it did.
+    look: tokio::sync::Mutex<Option<(Instant, bool)>>,
 }
 
 impl fmt::Debug for PostgresConnection {
@@ -253,21 +259,40 @@ impl PostgresConnection {
         }
     }
 
-    /// Waits until the server answers nobody any more.
+    /// Waits until the server answers nobody any more: nothing came to any session, and three new ones in a row had no answer.
     async fn until_silent(&self) {
-        let every = Duration::from_millis(self.options.silence_ms.unwrap_or(60_000).into());
-        let mut unanswered = 0;
+        let every = Duration::from_millis(self.options.silence_ms.unwrap_or(60_000).max(10).into());
+        let (mut unanswered, mut heard) = (0, 0);
         while unanswered < 3 {
             runtime::sleep(every).await;
-            let answered = match self.open().await {
-                Ok(Err(Unopened::NoAnswer)) => false,
-                // Who is sent away has been answered.
-                Ok(Err(Unopened::Failed(error))) => error.as_db_error().is_some(),
-                Ok(Ok(_)) | Err(_) => true,
-            };
-            unanswered = if answered { 0 } else { unanswered + 1 };
+            let by_now = self.heard.load(Ordering::Relaxed);
+            let answered = by_now != heard || self.answers(every).await;
+            (unanswered, heard) = (if answered { 0 } else { unanswered + 1 }, by_now);
         }
         self.is_silent.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the server answers anybody. All sessions share one look in that time.
+    async fn answers(&self, every: Duration) -> bool {
+        let mut look = self.look.lock().await;
+        if let Some((when, answered)) = *look
+            && when.elapsed() < every / 2
+        {
+            return answered;
+        }
+        let answered = match self.open().await {
+            Ok(Err(Unopened::NoAnswer)) => false,
+            // Who is sent away has been answered.
+            Ok(Err(Unopened::Failed(error))) => !is_unanswered(&error),
+            Ok(Ok(_)) | Err(_) => true,
+        };
+        *look = Some((Instant::now(), answered));
+        answered
+    }
+
+    /// Says that something came, or was taken.
+    fn heard(&self) {
+        self.heard.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A new session. It ends when the server is found to answer nobody any more: what waits for it is told that the connection is lost.
@@ -414,6 +439,19 @@ impl PostgresConnection {
             _ => this(ErrorKind::Failed),
         }
     }
+}
+
+/// Whether nobody answered, as the network has it.
+fn is_unanswered(error: &tokio_postgres::Error) -> bool {
+    use std::io::ErrorKind::{HostUnreachable, NetworkUnreachable, TimedOut};
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        if let Some(io) = inner.downcast_ref::<std::io::Error>() {
+            return matches!(io.kind(), HostUnreachable | NetworkUnreachable | TimedOut);
+        }
+        cause = inner.source();
+    }
+    false
 }
 
 /// What libraries say, down to the root.

@@ -508,6 +508,7 @@ async fn read(
     while let Some(frame) = copy.next().await {
         let frame = frame.map_err(|error| failed(&error))?;
         tap.bytes(frame.len() as u64);
+        this.heard();
         let whole = if left.is_empty() {
             &frame[..]
         } else {

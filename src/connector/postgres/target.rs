@@ -395,6 +395,7 @@ impl PostgresLoad {
                 count += part.num_rows() as u64;
                 if frame.len() >= CHUNK {
                     sink.send(frame.split().freeze()).await.map_err(failed)?;
+                    self.connection.heard();
                 }
             }
         }
