@@ -137,10 +137,12 @@ fn full_everywhere(target: &'static str) {
         let mut nth = 1;
         while let Some((code, told)) = tried.ledger.is_full_at(nth) {
             points += 1;
+            let was_sealed = tried.was_sealed;
             let landed = tried.landed(nth);
-            // What comes after the commit is a cache, and a warning.
-            assert_eq!(code == 0, landed, "{target}, {mode}, {nth}: {told}");
-            if !landed {
+            // What comes after the commit is a cache, and a warning. What an earlier run had sealed may land before the disk is full.
+            assert!(landed || code != 0, "{target}, {mode}, {nth}: {told}");
+            assert!(!landed || code == 0 || was_sealed, "{target}, {mode}, {nth}: {told}");
+            if code != 0 {
                 assert!(
                     [1, 75].contains(&code) && told.contains("error"),
                     "{target}, {mode}, {nth}: {code} {told}"
