@@ -134,8 +134,12 @@ fn full_everywhere(target: &'static str) {
     let mut points = 0;
     for mut tried in Tried::modes(target) {
         let mode = tried.mode;
+        let calls = calls_of_a_release(target, mode);
         let mut nth = 1;
-        while let Some((code, told)) = tried.ledger.is_full_at(nth) {
+        // A merge into files writes more with each release; what it wrote of a young target was all tried.
+        while nth <= calls
+            && let Some((code, told)) = tried.ledger.is_full_at(nth)
+        {
             points += 1;
             let was_sealed = tried.was_sealed;
             let landed = tried.landed(nth);

@@ -1,0 +1,319 @@
+"""Runs every contender on the same work and checks what each made; writes RESULTS.md. `run` calls it.
+
+A contender is a process: its wall time is from start to exit (what a user waits for), its processor time and peak memory are those of
+`wait4`. The server's processor time is that of its processes, before and after. The contenders take turns, so that a busy machine is busy for all;
+what is told are medians. A contender that fails, or whose result is not the source's, is shown as such."""
+
+import argparse
+import glob
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TABLES = ["lineitem", "orders", "customer"]
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Measured:
+    wall: float
+    client: float
+    server: float
+    peak_mib: float
+    wrong: str = ""
+
+
+@dataclass
+class Contender:
+    name: str
+    argv: list
+    env: dict = field(default_factory=dict)
+    before: object = None
+    stdout: str = os.devnull
+
+
+class Server:
+    """The PostgreSQL server of the tests, with a database of our own."""
+
+    def __init__(self):
+        script = HERE.parents[1] / "tests/services/postgres"
+        self.port, self.password, authority = subprocess.run([script], capture_output=True, text=True, check=True).stdout.split()
+        home = Path(authority).parent
+        self.bin = (home / "bin").read_text().strip()
+        self.pid = int((home / "data/postmaster.pid").read_text().split()[0])
+        self.uri = f"postgresql://admin:{self.password}@127.0.0.1:{self.port}/peers?sslmode=disable"
+
+    def psql(self, sql, database="peers"):
+        uri = self.uri.replace("/peers?", f"/{database}?")
+        return subprocess.run([f"{self.bin}/psql", "-XAtqv", "ON_ERROR_STOP=1", uri, "-c", sql], check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    def seconds(self):
+        """Processor time of all its processes, those that have ended too."""
+        total = 0
+        for stat in glob.glob("/proc/[0-9]*/stat"):
+            try:
+                text = Path(stat).read_text()
+            except OSError:
+                continue
+            fields = text.rsplit(") ", 1)[1].split()
+            pid, parent = int(text.split()[0]), int(fields[1])
+            if self.pid in (pid, parent):
+                total += sum(int(fields[at]) for at in ([11, 12, 13, 14] if pid == self.pid else [11, 12]))
+        return total / TICKS
+
+
+def run(contender, server):
+    if contender.before:
+        contender.before()
+    before = server.seconds() if server else 0
+    environment = {**os.environ, **contender.env}
+    began = time.perf_counter()
+    with open(contender.stdout, "w") as out, tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(contender.argv, env=environment, stdout=out, stderr=told)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.perf_counter() - began
+        wrong = ""
+        if process.returncode != 0:
+            told.seek(0)
+            lines = told.read().strip().splitlines() or [f"exit code {process.returncode}"]
+            wrong = "failed: " + lines[-1][:160]
+    time.sleep(0.2)
+    after = server.seconds() if server else 0
+    return Measured(wall, usage.ru_utime + usage.ru_stime, after - before, usage.ru_maxrss / 1024, wrong)
+
+
+MONEY = ["l_quantity", "l_extendedprice", "l_discount", "l_tax"]
+CHECK = ", ".join(["count(*)", *(f"sum({key})" for key in ["l_orderkey", "l_partkey", "l_suppkey", "l_linenumber"]),
+                   *(f"sum(CAST({column} AS DECIMAL(38,2)))" for column in MONEY), "min(l_shipdate)", "max(l_receiptdate)",
+                   "sum(length(l_comment))", "count(DISTINCT l_shipmode)", "sum(length(l_shipinstruct))"])
+MAPPING = (HERE / "mapping.sql").read_text()
+
+
+def sums_of(path):
+    """What the rows of Parquet files come to, and their columns' types."""
+    import duckdb
+
+    rows = duckdb.sql(f"SELECT {CHECK} FROM '{path}'").fetchone()
+    kinds = duckdb.sql(f"DESCRIBE SELECT * FROM '{path}'").fetchall()
+    return "|".join(str(value) for value in rows), {row[0]: row[1] for row in kinds}
+
+
+class Work:
+    """One row of the table: what is done, by whom, and against what it is held."""
+
+    def __init__(self, name, title, contenders, check, yardstick):
+        self.name, self.title, self.contenders, self.check, self.yardstick = name, title, contenders, check, yardstick
+
+
+def floodmark_project(folder, connections, job, files=()):
+    shutil.rmtree(folder, ignore_errors=True)
+    for path, text in [("floodmark.yaml", "project: peers\n"), ("connections.yaml", connections), ("jobs/load.yaml", job), *files]:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+
+
+def works(options, server, data, out):
+    python = [sys.executable, str(HERE / "contenders.py")]
+    binary = str(options.floodmark)
+    env = {"DATA": str(data), "OUT": str(out), "SERVER": server.uri, "PASSWORD": server.password}
+    project = out / "project"
+    erp = (f"{{ kind: postgres, host: 127.0.0.1, port: {server.port}, database: peers, user: admin, "
+           "password: \"${env:PASSWORD}\", sslmode: disable }")
+
+    def other(name, function, threads=2, before=None, **more):
+        return Contender(name, [*python, function], {**env, "THREADS": str(threads), **more}, before)
+
+    def fresh():
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+
+    def floodmark(connections, job, files=(), before=None):
+        def prepare():
+            (before or fresh)()
+            floodmark_project(project, connections, job, files)
+
+        return Contender("floodmark", [binary, "run", "--project", str(project)], env, prepare)
+
+    def parquet_of(contender, name):
+        return f"{project}/out/{name}/current/*.parquet" if contender == "floodmark" else f"{out}/{name}.parquet"
+
+    source = server.psql(f"SELECT {CHECK} FROM lineitem")
+    typed = sums_of(f"{data}/lineitem.parquet")[1]
+
+    def same_lines(contender):
+        sums, kinds = sums_of(parquet_of(contender, "lineitem"))
+        if sums != source:
+            return f"other values: {sums} instead of {source}"
+        changed = [f"{name} is {kinds[name]}" for name, kind in typed.items() if kinds[name] != kind]
+        return "values right; " + ", ".join(changed) if changed else ""
+
+    lake = "lake: { kind: files, root: out }\n"
+    whole = "job: load\nsources:\n  lineitem: { connection: erp, table: lineitem }\ntarget:\n  connection: lake\n  outputs: { lineitem: { from: lineitem, mode: replace } }\n"
+    psql = [f"{server.bin}/psql", "-Xq", server.uri, "-c"]
+    yield Work("pg_to_parquet", "PostgreSQL → Parquet zstd, lineitem", [
+        Contender("psql COPY binary > /dev/null", [*psql, "COPY (SELECT * FROM lineitem) TO STDOUT (FORMAT binary)"], env),
+        floodmark(f"erp: {erp}\n{lake}", whole),
+        other("DuckDB, 1 thread", "duckdb_pg_to_parquet", 1, fresh),
+        other("DuckDB, 2 threads", "duckdb_pg_to_parquet", 2, fresh),
+        other("ConnectorX + pyarrow", "connectorx_pg_to_parquet", 2, fresh),
+        other("ADBC + pyarrow", "adbc_pg_to_parquet", 1, fresh),
+        *([other("Sling", "sling_pg_to_parquet", 1, fresh)] if options.slow else []),
+    ], same_lines, "psql COPY binary > /dev/null")
+
+    create = "DROP TABLE IF EXISTS loaded; CREATE TABLE loaded (LIKE lineitem)"
+    ready = data / "lineitem.copy"
+
+    def emptied():
+        fresh()
+        server.psql(f"{create}; DROP TABLE IF EXISTS floodmark_state, floodmark_log, floodmark_quarantine; CHECKPOINT")
+
+    def loaded(_):
+        found = server.psql(f"SELECT {CHECK} FROM loaded")
+        return "" if found == source else f"other values: {found} instead of {source}"
+
+    def nothing_there():
+        emptied()
+        server.psql("DROP TABLE loaded")
+
+    into = "job: load\nsources:\n  lines: { connection: data, file: lineitem.parquet }\ntarget:\n  connection: dw\n  outputs: { loaded: { from: lines, mode: append } }\n"
+    yield Work("parquet_to_pg", "Parquet → PostgreSQL append, lineitem", [
+        Contender("psql \\copy of a ready binary file", [*psql, f"\\copy loaded FROM '{ready}' (FORMAT binary)"], env, emptied),
+        floodmark(f"dw: {erp}\ndata: {{ kind: files, root: {data} }}\n", into, before=nothing_there),
+        other("DuckDB", "duckdb_parquet_to_pg", 2, emptied),
+        other("ADBC", "adbc_parquet_to_pg", 1, emptied),
+    ], loaded, "psql \\copy of a ready binary file")
+
+    types = ", ".join(f"{name}: {kind}" for name, kind in {
+        "l_orderkey": "int", "l_partkey": "int", "l_suppkey": "int", "l_linenumber": "int", "l_quantity": '"decimal(15,2)"',
+        "l_extendedprice": '"decimal(15,2)"', "l_discount": '"decimal(15,2)"', "l_tax": '"decimal(15,2)"', "l_returnflag": "string",
+        "l_linestatus": "string", "l_shipdate": "date", "l_commitdate": "date", "l_receiptdate": "date", "l_shipinstruct": "string",
+        "l_shipmode": "string", "l_comment": "string"}.items())
+    csv_job = f"job: load\nsources:\n  lineitem: {{ connection: data, file: lineitem.csv, columns: {{ {types} }} }}\ntarget:\n  connection: lake\n  outputs: {{ lineitem: {{ from: lineitem, mode: replace }} }}\n"
+    yield Work("csv_to_parquet", "CSV → Parquet zstd, lineitem, typed", [
+        floodmark(f"data: {{ kind: files, root: {data} }}\n{lake}", csv_job),
+        other("DuckDB", "duckdb_csv_to_parquet", 2, fresh, CSV=f"{data}/lineitem.csv"),
+        other("Polars", "polars_csv_to_parquet", 2, fresh, CSV=f"{data}/lineitem.csv"),
+    ], same_lines, "DuckDB")
+
+    tables = "".join(f"  {table}: {{ connection: data, file: {table}.parquet }}\n" for table in TABLES)
+    mapping = f"job: load\nsources:\n{tables}models: {{ mapped: sql/mapped.sql }}\ntarget:\n  connection: lake\n  outputs: {{ mapped: {{ from: mapped, mode: replace }} }}\n"
+
+    def same_mapping(contender):
+        import duckdb
+
+        for table in TABLES:
+            duckdb.sql(f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM '{data}/{table}.parquet'")
+        expected = duckdb.sql(f"SELECT * FROM ({MAPPING}) ORDER BY ALL").fetchall()
+        found = duckdb.sql(f"SELECT * FROM '{parquet_of(contender, 'mapped')}' ORDER BY ALL").fetchall()
+        return "" if found == expected else "other values"
+
+    yield Work("mapping", "SQL mapping: join of three, aggregate, from Parquet", [
+        floodmark(f"data: {{ kind: files, root: {data} }}\n{lake}", mapping, [("sql/mapped.sql", MAPPING)]),
+        other("DuckDB", "duckdb_mapping", 2, fresh),
+        other("Polars", "polars_mapping", 2, fresh),
+    ], same_mapping, "DuckDB")
+
+    (data / "ten.csv").write_text("id,amount\n" + "".join(f"{row},{row}.50\n" for row in range(10)))
+    ten = "job: load\nsources:\n  ten: { connection: data, file: ten.csv, columns: { id: int, amount: \"decimal(18,2)\" } }\ntarget:\n  connection: lake\n  outputs: { ten: { from: ten, mode: replace } }\n"
+
+    def ten_rows(contender):
+        import duckdb
+
+        found = duckdb.sql(f"SELECT count(*), sum(amount)::DECIMAL(18,2)::VARCHAR FROM '{parquet_of(contender, 'ten')}'").fetchone()
+        return "" if found == (10, "50.00") else f"other values: {found}"
+
+    yield Work("ten_rows", "a job of ten rows, CSV → Parquet", [
+        floodmark(f"data: {{ kind: files, root: {data} }}\n{lake}", ten),
+        other("DuckDB", "duckdb_ten_rows", 2, fresh),
+    ], ten_rows, "DuckDB")
+
+
+def prepare(options, server, data):
+    """The data, once for each scale: files, and tables in the server's database."""
+    done = data / "done"
+    if not done.exists():
+        shutil.rmtree(data, ignore_errors=True)
+        data.mkdir(parents=True)
+        generate = Path(sys.executable).parent / "tpchgen-cli"
+        for kind in ["csv", "parquet"]:
+            subprocess.run([generate, kind, "-s", str(options.scale), f"--output-dir={data}", f"--tables={','.join(TABLES)}"], check=True)
+        done.touch()
+    known = server.psql("SELECT count(*) FROM pg_database WHERE datname = 'peers'", "postgres")
+    if known == "0":
+        server.psql("CREATE DATABASE peers", "postgres")
+    comment = server.psql("SELECT coalesce(obj_description(to_regclass('lineitem')), '')")
+    if comment != f"scale {options.scale}":
+        server.psql("""DROP TABLE IF EXISTS lineitem; CREATE TABLE lineitem (l_orderkey bigint NOT NULL, l_partkey bigint NOT NULL,
+            l_suppkey bigint NOT NULL, l_linenumber integer NOT NULL, l_quantity numeric(15,2) NOT NULL, l_extendedprice numeric(15,2) NOT NULL,
+            l_discount numeric(15,2) NOT NULL, l_tax numeric(15,2) NOT NULL, l_returnflag varchar NOT NULL, l_linestatus varchar NOT NULL,
+            l_shipdate date NOT NULL, l_commitdate date NOT NULL, l_receiptdate date NOT NULL, l_shipinstruct varchar NOT NULL,
+            l_shipmode varchar NOT NULL, l_comment varchar NOT NULL)""")
+        server.psql(f"\\copy lineitem FROM '{data}/lineitem.csv' (FORMAT csv, HEADER)")
+        server.psql("VACUUM (FREEZE, ANALYZE) lineitem")
+        server.psql(f"COMMENT ON TABLE lineitem IS 'scale {options.scale}'")
+    ready = data / "lineitem.copy"
+    if not ready.exists():
+        server.psql(f"\\copy lineitem TO '{ready}' (FORMAT binary)")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--floodmark", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--scale", type=float, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", nargs="*", help="only these")
+    parser.add_argument("--slow", action="store_true", help="also those who take minutes")
+    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
+    options = parser.parse_args()
+    server = Server()
+    data, out = options.cache / f"data-{options.scale:g}", options.cache / "out"
+    options.cache.mkdir(parents=True, exist_ok=True)
+    prepare(options, server, data)
+    sections = []
+    for work in works(options, server, data, out):
+        if options.work and work.name not in options.work:
+            continue
+        found = {contender.name: [] for contender in work.contenders}
+        for _ in range(options.rounds):
+            for contender in work.contenders:
+                measured = run(contender, server)
+                if not measured.wrong and "/dev/null" not in contender.name:
+                    measured.wrong = work.check(contender.name)
+                found[contender.name].append(measured)
+                print(f"{work.name}: {contender.name}: {measured.wall:.2f} s, {measured.wrong or 'right'}", flush=True)
+        sections.append(section(work, found))
+    version = subprocess.run([options.floodmark, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    head = (f"# The same work, by floodmark and by others\n\n`benches/peers/run --scale {options.scale:g} --rounds {options.rounds}` on "
+            f"{time.strftime('%Y-%m-%d')}: {version}, {os.cpu_count()} cores, {server.psql('SHOW server_version')} of PostgreSQL on the same machine, "
+            f"{platform.system()}. Medians; a ratio is to the yardstick, which has 1. Seconds are of this machine, ratios carry over. Start and end of the process are in it, "
+            "for all.\n")
+    options.out.write_text("\n".join([head, *sections]))
+    print(f"written: {options.out}")
+
+
+def section(work, found):
+    median = statistics.median
+    base = median(measured.wall for measured in found[work.yardstick])
+    rows = [f"## {work.title}\n", "| contender | wall, s | ratio | its CPU, s | server's CPU, s | peak, MiB | result |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for name, runs in sorted(found.items(), key=lambda item: median(measured.wall for measured in item[1])):
+        wrong = next((measured.wrong for measured in runs if measured.wrong), "") or "right"
+        values = [median(getattr(measured, what) for measured in runs) for what in ["wall", "client", "server", "peak_mib"]]
+        wall, client, at_server, peak = values
+        rows.append(f"| {name} | {wall:.2f} | {wall / base:.2f} | {client:.2f} | {at_server:.2f} | {peak:.0f} | {wrong.replace('|', '/')} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()
