@@ -1,7 +1,7 @@
 """Runs every contender on the same work and checks what each made; writes RESULTS.md. `run` calls it.
 
-A contender is a process: its wall time is from start to exit (what a user waits for), its processor time and peak memory are those of
-`wait4`. The server's processor time is that of its processes, before and after. The contenders take turns, so that a busy machine is busy for all;
+A contender is a process: its wall time is from start to exit (what a user waits for), its processor time is that of `wait4`, its peak memory the
+kernel's high-water mark. The server's processor time is that of its processes, before and after. The contenders take turns, so that a busy machine is busy for all;
 what is told are medians. A contender that fails, or whose result is not the source's, is shown as such."""
 
 import argparse
@@ -72,6 +72,16 @@ class Server:
         return total / TICKS
 
 
+def high_water(pid):
+    """The most memory that a process has had, in MiB."""
+    try:
+        about = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    kib = next((line.split()[1] for line in about.splitlines() if line.startswith("VmHWM:")), 0)
+    return int(kib) / 1024
+
+
 def run(contender, server):
     if contender.before:
         contender.before()
@@ -80,7 +90,12 @@ def run(contender, server):
     began = time.perf_counter()
     with open(contender.stdout, "w") as out, tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(contender.argv, env=environment, stdout=out, stderr=told)
-        _, status, usage = os.wait4(process.pid, 0)
+        # Its own high-water mark: that of `wait4` begins with this process's memory, from before the child became another program.
+        peak, ended = 0, 0
+        while not ended:
+            peak = max(peak, high_water(process.pid))
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            time.sleep(0 if ended else 0.002)
         process.returncode = os.waitstatus_to_exitcode(status)
         wall = time.perf_counter() - began
         wrong = ""
@@ -90,7 +105,7 @@ def run(contender, server):
             wrong = "failed: " + lines[-1][:160]
     time.sleep(0.2)
     after = server.seconds() if server else 0
-    return Measured(wall, usage.ru_utime + usage.ru_stime, after - before, usage.ru_maxrss / 1024, wrong)
+    return Measured(wall, usage.ru_utime + usage.ru_stime, after - before, peak, wrong)
 
 
 MONEY = ["l_quantity", "l_extendedprice", "l_discount", "l_tax"]
