@@ -1,7 +1,8 @@
 //! From Arrow to the frames of a binary COPY.
 //!
 //! Plain values go in the server's binary form; lists and structures as the text that the server reads as its own type. What
-//! PostgreSQL cannot hold is an error that names the column and the row.
+//! PostgreSQL cannot hold is an error that names the column and the row; so is what a column of the table would cut, where rows are
+//! copied into it ([`As`]).
 
 use arrow::{
     array::{
@@ -19,7 +20,7 @@ use bytes::{BufMut, BytesMut};
 
 use super::{
     decode::{EPOCH_DAYS, EPOCH_MICROS},
-    types::{TYPE_NAME, timetz_fields},
+    types::{TYPE_NAME, stage_type, timetz_fields},
 };
 use crate::error::{Error, Result};
 
@@ -27,6 +28,63 @@ use crate::error::{Error, Result};
 pub(super) const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 /// What it ends with.
 pub(super) const TRAILER: &[u8] = &[0xff, 0xff];
+
+/// How the values of a column are written for a column of the server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum As {
+    /// In the form of [`stage_type`], which the server's column has too.
+    Staged,
+    /// After a cast of the array that loses nothing.
+    Widened(DataType),
+    /// Text as a UUID.
+    Uuid,
+    /// Text as JSON in the server's own form.
+    Jsonb,
+    /// Text of so many characters at most, blanks behind it not counted if they are padding.
+    Chars { most: usize, padded: bool },
+}
+
+impl As {
+    /// How `field` is written into a column that the catalog calls `kept`, such that the server takes every value as it is or refuses it;
+    /// `None` if only a cast in SQL does that.
+    pub(super) fn of(field: &Field, kept: &str) -> Option<Self> {
+        let staged = stage_type(field.data_type());
+        let in_brackets = |name: &str| -> Option<(usize, usize)> {
+            let shape = kept.strip_prefix(name)?.strip_prefix('(')?.strip_suffix(')')?;
+            let (first, second) = shape.split_once(',').unwrap_or((shape, "0"));
+            Some((first.parse().ok()?, second.parse().ok()?))
+        };
+        match field.data_type() {
+            DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => match kept {
+                "text" | "character varying" | "json" => Some(Self::Staged),
+                "uuid" => Some(Self::Uuid),
+                "jsonb" => Some(Self::Jsonb),
+                _ => {
+                    let varying =
+                        in_brackets("character varying").map(|(most, _)| Self::Chars { most, padded: false });
+                    varying.or(in_brackets("character").map(|(most, _)| Self::Chars { most, padded: true }))
+                }
+            },
+            // What has no binary form of ours goes as text, which only a cast turns into something else.
+            _ if staged == "text" => None,
+            _ if staged == kept => Some(Self::Staged),
+            of if of.is_integer() => match kept {
+                "bigint" if *of != DataType::UInt64 => Some(Self::Widened(DataType::Int64)),
+                "integer" if staged == "smallint" => Some(Self::Widened(DataType::Int32)),
+                _ => None,
+            },
+            DataType::Float32 if kept == "double precision" => Some(Self::Widened(DataType::Float64)),
+            DataType::Decimal128(..) | DataType::Decimal256(..) if kept == "numeric" => Some(Self::Staged),
+            DataType::Decimal128(precision, scale) | DataType::Decimal256(precision, scale) => {
+                let scale = usize::try_from(*scale).ok()?;
+                let (most, places) = in_brackets("numeric")?;
+                let whole = usize::from(*precision).checked_sub(scale)?;
+                (places >= scale && most.checked_sub(places)? >= whole).then_some(Self::Staged)
+            }
+            _ => None,
+        }
+    }
+}
 
 /// One column of a batch, in a type whose values we write.
 enum Values {
@@ -39,6 +97,9 @@ enum Values {
     Decimal(Decimal128Array, usize),
     Decimal256(Decimal256Array),
     Text(StringArray),
+    Uuid(StringArray),
+    Jsonb(StringArray),
+    Chars(StringArray, usize, bool),
     Binary(BinaryArray),
     Date(ArrayRef),
     Time(ArrayRef),
@@ -49,7 +110,20 @@ enum Values {
 }
 
 impl Values {
-    fn of(array: &ArrayRef) -> Result<Self> {
+    fn of(array: &ArrayRef, written: &As) -> Result<Self> {
+        let text = |array: &ArrayRef| -> Result<StringArray> {
+            Ok(cast(array, &DataType::Utf8)?.as_string().clone())
+        };
+        match written {
+            As::Staged => Self::plain(array),
+            As::Widened(to) => Self::plain(&cast(array, to)?),
+            As::Uuid => Ok(Self::Uuid(text(array)?)),
+            As::Jsonb => Ok(Self::Jsonb(text(array)?)),
+            As::Chars { most, padded } => Ok(Self::Chars(text(array)?, *most, *padded)),
+        }
+    }
+
+    fn plain(array: &ArrayRef) -> Result<Self> {
         let to = |data_type: DataType| -> Result<ArrayRef> { Ok(cast(array, &data_type)?) };
         let same = || ArrayRef::clone(array);
         Ok(match array.data_type() {
@@ -86,7 +160,7 @@ impl Values {
             Self::Bool(array) => array,
             Self::Decimal(array, _) => array,
             Self::Decimal256(array) => array,
-            Self::Text(array) => array,
+            Self::Text(array) | Self::Uuid(array) | Self::Jsonb(array) | Self::Chars(array, ..) => array,
             Self::Binary(array) => array,
             Self::I16(array)
             | Self::I32(array)
@@ -131,7 +205,10 @@ impl Values {
             }
             Self::Decimal(array, scale) => {
                 let value = array.value(row);
-                number(value < 0, &value.unsigned_abs().to_string(), *scale, out);
+                match u64::try_from(value.unsigned_abs()) {
+                    Ok(small) if small < SMALL && *scale <= 20 => short_number(value < 0, small, *scale, out),
+                    _ => number(value < 0, &value.unsigned_abs().to_string(), *scale, out),
+                }
             }
             Self::Decimal256(array) => {
                 let text = array.value(row).to_string();
@@ -139,6 +216,24 @@ impl Values {
                 number(text.starts_with('-'), text.trim_start_matches('-'), scale, out);
             }
             Self::Text(array) => text(array.value(row), out)?,
+            Self::Uuid(array) => {
+                let value = uuid::Uuid::parse_str(array.value(row)).map_err(|_| "is no UUID")?;
+                bytes(value.as_bytes(), out)?;
+            }
+            Self::Jsonb(array) => {
+                let value = array.value(row);
+                out.put_i32(i32::try_from(value.len() + 1).map_err(|_| "has more than 2 GiB")?);
+                out.put_u8(1);
+                out.put_slice(value.as_bytes());
+            }
+            Self::Chars(array, most, padded) => {
+                let value = array.value(row);
+                let kept = if *padded { value.trim_end_matches(' ') } else { value };
+                if kept.len() > *most && kept.chars().count() > *most {
+                    return Err("has more characters than its column there");
+                }
+                text(kept, out)?;
+            }
             Self::Binary(array) => bytes(array.value(row), out)?,
             Self::Date(array) => {
                 let days = array.as_primitive::<Date32Type>().value(row);
@@ -192,6 +287,38 @@ fn text(value: &str, out: &mut BytesMut) -> Result<(), &'static str> {
     bytes(value.as_bytes(), out)
 }
 
+/// Numbers below have a multiple by 1000 that is still a `u64`.
+const SMALL: u64 = u64::MAX / 1000;
+
+/// A number in base 10000, of an unscaled value below [`SMALL`].
+fn short_number(negative: bool, value: u64, scale: usize, out: &mut BytesMut) {
+    // Moved so that the point is between two groups.
+    let missing = (4 - scale % 4) % 4;
+    let mut rest = value * [1, 10, 100, 1000].get(missing).copied().unwrap_or(1);
+    let mut weight = -i16::try_from((scale + missing) / 4).unwrap_or_default();
+    while rest != 0 && rest.is_multiple_of(10_000) {
+        rest /= 10_000;
+        weight += 1;
+    }
+    // From the last group to the first: twenty digits are five groups, and one more.
+    let (mut groups, mut count) = ([0_u8; 12], 0_usize);
+    while rest != 0 {
+        let [high, low] = u16::try_from(rest % 10_000).unwrap_or_default().to_be_bytes();
+        count += 1;
+        let at = groups.len() - 2 * count;
+        groups.get_mut(at..at + 2).into_iter().for_each(|group| group.copy_from_slice(&[high, low]));
+        rest /= 10_000;
+    }
+    let kept = groups.get(groups.len() - 2 * count..).unwrap_or_default();
+    let count = i16::try_from(count).unwrap_or_default();
+    out.put_i32(8 + 2 * i32::from(count));
+    out.put_i16(count);
+    out.put_i16(if count == 0 { 0 } else { weight + count - 1 });
+    out.put_u16(if negative && count > 0 { 0x4000 } else { 0 });
+    out.put_u16(u16::try_from(scale).unwrap_or_default());
+    out.put_slice(kept);
+}
+
 /// A number in base 10000: `digits` are those of the unscaled value.
 fn number(negative: bool, digits: &str, scale: usize, out: &mut BytesMut) {
     // Zeros in front so that the point is between two digits, and so that both sides are whole groups.
@@ -225,10 +352,17 @@ fn number(negative: bool, digits: &str, scale: usize, out: &mut BytesMut) {
     }
 }
 
-/// Writes the rows of `batch`; `row` is the number of its first one, from 1.
-pub(super) fn rows(output: &str, batch: &RecordBatch, row: u64, out: &mut BytesMut) -> Result<()> {
+/// Writes the rows of `batch`, each column as `written` says; `row` is the number of its first one, from 1.
+pub(super) fn rows(
+    output: &str,
+    batch: &RecordBatch,
+    written: &[As],
+    row: u64,
+    out: &mut BytesMut,
+) -> Result<()> {
     let schema = batch.schema();
-    let columns = batch.columns().iter().map(Values::of).collect::<Result<Vec<_>>>()?;
+    let columns = batch.columns().iter().zip(written);
+    let columns = columns.map(|(array, written)| Values::of(array, written)).collect::<Result<Vec<_>>>()?;
     let count = i16::try_from(columns.len()).map_err(|_| {
         Error::configuration(format!("output `{output}` has more columns than PostgreSQL holds"))
     })?;
@@ -397,6 +531,45 @@ mod unit {
             expected.put_u16(u16::try_from(scale).unwrap());
             groups.iter().for_each(|group| expected.put_u16(*group));
             assert_eq!(out, expected, "{digits} by {scale}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_short_number_is_written_as_a_long_one(value: u64, bits in 0_u32..64, scale in 0_usize..=20, negative: bool) {
+            let value = (value >> bits).min(SMALL - 1);
+            let (mut short, mut long) = (BytesMut::new(), BytesMut::new());
+            short_number(negative, value, scale, &mut short);
+            number(negative, &value.to_string(), scale, &mut long);
+            proptest::prop_assert_eq!(short, long, "{} by {}", value, scale);
+        }
+    }
+
+    #[test]
+    fn what_goes_straight_into_a_column_is_kept_whole_there() {
+        let of = |data_type: DataType, kept: &str| As::of(&Field::new("x", data_type, true), kept);
+        let decimal = DataType::Decimal128(15, 2);
+        for (data_type, kept, expected) in [
+            (DataType::Utf8, "text", Some(As::Staged)),
+            (DataType::Utf8, "character varying", Some(As::Staged)),
+            (DataType::Utf8, "character varying(5)", Some(As::Chars { most: 5, padded: false })),
+            (DataType::Utf8, "character(5)", Some(As::Chars { most: 5, padded: true })),
+            (DataType::Utf8, "uuid", Some(As::Uuid)),
+            (DataType::Utf8, "xml", None),
+            (DataType::Utf8, "integer[]", None),
+            (decimal.clone(), "numeric(15,2)", Some(As::Staged)),
+            (decimal.clone(), "numeric(18,5)", Some(As::Staged)),
+            (decimal.clone(), "numeric(18,6)", None),
+            (decimal.clone(), "numeric(20,1)", None),
+            (decimal.clone(), "numeric", Some(As::Staged)),
+            (decimal, "double precision", None),
+            (DataType::Int32, "bigint", Some(As::Widened(DataType::Int64))),
+            (DataType::Int64, "integer", None),
+            (DataType::UInt64, "bigint", None),
+            (DataType::Float64, "real", None),
+            (DataType::Timestamp(TimeUnit::Microsecond, None), "timestamp(3) without time zone", None),
+        ] {
+            assert_eq!(of(data_type.clone(), kept), expected, "{data_type} into {kept}");
         }
     }
 }

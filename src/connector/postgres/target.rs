@@ -5,6 +5,11 @@
 //! announced, writes the record, and commits. Whatever fails before that leaves the database as it was. When the answer to
 //! the COMMIT is lost, a new session waits for the job's lock, which the old one holds as long as it lives, and then reads what is
 //! true.
+//!
+//! Rows that are only added, to a table without unique keys whose columns take them as they are or that is still to be made, are copied straight into it:
+//! the transaction that publishes then begins with their COPY, and is their stage. The table is locked as every INSERT locks it, so that others go on
+//! reading and writing. The job's lock is not taken before the commit even so: who asks for the state of a job does not wait
+//! for what it extracts.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,7 +27,7 @@ use super::{
     PostgresConnection, Session,
     bounds::text,
     decode::field,
-    encode::{HEADER, TRAILER, rows as encoded},
+    encode::{As, HEADER, TRAILER, rows as encoded},
     types::{Wire, declaration, spelled, stage_type, wire},
 };
 use crate::{
@@ -133,6 +138,7 @@ impl Target for Arc<PostgresConnection> {
             attempt: attempt.clone(),
             session,
             stages: Vec::new(),
+            publishing: false,
             quarantined: false,
         }))
     }
@@ -172,6 +178,14 @@ fn table_name(output: &str) -> Result<String> {
     }
 }
 
+/// The name of another table in the schema of an output.
+fn beside(output: &str, table: &str) -> Result<String> {
+    match output.split_once('.') {
+        Some((schema, _)) => table_name(&format!("{schema}.{table}")),
+        None => table_name(table),
+    }
+}
+
 async fn count(this: &PostgresConnection, session: &Session, sql: &str) -> Result<u64> {
     let row = session.query_one(sql, &[]).await.map_err(|error| this.error("count in", &error))?;
     Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or_default())
@@ -181,6 +195,8 @@ async fn count(this: &PostgresConnection, session: &Session, sql: &str) -> Resul
 #[derive(Debug, Clone, PartialEq)]
 struct Table {
     columns: Vec<TableColumn>,
+    /// Whether COPY does what INSERT does: a view, a rule or a policy on rows would make a difference.
+    takes_copies: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -192,18 +208,21 @@ struct TableColumn {
     field: Field,
     /// Whether it holds numbers without a declared shape.
     unshaped: bool,
+    /// Whether its values are compared with those of rows that others are writing.
+    is_unique: bool,
 }
 
 impl Table {
     async fn of(this: &PostgresConnection, session: &Session, output: &str) -> Result<Option<Self>> {
         let failed = |error: tokio_postgres::Error| this.error("look into the catalog of", &error);
         let name = table_name(output)?;
-        let sql = "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attgenerated <> '' FROM pg_attribute AS a
+        let sql = "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attgenerated <> '',
+                c.relkind IN ('r', 'p') AND NOT c.relhasrules AND NOT row_security_active(c.oid),
+                EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion) AND a.attnum = ANY (i.indkey))
+            FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
             WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
         let rows = session.query(sql, &[&name]).await.map_err(failed)?;
-        if rows.is_empty() {
-            return Ok(None);
-        }
+        let Some(takes_copies) = rows.first().map(|row| row.get(3)) else { return Ok(None) };
         // Columns that the server computes are nobody's to write.
         let rows: Vec<_> = rows.into_iter().filter(|row| !row.get::<_, bool>(2)).collect();
         let list = quoted_list(rows.iter().map(|row| row.get::<_, &str>(0)))?;
@@ -219,11 +238,12 @@ impl Table {
                     field: field(&name, &read, type_name.as_ref()),
                     unshaped: read == Wire::NumericText,
                     type_name: row.get(1),
+                    is_unique: row.get(4),
                     name,
                 }
             })
             .collect();
-        Ok(Some(Self { columns }))
+        Ok(Some(Self { columns, takes_copies }))
     }
 
     fn column(&self, name: &str) -> Option<&TableColumn> {
@@ -253,8 +273,10 @@ impl Table {
 #[derive(Debug, Clone)]
 struct Stage {
     output: OutputSpec,
-    /// The temporary table.
+    /// The table that holds the rows: a temporary one, or what the output will be.
     table: String,
+    /// Whether the rows are in the output already.
+    is_straight: bool,
     /// The columns of the model.
     model: SchemaRef,
     /// The output as it was.
@@ -266,6 +288,26 @@ struct Stage {
 }
 
 impl Stage {
+    /// How rows are written straight into the output, if nothing but their coming there is to be done.
+    fn straight(&self) -> Option<Vec<As>> {
+        let output = &self.output;
+        let is_added = match &self.current {
+            None => !output.marked,
+            Some(current) => {
+                let widened = self.schema.fields().iter().any(|field| self.kept_as(field.name()).is_none());
+                // Nobody is to wait for the end of an extract, to know whether a key of ours is there.
+                let mut written = self.model.fields().iter().filter_map(|field| current.column(field.name()));
+                let waits = written.any(|column| column.is_unique);
+                output.mode == Mode::Append && !output.rebuild && current.takes_copies && !widened && !waits
+            }
+        };
+        let written = |field: &Arc<Field>| match self.kept_as(field.name()) {
+            Some(kept) => As::of(field, kept),
+            None => As::of(field, spelled(&declaration(field).ok()?)),
+        };
+        if is_added { self.model.fields().iter().map(written).collect() } else { None }
+    }
+
     /// What a column is in the output, as the catalog spells it; `None` if it is still to be made.
     fn kept_as(&self, column: &str) -> Option<&str> {
         let current = self.current.as_ref()?.column(column)?;
@@ -277,7 +319,7 @@ impl Stage {
     }
 
     fn seen(&self, column: &TableColumn) -> Field {
-        let table = Table { columns: vec![column.clone()] };
+        let table = Table { columns: vec![column.clone()], takes_copies: false };
         table.schema(Some(&self.model)).field(0).clone()
     }
 
@@ -364,12 +406,25 @@ struct PostgresLoad {
     attempt: Attempt,
     session: Session,
     stages: Vec<Stage>,
+    /// Whether the transaction that publishes has begun: with rows that were copied straight into an output.
+    publishing: bool,
     quarantined: bool,
 }
 
 impl PostgresLoad {
+    /// How rows are written straight into an output, if they can be.
+    async fn straight(&self, stage: &Stage) -> Result<Option<Vec<As>>> {
+        // A schema is made where it is published: two runs would wait for each other.
+        if let (None, Some((schema, _))) = (&stage.current, stage.output.name.split_once('.'))
+            && !has_schema(&self.connection, &self.session, schema).await?
+        {
+            return Ok(None);
+        }
+        Ok(stage.straight())
+    }
+
     /// Writes rows into a temporary table.
-    async fn fill(&self, output: &str, table: &str, mut rows: SendableRecordBatchStream) -> Result<u64> {
+    async fn fill(&self, output: &str, table: &str, rows: SendableRecordBatchStream) -> Result<u64> {
         let failed = |error: tokio_postgres::Error| self.connection.error("stage in", &error);
         let schema = rows.schema();
         let columns = schema
@@ -379,7 +434,60 @@ impl PostgresLoad {
             .collect::<Result<Vec<_>>>()?;
         let create = format!("CREATE TEMP TABLE {table} ({})", columns.join(", "));
         self.session.batch_execute(&create).await.map_err(failed)?;
-        let copy = format!("COPY {table} FROM STDIN (FORMAT binary)");
+        let written = vec![As::Staged; columns.len()];
+        let count = self.copy(output, table, &written, rows).await?;
+        self.session.batch_execute(&format!("ANALYZE {table}")).await.map_err(failed)?;
+        Ok(count)
+    }
+
+    /// Copies rows straight into an output, inside the transaction that publishes: this begins it.
+    async fn fill_output(
+        &mut self,
+        stage: &Stage,
+        written: &[As],
+        rows: SendableRecordBatchStream,
+    ) -> Result<Staged> {
+        let (this, session, output) = (&self.connection, &self.session, &stage.output);
+        let failed = |error: tokio_postgres::Error| this.error("stage in", &error);
+        let execute = async |sql: &str| session.batch_execute(sql).await.map_err(failed);
+        if !self.publishing {
+            execute("BEGIN ISOLATION LEVEL READ COMMITTED").await?;
+            self.publishing = true;
+        }
+        let (into, rows_before) = match &stage.current {
+            None => {
+                create(this, session, stage, &stage.table).await?;
+                (stage.table.clone(), 0)
+            }
+            Some(current) => {
+                let name = table_name(&output.name)?;
+                execute(&format!("LOCK TABLE {name} IN ROW EXCLUSIVE MODE")).await?;
+                if Table::of(this, session, &output.name).await?.as_ref() != Some(current) {
+                    return Err(reshaped(output));
+                }
+                let before = count(this, session, &format!("SELECT count(*) FROM {name}")).await?;
+                (name, before)
+            }
+        };
+        let columns = quoted_list(stage.model.fields().iter().map(|field| field.name().as_str()))?;
+        let inserted = self.copy(&output.name, &format!("{into} ({columns})"), written, rows).await?;
+        if stage.current.is_none() && output.mode == Mode::Merge {
+            refuse_staged_keys(this, session, output, &into).await?;
+        }
+        let rows_after = rows_before + inserted;
+        Ok(Staged { rows: inserted, inserted, rows_before, rows_after, ..Staged::default() })
+    }
+
+    /// Sends rows by COPY, each column as `written` says.
+    async fn copy(
+        &self,
+        output: &str,
+        into: &str,
+        written: &[As],
+        mut rows: SendableRecordBatchStream,
+    ) -> Result<u64> {
+        let failed = |error: tokio_postgres::Error| self.connection.error("stage in", &error);
+        let copy = format!("COPY {into} FROM STDIN (FORMAT binary)");
         let sink: CopyInSink<Bytes> = self.session.copy_in(copy.as_str()).await.map_err(failed)?;
         let mut sink = std::pin::pin!(sink);
         let mut frame = BytesMut::with_capacity(CHUNK * 2);
@@ -391,7 +499,7 @@ impl PostgresLoad {
             let step = (CHUNK * batch.num_rows() / batch.get_array_memory_size().max(1)).max(1);
             for start in (0..batch.num_rows()).step_by(step) {
                 let part = batch.slice(start, step.min(batch.num_rows() - start));
-                encoded(output, &part, count + 1, &mut frame)?;
+                encoded(output, &part, written, count + 1, &mut frame)?;
                 count += part.num_rows() as u64;
                 if frame.len() >= CHUNK {
                     sink.send(frame.split().freeze()).await.map_err(failed)?;
@@ -407,7 +515,6 @@ impl PostgresLoad {
                 "output `{output}`: {count} rows were sent, and the server has {copied}"
             )));
         }
-        self.session.batch_execute(&format!("ANALYZE {table}")).await.map_err(failed)?;
         Ok(count)
     }
 }
@@ -426,18 +533,36 @@ impl Load for PostgresLoad {
                 Arc::clone(&model)
             }
         };
-        let table = format!("fm_stage_{}", self.stages.len());
-        let count = self.fill(&output.name, &table, rows).await?;
-        let staged = Staged { rows: count, ..Staged::default() };
-        let mut stage = Stage { output: output.clone(), table, model, current, schema, staged };
-        // Others may write there meanwhile: what is counted is counted at one moment.
-        let moment = async |sql: &str| {
-            let done = self.session.batch_execute(sql).await;
-            done.map_err(|error| self.connection.error("compare with", &error))
+        let (table, staged) = (format!("fm_stage_{}", self.stages.len()), Staged::default());
+        let output = output.clone();
+        let mut stage = Stage { output, table, is_straight: false, model, current, schema, staged };
+        stage.staged = match self.straight(&stage).await? {
+            Some(written) => {
+                stage.is_straight = true;
+                if stage.current.is_none() {
+                    // Another run's first release may be under way: neither waits for the other before it publishes.
+                    let new = format!("fm_new_{}_{}", self.attempt.id.simple(), self.stages.len());
+                    stage.table = beside(&stage.output.name, &new)?;
+                }
+                self.fill_output(&stage, &written, rows).await?
+            }
+            None => {
+                stage.staged.rows = self.fill(&stage.output.name, &stage.table, rows).await?;
+                // Others may write there meanwhile: what is counted is counted at one moment.
+                let moment = async |sql: &str| {
+                    let done = self.session.batch_execute(sql).await;
+                    done.map_err(|error| self.connection.error("compare with", &error))
+                };
+                if !self.publishing {
+                    moment("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+                }
+                let staged = announce(&self.connection, &self.session, &stage).await?;
+                if !self.publishing {
+                    moment("END").await?;
+                }
+                staged
+            }
         };
-        moment("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
-        stage.staged = announce(&self.connection, &self.session, &stage).await?;
-        moment("END").await?;
         let staged = stage.staged.clone();
         self.stages.push(stage);
         Ok(staged)
@@ -457,7 +582,9 @@ impl Load for PostgresLoad {
             // waited for a lock in vain, publishes it once more.
             // What we refuse ourselves leaves the transaction as it was, and would be refused again.
             let broken = session.batch_execute("SELECT").await.is_err();
-            let stands = left > 0 && broken && error.kind() == ErrorKind::Temporary;
+            // What went straight into an output is gone with it.
+            let again = left > 0 && !self.publishing;
+            let stands = again && broken && error.kind() == ErrorKind::Temporary;
             if !(stands && session.batch_execute("ROLLBACK").await.is_ok()) {
                 return CommitOutcome::Rejected(error);
             }
@@ -506,10 +633,8 @@ impl PostgresLoad {
         let (this, session, job) = (&self.connection, &self.session, &self.job);
         let failed = |error: tokio_postgres::Error| this.error("publish into", &error);
         let mut record = record.clone();
-        session
-            .batch_execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}", this.settings()?))
-            .await
-            .map_err(failed)?;
+        let begin = if self.publishing { "" } else { "BEGIN ISOLATION LEVEL READ COMMITTED;" };
+        session.batch_execute(&format!("{begin} {}", this.settings()?)).await.map_err(failed)?;
         let lock = format!("SELECT pg_advisory_xact_lock({LOCK_KEY})");
         session.query_one(&lock, &[&lock_name(job)]).await.map_err(failed)?;
         let there = "SELECT num_nulls(to_regclass('floodmark_state'), to_regclass('floodmark_log'), to_regclass('floodmark_quarantine')) = 0";
@@ -566,18 +691,7 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
     let output = &stage.output;
     let counted = async |sql: String| count(this, session, &sql).await;
     if output.mode == Mode::Merge {
-        let key = quoted_list(output.key.iter().map(String::as_str))?;
-        let nulls = output
-            .key
-            .iter()
-            .map(|column| Ok(format!("{} IS NULL", quoted(column)?)))
-            .collect::<Result<Vec<_>>>()?;
-        let null_keys = counted(format!("SELECT count(*) FROM {table} WHERE {}", nulls.join(" OR "))).await?;
-        let twice = counted(format!(
-            "SELECT count(*) FROM (SELECT 1 FROM {table} GROUP BY {key} HAVING count(*) > 1) AS k"
-        ))
-        .await?;
-        refuse_keys(output, null_keys, twice)?;
+        refuse_staged_keys(this, session, output, table).await?;
     }
     fits(this, session, stage).await?;
     let stays = output.and_stays();
@@ -620,6 +734,21 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
     Ok(staged)
 }
 
+/// Refuses keys that are null or come twice in a table.
+async fn refuse_staged_keys(
+    this: &PostgresConnection,
+    session: &Session,
+    output: &OutputSpec,
+    table: &str,
+) -> Result<()> {
+    let key = quoted_list(output.key.iter().map(String::as_str))?;
+    let nulls = output.key.iter().map(|column| Ok(format!("{} IS NULL", quoted(column)?)));
+    let nulls = nulls.collect::<Result<Vec<_>>>()?.join(" OR ");
+    let null_keys = count(this, session, &format!("SELECT count(*) FROM {table} WHERE {nulls}")).await?;
+    let sql = format!("SELECT count(*) FROM (SELECT 1 FROM {table} GROUP BY {key} HAVING count(*) > 1) AS k");
+    refuse_keys(output, null_keys, count(this, session, &sql).await?)
+}
+
 /// Refuses values that the output's own type would cut or round: a cast does that without a word.
 async fn fits(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<()> {
     for field in stage.model.fields() {
@@ -651,6 +780,53 @@ async fn fits(this: &PostgresConnection, session: &Session, stage: &Stage) -> Re
     Ok(())
 }
 
+/// Makes a table with the columns that an output will have, and the output's schema. Its key is still to be declared.
+async fn create(this: &PostgresConnection, session: &Session, stage: &Stage, name: &str) -> Result<()> {
+    let output = &stage.output;
+    let failed =
+        |error: tokio_postgres::Error| this.error(&format!("write output `{}` to", output.name), &error);
+    if let Some((schema, _)) = output.name.split_once('.')
+        && !has_schema(this, session, schema).await?
+    {
+        let create = format!("CREATE SCHEMA IF NOT EXISTS {}", quoted(schema)?);
+        session.batch_execute(&create).await.map_err(failed)?;
+    }
+    let columns = stage.schema.fields().iter();
+    let columns = columns.map(|field| Ok(format!("{} {}", quoted(field.name())?, declaration(field)?)));
+    let columns = columns.collect::<Result<Vec<_>>>()?.join(", ");
+    session.batch_execute(&format!("CREATE TABLE {name} ({columns})")).await.map_err(failed)
+}
+
+async fn has_schema(this: &PostgresConnection, session: &Session, schema: &str) -> Result<bool> {
+    let sql = "SELECT to_regnamespace(quote_ident($1)) IS NOT NULL";
+    let row = session.query_one(sql, &[&schema]).await;
+    row.map(|row| row.get(0)).map_err(|error| this.error("look into the catalog of", &error))
+}
+
+/// Gives the table that an output will be its name and its key.
+async fn settle_in(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<()> {
+    let output = &stage.output;
+    if Table::of(this, session, &output.name).await?.is_some() {
+        return Err(reshaped(output));
+    }
+    let table = output.name.split_once('.').map_or(output.name.as_str(), |(_, table)| table);
+    let rename = format!("ALTER TABLE {} RENAME TO {}", stage.table, quoted(table)?);
+    let doing = format!("write output `{}` to", output.name);
+    session.batch_execute(&rename).await.map_err(|error| this.error(&doing, &error))?;
+    declare_key(this, session, output).await
+}
+
+/// Declares the key of a table that is new, over the rows that are there: sorted once, instead of one by one.
+async fn declare_key(this: &PostgresConnection, session: &Session, output: &OutputSpec) -> Result<()> {
+    if output.key.is_empty() {
+        return Ok(());
+    }
+    let key = quoted_list(output.key.iter().map(String::as_str))?;
+    let declare = format!("ALTER TABLE {} ADD PRIMARY KEY ({key})", table_name(&output.name)?);
+    let doing = format!("declare the key of output `{}` in", output.name);
+    session.batch_execute(&declare).await.map_err(|error| this.error(&doing, &error))
+}
+
 /// Applies one stage, and checks that it changes what was announced.
 async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<()> {
     let output = &stage.output;
@@ -658,6 +834,9 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
         |error: tokio_postgres::Error| this.error(&format!("write output `{}` to", output.name), &error);
     let execute = async |sql: String| session.batch_execute(&sql).await.map_err(failed);
     let name = table_name(&output.name)?;
+    if stage.is_straight {
+        return if stage.current.is_none() { settle_in(this, session, stage).await } else { Ok(()) };
+    }
     let there = Table::of(this, session, &output.name).await?;
     if there.is_some() {
         // Readers go on; other writers wait, so that what was counted is what is changed.
@@ -669,25 +848,7 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
     }
     match locked {
         None => {
-            if let Some((schema, _)) = output.name.split_once('.') {
-                let there = session
-                    .query_one("SELECT to_regnamespace(quote_ident($1)) IS NOT NULL", &[&schema])
-                    .await
-                    .map_err(failed)?;
-                if !there.get::<_, bool>(0) {
-                    execute(format!("CREATE SCHEMA IF NOT EXISTS {}", quoted(schema)?)).await?;
-                }
-            }
-            let mut parts = stage
-                .schema
-                .fields()
-                .iter()
-                .map(|field| Ok(format!("{} {}", quoted(field.name())?, declaration(field)?)))
-                .collect::<Result<Vec<_>>>()?;
-            if !output.key.is_empty() {
-                parts.push(format!("PRIMARY KEY ({})", quoted_list(output.key.iter().map(String::as_str))?));
-            }
-            execute(format!("CREATE TABLE {name} ({})", parts.join(", "))).await?;
+            create(this, session, stage, &name).await?;
         }
         Some(current) => {
             for field in stage.schema.fields() {
@@ -747,5 +908,9 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
                 .await?
         }
     };
-    as_announced(output, &stage.staged, (inserted, updated, deleted))
+    as_announced(output, &stage.staged, (inserted, updated, deleted))?;
+    if stage.current.is_none() {
+        declare_key(this, session, output).await?;
+    }
+    Ok(())
 }
