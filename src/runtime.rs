@@ -136,14 +136,26 @@ pub fn stream<Reading: Future<Output = Result<()>> + Send + 'static>(
     schema: SchemaRef,
     read: impl FnOnce(AsyncSender) -> Reading,
 ) -> SendableRecordBatchStream {
+    streams(schema, |out| [read(out)])
+}
+
+/// The same of several readers, each a task of its own, whose batches come as they are ready.
+pub fn streams<
+    Reading: Future<Output = Result<()>> + Send + 'static,
+    Readers: IntoIterator<Item = Reading>,
+>(
+    schema: SchemaRef,
+    readers: impl FnOnce(AsyncSender) -> Readers,
+) -> SendableRecordBatchStream {
     let mut builder = RecordBatchReceiverStreamBuilder::new(schema, CHANNEL_BATCHES);
-    let reading = read(AsyncSender { sender: builder.tx() });
-    builder.spawn(async move { reading.await.map_err(Into::into) });
+    for reading in readers(AsyncSender { sender: builder.tx() }) {
+        builder.spawn(async move { reading.await.map_err(Into::into) });
+    }
     builder.build()
 }
 
 /// The other end of [`stream`].
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct AsyncSender {
     sender: tokio::sync::mpsc::Sender<datafusion::error::Result<RecordBatch>>,
 }

@@ -1,10 +1,17 @@
 //! Reading PostgreSQL.
 //!
-//! All streams of a run read one snapshot, which a leading session exports and holds; each scan has a session of its own
-//! and is one binary COPY of a SELECT. The server applies the projection, and as much of the window and of what
+//! All streams of a run read one snapshot, which a leading session exports and holds; each scan has sessions of its own
+//! and is a binary COPY of a SELECT. The server applies the projection, and as much of the window and of what
 //! models ask for as surely means the same there; the rest of the window is applied here, to typed values.
+//!
+//! A large table that is read from its first row is read by several sessions at once, each taking the next range of its pages from
+//! one queue; their rows come in no order. So the table's file is read once, however many there are. What an index may serve
+//! (a window behind a mark, what a model filters) is left to the server's planner, in one session.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use arrow::{
     array::{ArrayRef, RecordBatch, RecordBatchOptions, StringBuilder},
@@ -15,10 +22,12 @@ use chrono::{DateTime, NaiveDate};
 use chrono_tz::Tz;
 use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
+use tokio::sync::watch;
 use tokio_postgres::{
     error::SqlState,
     types::{Kind, Type},
 };
+use tracing::info;
 
 use super::{
     PostgresConnection, Session,
@@ -103,9 +112,17 @@ impl Source for Arc<PostgresConnection> {
     fn scan(&self, snapshot: &Snapshot, scan: &Scan, tap: Arc<Tap>) -> Result<SendableRecordBatchStream> {
         let lead: Arc<Lead> = held(snapshot)?;
         let (this, scan) = (Self::clone(self), scan.clone());
-        Ok(runtime::stream(Arc::clone(&scan.schema), |out| async move {
-            let read = Box::pin(read(&this, &lead, &scan, &tap, &out));
-            read.await
+        let readers = if reads_all(&scan) { self.readers() } else { 1 };
+        let told = watch::Sender::new(None);
+        let hear = told.subscribe();
+        let mut first = Some(told);
+        Ok(runtime::streams(Arc::clone(&scan.schema), |out| {
+            (0..readers).map(move |_| {
+                let (this, lead, scan, tap) =
+                    (Self::clone(&this), Arc::clone(&lead), scan.clone(), Arc::clone(&tap));
+                let (told, hear, out) = (first.take(), hear.clone(), out.clone());
+                async move { Box::pin(read(&this, &lead, &scan, &tap, told, hear, &out)).await }
+            })
         }))
     }
 }
@@ -116,6 +133,8 @@ pub(super) struct Shape {
     from: String,
     /// Whether each row has a place in a table's file.
     is_table: bool,
+    /// How many pages the file has, where they can be read range by range.
+    pages: u64,
 }
 
 /// One column of a stream.
@@ -159,16 +178,20 @@ impl Shape {
             money_scale = i8::try_from(row.get::<_, i32>(0)).unwrap_or(2);
         }
         let mut never_null = Vec::new();
-        let mut is_table = false;
+        let (mut is_table, mut pages) = (false, 0);
         if let (Read::Table(_), Some(table)) =
             (&stream.read, statement.columns().iter().find_map(tokio_postgres::Column::table_oid))
         {
             let sql = "SELECT c.relkind IN ('r', 'm') AND c.relpersistence <> 't' AND c.oid = to_regclass($2),
-                   CASE WHEN c.relkind IN ('r', 'p') THEN array(SELECT attnum FROM pg_attribute WHERE attrelid = c.oid AND attnotnull) ELSE '{}' END
+                   CASE WHEN c.relkind IN ('r', 'p') THEN array(SELECT attnum FROM pg_attribute WHERE attrelid = c.oid AND attnotnull) ELSE '{}' END,
+                   CASE WHEN current_setting('server_version_num')::int >= 140000 AND (SELECT amname FROM pg_am AS m WHERE m.oid = c.relam) = 'heap'
+                     THEN pg_relation_size(c.oid) / current_setting('block_size')::int8 END
                 FROM pg_class AS c WHERE c.oid = $1";
             if let Some(row) = session.query_opt(sql, &[&table, &from]).await.map_err(failed)? {
                 is_table = row.get::<_, Option<bool>>(0).unwrap_or_default();
                 never_null = row.get::<_, Vec<i16>>(1);
+                // Before version 14 each range would read the whole file.
+                pages = u64::try_from(row.get::<_, Option<i64>>(2).unwrap_or_default()).unwrap_or_default();
             }
         }
         let zone = stream.timezone.as_deref().map(zone).transpose()?;
@@ -180,7 +203,7 @@ impl Shape {
                 ColumnShape::of(stream, column, money_scale, zone, may_be_null)
             })
             .collect();
-        Ok(Self { columns, from, is_table })
+        Ok(Self { columns, from, is_table, pages: if is_table { pages } else { 0 } })
     }
 
     /// What stands behind FROM.
@@ -448,14 +471,60 @@ struct Reader<'a> {
 /// The first bytes of a binary COPY.
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
 
-async fn read(
-    this: &Arc<PostgresConnection>,
-    lead: &Lead,
-    scan: &Scan,
-    tap: &Tap,
-    out: &AsyncSender,
-) -> Result<()> {
-    let stream = &scan.stream;
+/// Pages of a table below which one session reads it.
+const FEW_PAGES: u64 = 4096;
+
+/// Pages of a range: so few that no reader is left with the last one for long, and so many that asking for them costs nothing.
+const RANGE_PAGES: std::ops::RangeInclusive<u64> = 256..=16_384;
+
+/// Whether a scan is for all of a table, or nearly.
+fn reads_all(scan: &Scan) -> bool {
+    let from_the_start = match &scan.window {
+        Window::Whole => true,
+        Window::Cursor { from, .. } => from.is_none(),
+        Window::Files { .. } => false,
+    };
+    from_the_start && scan.conditions.is_empty() && scan.limit.is_none()
+}
+
+/// What the readers of one scan share.
+struct Shared {
+    shape: Shape,
+    /// The rows of the scan, in parts: each a condition on their place, or none.
+    parts: Vec<String>,
+    /// The part that nobody has taken yet.
+    next: AtomicUsize,
+    /// How many parts were read to their end.
+    done: AtomicUsize,
+}
+
+impl Shared {
+    fn new(shape: Shape, readers: usize) -> Self {
+        let mut parts = vec![String::new()];
+        if readers > 1 && shape.pages >= FEW_PAGES {
+            let each = shape.pages / (8 * readers as u64);
+            let each = each.clamp(*RANGE_PAGES.start(), *RANGE_PAGES.end());
+            let starts: Vec<u64> =
+                (0..shape.pages).step_by(usize::try_from(each).unwrap_or(usize::MAX)).collect();
+            // The last one has no end, and the first no beginning: a table's parts are all of it, whatever its size was.
+            parts = (0..starts.len())
+                .map(|at| {
+                    let from = starts.get(at).filter(|_| at > 0).map(|page| format!("ctid >= '({page},0)'"));
+                    let to = starts.get(at + 1).map(|page| format!("ctid < '({page},0)'"));
+                    from.into_iter().chain(to).collect::<Vec<_>>().join(" AND ")
+                })
+                .collect();
+        }
+        Self { shape, parts, next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
+    }
+
+    fn take(&self) -> Option<&String> {
+        self.parts.get(self.next.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// A session that sees the run's snapshot.
+async fn follow(this: &Arc<PostgresConnection>, lead: &Lead, stream: &StreamSpec) -> Result<Session> {
     let failed =
         |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
     let session = this.connect().await?;
@@ -479,9 +548,68 @@ async fn read(
         ))
         .hint("Name one server as `host`, not a balancer. Run again: nothing of this run was published."));
     }
-    let shape = Shape::of(this, &session, stream).await?;
-    let (window, exact) = condition(&shape, stream, &scan.window)?;
-    let mut reader = Reader::new(scan, &shape, tap, exact)?;
+    Ok(session)
+}
+
+/// One reader of a scan. The first one looks what there is and tells the others, who help where there is work for them.
+async fn read(
+    this: &Arc<PostgresConnection>,
+    lead: &Lead,
+    scan: &Scan,
+    tap: &Tap,
+    told: Option<watch::Sender<Option<Arc<Shared>>>>,
+    mut hear: watch::Receiver<Option<Arc<Shared>>>,
+    out: &AsyncSender,
+) -> Result<()> {
+    let stream = &scan.stream;
+    let (session, shared) = if let Some(told) = told {
+        let session = follow(this, lead, stream).await?;
+        let shape = Shape::of(this, &session, stream).await?;
+        let readers = if reads_all(scan) { this.readers() } else { 1 };
+        let shared = Arc::new(Shared::new(shape, readers));
+        told.send_replace(Some(Arc::clone(&shared)));
+        (session, shared)
+    } else {
+        // Without the first one there is nothing to be told: it says itself what went wrong.
+        let Ok(shared) = hear.wait_for(Option::is_some).await.map(|shared| shared.clone()) else {
+            return Ok(());
+        };
+        let Some(shared) = shared.filter(|shared| shared.parts.len() > 1) else { return Ok(()) };
+        match follow(this, lead, stream).await {
+            Ok(session) => (session, shared),
+            Err(error) => {
+                // The others do its work.
+                info!(source = stream.name, "one reader less: {error}");
+                return Ok(());
+            }
+        }
+    };
+    while let Some(part) = shared.take() {
+        if !read_part(this, &session, &shared.shape, part, scan, tap, out).await? {
+            return Ok(());
+        }
+        if shared.done.fetch_add(1, Ordering::Relaxed) + 1 == shared.parts.len() {
+            tap.finish();
+        }
+    }
+    Ok(())
+}
+
+/// Sends the rows of one part. False once nobody reads any more.
+async fn read_part(
+    this: &Arc<PostgresConnection>,
+    session: &Session,
+    shape: &Shape,
+    part: &str,
+    scan: &Scan,
+    tap: &Tap,
+    out: &AsyncSender,
+) -> Result<bool> {
+    let stream = &scan.stream;
+    let failed =
+        |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
+    let (window, exact) = condition(shape, stream, &scan.window)?;
+    let mut reader = Reader::new(scan, shape, tap, exact)?;
     let mut selected = reader.given.iter().map(|column| column.sql()).collect::<Result<Vec<_>>>()?;
     for (_, column) in &reader.cursor {
         selected.push(column.sql()?);
@@ -490,8 +618,9 @@ async fn read(
         selected.push("ctid".to_owned());
     }
     let mut wanted: Vec<String> = (!window.is_empty()).then_some(window).into_iter().collect();
+    wanted.extend((!part.is_empty()).then(|| part.to_owned()));
     for condition in &scan.conditions {
-        wanted.extend(filter::sql(condition, &shape, &stream.unfit_as_null)?);
+        wanted.extend(filter::sql(condition, shape, &stream.unfit_as_null)?);
     }
     let filter = if wanted.is_empty() { String::new() } else { format!(" WHERE {}", wanted.join(" AND ")) };
     let limit = scan.limit.map(|rows| format!(" LIMIT {rows}")).unwrap_or_default();
@@ -544,7 +673,7 @@ async fn read(
                         && let Some(batch) = reader.flush()?
                         && !out.send(batch).await
                     {
-                        return Ok(());
+                        return Ok(false);
                     }
                 }
             }
@@ -559,10 +688,9 @@ async fn read(
     if let Some(batch) = reader.flush()?
         && !out.send(batch).await
     {
-        return Ok(());
+        return Ok(false);
     }
-    tap.finish();
-    Ok(())
+    Ok(true)
 }
 
 enum Step {
@@ -784,5 +912,26 @@ impl<'a> Reader<'a> {
         let batch = RecordBatch::try_new_with_options(Arc::clone(&self.scan.schema), arrays, &options)?;
         self.tap.rows(&batch)?;
         Ok(Some(batch))
+    }
+}
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_a_table_are_all_of_it() {
+        let parts = |pages, readers| {
+            let shape = Shape { columns: Vec::new(), from: String::new(), is_table: true, pages };
+            Shared::new(shape, readers).parts
+        };
+        assert_eq!(parts(4096, 1), [""]);
+        assert_eq!(parts(4095, 2), [""]);
+        let some = parts(4200, 2);
+        assert_eq!(some.len(), 17, "{some:?}");
+        assert_eq!(some[0], "ctid < '(262,0)'");
+        assert_eq!(some[1], "ctid >= '(262,0)' AND ctid < '(524,0)'");
+        assert_eq!(some[16], "ctid >= '(4192,0)'");
+        assert_eq!(parts(1 << 20, 2).len(), 64);
     }
 }

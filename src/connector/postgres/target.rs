@@ -334,7 +334,10 @@ impl Stage {
         };
         // Numbers convert by assignment, which refuses what does not fit.
         let number = field.data_type().is_integer() || field.data_type().is_decimal();
-        Ok(if staged_as == wanted || number || spelled(&wanted) == staged_as {
+        Ok(if wanted == "xid8" {
+            // Which no number becomes by itself.
+            format!("s.{name}::text::xid8")
+        } else if staged_as == wanted || number || spelled(&wanted) == staged_as {
             format!("s.{name}")
         } else {
             format!("s.{name}::{wanted}")
@@ -759,8 +762,13 @@ async fn fits(this: &PostgresConnection, session: &Session, stage: &Stage) -> Re
             continue;
         }
         let name = quoted(field.name())?;
+        let (before, after) = if let Some((of, shape)) = kept.split_once('(').filter(|_| kept.ends_with("[]"))
+        {
+            // Two arrays, of which one has no shape: their text may be spelled in two ways.
+            let bare = format!("{of}{}", shape.split_once(')').map_or("[]", |(_, behind)| behind));
+            (format!("{name}::{bare}"), format!("{name}::{kept}::{bare}"))
         // Blanks behind a `character` are not part of its value.
-        let (before, after) = if kept.starts_with("character(") {
+        } else if kept.starts_with("character(") {
             (format!("rtrim({name}, ' ')"), format!("rtrim({name}::{kept}::{staged_as}, ' ')"))
         } else {
             (name.clone(), format!("{name}::{kept}::{staged_as}"))

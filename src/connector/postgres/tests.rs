@@ -250,25 +250,77 @@ async fn every_type_goes_out_and_comes_back_as_it_was() {
             Err(_) if *written == "interval" => batches,
             Err(error) => panic!("{written}: {error}"),
         };
-        let copy = format!("c{index}");
-        if let Err(error) = contract::publish(&*connection, &copy, Mode::Append, &found, batches).await {
-            wrong.push(format!("{written}: {error}"));
-            continue;
-        }
-        let differing = format!(
-            "SELECT count(*) FROM (SELECT n, v::text FROM {name} EXCEPT ALL SELECT n, v::text FROM {copy}) AS d"
-        );
-        let (differing, type_of): (i64, String) = schema.with(|client| {
-            let kind = format!(
-                "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = '{copy}'::regclass AND attname = 'v'"
+        // Into a table that is new, and into one that has the source's own types.
+        let (new, known) = (format!("c{index}"), format!("d{index}"));
+        schema.execute(&format!("CREATE TABLE {known} (LIKE {name})"));
+        for copy in [new, known] {
+            if let Err(error) =
+                contract::publish(&*connection, &copy, Mode::Append, &found, batches.clone()).await
+            {
+                wrong.push(format!("{written}, {copy}: {error}"));
+                continue;
+            }
+            let differing = format!(
+                "SELECT count(*) FROM (SELECT n, v::text FROM {name} EXCEPT ALL SELECT n, v::text FROM {copy}) AS d"
             );
-            (client.query_one(&differing, &[]).unwrap().get(0), client.query_one(&kind, &[]).unwrap().get(0))
-        });
-        if differing != 0 {
-            wrong.push(format!("{written}: the copy, a {type_of}, holds other values"));
+            let (differing, type_of): (i64, String) = schema.with(|client| {
+                let kind = format!(
+                    "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = '{copy}'::regclass AND attname = 'v'"
+                );
+                (
+                    client.query_one(&differing, &[]).unwrap().get(0),
+                    client.query_one(&kind, &[]).unwrap().get(0),
+                )
+            });
+            if differing != 0 {
+                wrong.push(format!("{written}: {copy}, a {type_of}, holds other values"));
+            }
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_sessions_read_one_table_as_it_was_when_the_snapshot_was_opened() {
+    let schema = Schema::new();
+    // One row to a page, and more pages than one session reads by itself; some are empty.
+    schema.execute(
+        "CREATE TABLE wide (id bigint NOT NULL, note text); ALTER TABLE wide ALTER COLUMN note SET STORAGE PLAIN;
+         INSERT INTO wide SELECT n, rpad(n::text, 7000, 'x') FROM generate_series(1, 4600) AS n; DELETE FROM wide WHERE id % 7 = 0;",
+    );
+    let connection = open_with(&schema.name, &serde_json::json!({ "sslmode": "disable", "readers": 3 }));
+    let source = connection.source().unwrap();
+    for cursor in [None, Some("id")] {
+        let columns = cursor.map(|cursor| CursorSpec {
+            columns: vec![cursor.to_owned()],
+            overlap: None,
+            on_null: OnNull::Error,
+        });
+        let stream = StreamSpec { cursor: columns, ..table("wide") };
+        let streams = [stream.clone()];
+        let now = chrono::DateTime::from_timestamp(1_800_000_000, 0).unwrap();
+        let time = crate::connector::RunTime { now, as_of: now };
+        let columns = source.describe(&stream).await.unwrap();
+        let bounds = source.bounds(&streams, &crate::connector::Marks::new(), time).await.unwrap();
+        let snapshot = source.snapshot(&streams, &bounds).await.unwrap();
+        schema.execute("BEGIN; UPDATE wide SET note = 'changed'; INSERT INTO wide SELECT n + 10000, 'new' FROM generate_series(1, 500) AS n; COMMIT");
+        let scan = Scan::new(stream.clone(), columns, bounds.windows["wide"].clone());
+        let tap = Arc::new(Tap::default());
+        let rows = source.scan(&snapshot, &scan, Arc::clone(&tap)).unwrap();
+        let batches: Vec<RecordBatch> = futures::TryStreamExt::try_collect(rows).await.unwrap();
+        let mut found: Vec<(i64, usize)> = Vec::new();
+        for batch in &batches {
+            let (ids, notes) =
+                (batch.column(0).as_primitive::<arrow::datatypes::Int64Type>(), batch.column(1));
+            let notes = notes.as_string::<i32>();
+            found.extend((0..batch.num_rows()).map(|row| (ids.value(row), notes.value(row).len())));
+        }
+        found.sort_unstable();
+        let expected: Vec<(i64, usize)> = (1..=4600).filter(|id| id % 7 != 0).map(|id| (id, 7000)).collect();
+        assert_eq!(found, expected, "{cursor:?}");
+        assert_eq!((tap.extracted(), tap.is_complete()), (expected.len() as u64, true));
+        schema.execute("DELETE FROM wide WHERE id > 10000; UPDATE wide SET note = rpad(id::text, 7000, 'x')");
+    }
 }
 
 /// A type's spelling without quotes, blanks and metadata.
