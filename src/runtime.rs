@@ -15,6 +15,8 @@ use datafusion::{
     },
     physical_plan::{SendableRecordBatchStream, stream::RecordBatchReceiverStreamBuilder},
 };
+use futures::{FutureExt, future::BoxFuture};
+use tokio::sync::mpsc::{Receiver, Sender, channel, error::TryRecvError};
 
 use crate::{
     budget::Budget,
@@ -30,8 +32,9 @@ pub const BATCH_BYTES: usize = 8 << 20;
 /// Batches that wait between a blocking reader and its consumer.
 const CHANNEL_BATCHES: usize = 2;
 
-/// Batches of one reader that are there at a time: those that wait, the one that is being made, and the one that is being used.
-pub const BATCHES_UNDER_WAY: usize = CHANNEL_BATCHES + 2;
+/// Batches of one reader that are there at a time: those that wait for models and for an output, the one that is being made, and those that
+/// are being written.
+pub const BATCHES_UNDER_WAY: usize = 2 * CHANNEL_BATCHES + 2;
 
 /// Tells the time, so that a test can hold it still.
 pub trait Clock: Send + Sync + std::fmt::Debug {
@@ -93,7 +96,7 @@ impl Limits {
 /// The other end of [`blocking_stream`]: takes batches until nobody wants more.
 #[derive(Debug)]
 pub struct BatchSender {
-    sender: tokio::sync::mpsc::Sender<datafusion::error::Result<RecordBatch>>,
+    sender: Sender<datafusion::error::Result<RecordBatch>>,
 }
 
 impl BatchSender {
@@ -122,12 +125,129 @@ pub fn blocking_stream(
 ///
 /// What `work` says; a panic there is a bug of ours.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    begun(work).await
+}
+
+/// Begins blocking work on a thread where it may block; the future waits for it.
+fn begun<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> impl Future<Output = Result<T>> + Send {
     #[expect(clippy::disallowed_methods, reason = "this is the place that spawns")]
     let task = tokio::task::spawn_blocking(work);
-    match task.await {
-        Ok(result) => result,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => Err(Error::new(crate::error::ErrorKind::Interrupted, "interrupted")),
+    async {
+        match task.await {
+            Ok(result) => result,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => Err(Error::new(crate::error::ErrorKind::Interrupted, "interrupted")),
+        }
+    }
+}
+
+/// How many threads compute at once.
+pub fn cores() -> usize {
+    rayon::current_num_threads()
+}
+
+/// Begins work on the threads that compute.
+pub fn compute<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Computing<T> {
+    let (sender, done) = std::sync::mpsc::sync_channel(1);
+    rayon::spawn(move || {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        // Perhaps nobody wants it any more.
+        drop(sender.send(result));
+    });
+    Computing(done)
+}
+
+/// Work that was begun by [`compute`].
+#[derive(Debug)]
+pub struct Computing<T>(std::sync::mpsc::Receiver<std::thread::Result<T>>);
+
+impl<T> Computing<T> {
+    /// Waits for the result, on a thread where that may be done. A panic there is one here.
+    ///
+    /// # Errors
+    ///
+    /// If it was never begun, which is a bug.
+    pub fn wait(self) -> Result<T> {
+        match self.0.recv() {
+            Ok(Ok(result)) => Ok(result),
+            Ok(Err(panic)) => std::panic::resume_unwind(panic),
+            Err(_) => Err(Error::bug("work that was begun has not ended")),
+        }
+    }
+}
+
+/// A thread that takes batches while whoever made them makes more, and comes to something when it has all of them.
+#[expect(missing_debug_implementations, reason = "a future has none")]
+pub struct Consumer<T> {
+    sender: Sender<Option<RecordBatch>>,
+    done: BoxFuture<'static, Result<T>>,
+}
+
+impl<T: Send + 'static> Consumer<T> {
+    /// Begins `consume` on a thread of its own.
+    pub fn new(consume: impl FnOnce(&mut Batches) -> Result<T> + Send + 'static) -> Self {
+        let (sender, receiver) = channel(CHANNEL_BATCHES);
+        let done = begun(move || consume(&mut Batches { receiver, ended: false })).boxed();
+        Self { sender, done }
+    }
+
+    /// Hands over one batch, and waits while the thread is behind.
+    ///
+    /// # Errors
+    ///
+    /// Why the thread takes no more.
+    pub async fn take(&mut self, batch: RecordBatch) -> Result<()> {
+        if self.sender.send(Some(batch)).await.is_ok() {
+            return Ok(());
+        }
+        // It has ended before the end: it says why.
+        (&mut self.done).await.and_then(|_| Err(Error::bug("a thread ended before its work did")))
+    }
+
+    /// What all batches together came to.
+    ///
+    /// # Errors
+    ///
+    /// What the thread says.
+    pub async fn finish(self) -> Result<T> {
+        // If nobody listens any more, the thread says why.
+        drop(self.sender.send(None).await);
+        self.done.await
+    }
+}
+
+/// The batches that a [`Consumer`] is given.
+#[derive(Debug)]
+pub struct Batches {
+    receiver: Receiver<Option<RecordBatch>>,
+    ended: bool,
+}
+
+impl Batches {
+    /// Waits for the next batches: all that are there, and one at least. `None` when it has had all of them.
+    ///
+    /// # Errors
+    ///
+    /// If whoever made them has gone away: what was consumed is not all.
+    pub fn more(&mut self) -> Result<Option<Vec<RecordBatch>>> {
+        let mut batches = Vec::new();
+        while !self.ended {
+            let next = match batches.is_empty() {
+                true => self.receiver.blocking_recv(),
+                false => match self.receiver.try_recv() {
+                    Err(TryRecvError::Empty) => break,
+                    next => next.ok(),
+                },
+            };
+            match next {
+                Some(Some(batch)) => batches.push(batch),
+                Some(None) => self.ended = true,
+                None => return Err(Error::new(crate::error::ErrorKind::Interrupted, "interrupted")),
+            }
+        }
+        Ok((!batches.is_empty()).then_some(batches))
     }
 }
 
@@ -157,7 +277,7 @@ pub fn streams<
 /// The other end of [`stream`].
 #[derive(Debug, Clone)]
 pub struct AsyncSender {
-    sender: tokio::sync::mpsc::Sender<datafusion::error::Result<RecordBatch>>,
+    sender: Sender<datafusion::error::Result<RecordBatch>>,
 }
 
 impl AsyncSender {

@@ -404,6 +404,9 @@ pub fn decimal(
     precision: u8,
     scale: i8,
 ) -> Result<i128, Misfit> {
+    if let Some(value) = short_decimal(text.as_bytes(), mark, precision, scale) {
+        return Ok(value);
+    }
     let not_a_number = || Misfit("is not a number".to_owned());
     let bytes = text.trim().as_bytes();
     let (negative, bytes) = match bytes {
@@ -466,6 +469,39 @@ pub fn decimal(
     Ok(if negative { -value } else { value })
 }
 
+/// What most numbers are: at most 18 digits and one mark, of which no more stand behind it than the column keeps. `None` of
+/// everything else, which [`decimal`] reads.
+fn short_decimal(text: &[u8], mark: u8, precision: u8, scale: i8) -> Option<i128> {
+    let (negative, digits) = match text {
+        [b'-', rest @ ..] => (true, rest),
+        rest => (false, rest),
+    };
+    if digits.len() > 19 {
+        return None;
+    }
+    let (mut value, mut seen, mut behind) = (0_u64, 0_u32, None);
+    for (at, byte) in digits.iter().enumerate() {
+        let digit = byte.wrapping_sub(b'0');
+        if digit < 10 {
+            value = value * 10 + u64::from(digit);
+            seen += 1;
+        } else if *byte == mark && behind.is_none() {
+            behind = Some(digits.len() - at - 1);
+        } else {
+            return None;
+        }
+    }
+    let missing = usize::try_from(scale).ok()?.checked_sub(behind.unwrap_or(0))?;
+    if seen == 0 || seen > 18 {
+        return None;
+    }
+    let value = i128::from(value) * 10_i128.checked_pow(u32::try_from(missing).ok()?)?;
+    if value >= 10_i128.checked_pow(precision.into())? {
+        return None;
+    }
+    Some(if negative { -value } else { value })
+}
+
 fn float(text: &str, rules: &TextRules) -> Result<f64, Misfit> {
     let text = text.trim();
     let plain = if rules.decimal == b'.' && rules.thousands.is_none() {
@@ -491,6 +527,9 @@ fn boolean(text: &str) -> Result<bool, Misfit> {
 ///
 /// A [`Misfit`] for what is no day, or not in the format.
 pub fn date(text: &str, format: Option<&str>) -> Result<i32, Misfit> {
+    if let (None, Some(days)) = (format, short_date(text.as_bytes())) {
+        return Ok(days);
+    }
     let text = text.trim();
     let day = match format {
         Some(format) => NaiveDate::parse_from_str(text, format)
@@ -499,6 +538,32 @@ pub fn date(text: &str, format: Option<&str>) -> Result<i32, Misfit> {
     };
     i32::try_from(day.signed_duration_since(NaiveDate::default()).num_days())
         .map_err(|_| Misfit("is too far away for a date".to_owned()))
+}
+
+/// Days since 1970 of `2026-10-31`; `None` of everything else.
+fn short_date(text: &[u8]) -> Option<i32> {
+    let &[a, b, c, d, b'-', e, f, b'-', g, h] = text else { return None };
+    let number = |digits: &[u8]| {
+        let mut all = digits.iter().map(|byte| byte.wrapping_sub(b'0'));
+        all.try_fold(0, |sum, digit| (digit < 10).then(|| sum * 10 + i32::from(digit)))
+    };
+    let (year, month, day) = (number(&[a, b, c, d])?, number(&[e, f])?, number(&[g, h])?);
+    let is_leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let days_in = match month {
+        1 | 3 | 5 | 7 | 8 | 10 | 12 => 31,
+        4 | 6 | 9 | 11 => 30,
+        2 => 28 + i32::from(is_leap),
+        _ => return None,
+    };
+    if !(1..=days_in).contains(&day) {
+        return None;
+    }
+    // A year begins in March here, so that the day that some lack is its last.
+    let (years, months) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let era = years.div_euclid(400);
+    let of_era = years.rem_euclid(400);
+    let of_year = (153 * months + 2) / 5 + day - 1;
+    Some(era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468)
 }
 
 fn iso_date(text: &str) -> Option<NaiveDate> {
@@ -866,6 +931,28 @@ mod tests {
         fn what_a_decimal_writes_it_reads(value in -(10_i128.pow(38) - 1)..10_i128.pow(38), scale in 0_i8..=38) {
             let text = arrow::datatypes::Decimal128Type::format_decimal(value, 38, scale);
             prop_assert_eq!(decimal(&text, b'.', None, 38, scale), Ok(value));
+        }
+
+        #[test]
+        fn short_ways_come_to_the_same(text in "-?[0-9]{0,20}(\\.[0-9]{0,4})?", scale in 0_i8..6, precision in 1_u8..=38) {
+            if let Some(short) = short_decimal(text.as_bytes(), b'.', precision, scale) {
+                // Beyond what is short the number has a sign more, which changes nothing.
+                let long = text.strip_prefix('-').map_or_else(|| format!("+{text}"), |text| format!("-0000000000000000000000{text}"));
+                prop_assert_eq!(decimal(&long, b'.', None, precision, scale), Ok(short), "{}", text);
+            }
+        }
+
+        #[test]
+        fn every_day_is_the_calendars(days in -719_528..2_932_897_i32) {
+            let day = NaiveDate::default() + chrono::TimeDelta::days(days.into());
+            prop_assert_eq!(short_date(day.to_string().as_bytes()), Some(days));
+        }
+
+        #[test]
+        fn what_is_no_day_is_none(year in 0..10_000, month in 0..14_u32, day in 0..33_u32) {
+            let text = format!("{year:04}-{month:02}-{day:02}");
+            let known = NaiveDate::from_ymd_opt(year, month, day).is_some();
+            prop_assert_eq!(short_date(text.as_bytes()).is_some(), known, "{}", text);
         }
 
         #[test]

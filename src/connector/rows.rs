@@ -99,14 +99,14 @@ impl<'a> RowBuilder<'a> {
         Ok(())
     }
 
-    /// What there is, counted; `None` if there is nothing.
+    /// What there is, still to be counted.
     ///
     /// # Errors
     ///
-    /// If a total cannot be kept.
-    pub fn take(&mut self, tap: &Tap) -> Result<Option<RecordBatch>> {
+    /// If Arrow does not take the columns, which is a bug.
+    pub fn finish(&mut self) -> Result<Built> {
         let rows = std::mem::take(&mut self.rows);
-        self.nulled.drain(..).for_each(|column| tap.null(&column));
+        let nulled = std::mem::take(&mut self.nulled);
         self.bytes = 0;
         let mut arrays: Vec<ArrayRef> =
             self.columns.iter_mut().map(|(_, _, builder)| builder.finish().slice(0, rows)).collect();
@@ -114,12 +114,20 @@ impl<'a> RowBuilder<'a> {
             arrays.insert(*at, Arc::new(positions.finish()));
         }
         if rows == 0 {
-            return Ok(None);
+            return Ok(Built { batch: None, nulled });
         }
         let options = RecordBatchOptions::new().with_row_count(Some(rows));
         let batch = RecordBatch::try_new_with_options(Arc::clone(&self.scan.schema), arrays, &options)?;
-        tap.rows(&batch)?;
-        Ok(Some(batch))
+        Ok(Built { batch: Some(batch), nulled })
+    }
+
+    /// What there is, counted; `None` if there is nothing.
+    ///
+    /// # Errors
+    ///
+    /// If a total cannot be kept.
+    pub fn take(&mut self, tap: &Tap) -> Result<Option<RecordBatch>> {
+        self.finish()?.counted(tap)
     }
 
     /// Sends what there is. False once nobody reads any more.
@@ -129,5 +137,26 @@ impl<'a> RowBuilder<'a> {
     /// As [`Self::take`].
     pub fn send(&mut self, tap: &Tap, out: &BatchSender) -> Result<bool> {
         Ok(self.take(tap)?.is_none_or(|batch| out.send(batch)))
+    }
+}
+
+/// Rows that were built.
+#[derive(Debug)]
+pub struct Built {
+    batch: Option<RecordBatch>,
+    /// The columns of values that did not fit and are null.
+    nulled: Vec<String>,
+}
+
+impl Built {
+    /// The rows, counted; `None` if there are none.
+    ///
+    /// # Errors
+    ///
+    /// If a total cannot be kept.
+    pub fn counted(self, tap: &Tap) -> Result<Option<RecordBatch>> {
+        self.nulled.iter().for_each(|column| tap.null(column));
+        self.batch.iter().try_for_each(|batch| tap.rows(batch))?;
+        Ok(self.batch)
     }
 }

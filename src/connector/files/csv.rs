@@ -6,7 +6,10 @@
 //! row set aside; it never shifts a column or swallows a file. A row is set aside only if it is known where the next
 //! one begins: a stray quote that would join lines is always an error.
 
-use super::input::{OTHER_ENCODING, TextReader};
+use super::{
+    chunks::MAX_ROW_BYTES,
+    input::{OTHER_ENCODING, TextReader},
+};
 use crate::{
     connector::{columns::single, spec::Format},
     error::{Error, Result},
@@ -36,6 +39,16 @@ impl Dialect {
             return Err(Error::configuration("`delimiter` and `quote` are the same character"));
         }
         Ok(Self { delimiter, quote, escape, comment, trim: format.trim })
+    }
+
+    /// The character around fields that hold line ends.
+    pub(super) fn quote(&self) -> Option<u8> {
+        self.quote
+    }
+
+    /// Whether a line is no record.
+    fn skips(&self, line: &[u8]) -> bool {
+        line.is_empty() || self.comment.is_some_and(|comment| line.first() == Some(&comment))
     }
 }
 
@@ -79,7 +92,7 @@ pub(super) enum Next {
     Record,
     /// A record that breaks the rules; reading can go on behind it.
     Broken(String),
-    /// The end of the file.
+    /// The end of the text.
     End,
 }
 
@@ -89,9 +102,6 @@ pub(super) struct Records {
     dialect: Dialect,
     line: u64,
 }
-
-/// Longer records are refused: an unclosed quote would otherwise read the whole file into memory.
-const MAX_RECORD_BYTES: usize = 64 << 20;
 
 impl Records {
     pub(super) fn new(input: TextReader, dialect: Dialect) -> Self {
@@ -112,10 +122,7 @@ impl Records {
                 if self.input.text().is_empty() {
                     return Ok(Next::End);
                 }
-                return Err(format!(
-                    "line {}: a quote is opened here and never closed, so that nobody knows where the rows behind it end",
-                    record.line
-                ));
+                return Err(format!("line {}: {NEVER_CLOSED}", record.line));
             };
             let line_end = match self.input.text().get(length..) {
                 Some([b'\r', b'\n', ..]) => 2,
@@ -125,106 +132,303 @@ impl Records {
             record.raw.extend_from_slice(self.input.text().get(..length).unwrap_or_default());
             self.input.take(length + line_end);
             self.line += lines;
-            let comment = self.dialect.comment.is_some_and(|comment| record.raw.first() == Some(&comment));
-            if record.raw.is_empty() || comment {
-                continue;
+            if !self.dialect.skips(&record.raw) {
+                return read(&self.dialect, record, lines)
+                    .map_err(|why| format!("line {}: {why}", record.line));
             }
-            return match (split(&self.dialect, record), std::str::from_utf8(&record.raw)) {
-                (Ok(()), Ok(_)) => Ok(Next::Record),
-                (Ok(()), Err(error)) => {
-                    let at = error.valid_up_to() + 1;
-                    Ok(Next::Broken(format!("byte {at} of the row is not UTF-8; {OTHER_ENCODING}")))
-                }
-                (Err(why), _) if lines > 1 => Err(format!(
-                    "line {}: {why}, and the row would cover {lines} lines: nobody knows where the rows in it end",
-                    record.line
-                )),
-                (Err(why), _) => Ok(Next::Broken(why)),
-            };
         }
+    }
+
+    /// What comes behind the records that were read, and how many lines came before it.
+    pub(super) fn into_rest(self) -> (TextReader, u64) {
+        (self.input, self.line - 1)
     }
 
     /// Bytes up to the line end that ends the record, and how many lines it covers. `None` if the text ends within
     /// quotes, or there is none.
     fn find_end(&mut self) -> Result<Option<(usize, u64)>, String> {
-        let (mut at, mut quoted, mut lines) = (0, false, 0_u64);
-        let mut field_start = true;
+        let mut cut = Cut::default();
         loop {
-            let text = self.input.text();
-            while let Some(rest) = text.get(at..).filter(|rest| !rest.is_empty()) {
-                let quote = self.dialect.quote;
-                if quoted {
-                    let (quote, escape) =
-                        (quote.unwrap_or(b'"'), self.dialect.escape.unwrap_or(quote.unwrap_or(b'"')));
-                    let Some(found) = memchr::memchr3(quote, escape, b'\n', rest) else {
-                        at = text.len();
-                        break;
-                    };
-                    let byte = rest.get(found).copied().unwrap_or_default();
-                    if byte == b'\n' {
-                        lines += 1;
-                    } else if byte == escape && escape != quote {
-                        if found + 1 == rest.len() && !self.input.at_end() {
-                            at += found;
-                            break;
-                        }
-                        at += 1;
-                    } else {
-                        if found + 1 == rest.len() && !self.input.at_end() {
-                            at += found;
-                            break;
-                        }
-                        if escape == quote && rest.get(found + 1) == Some(&quote) {
-                            at += 1;
-                        } else {
-                            quoted = false;
-                            field_start = false;
-                        }
-                    }
-                    at += found + 1;
-                    continue;
-                }
-                if field_start && quote.is_some() && rest.first() == quote.as_ref() {
-                    quoted = true;
-                    at += 1;
-                    continue;
-                }
-                if field_start && self.dialect.trim && rest.first() == Some(&b' ') {
-                    at += 1;
-                    continue;
-                }
-                let Some(found) = memchr::memchr3(self.dialect.delimiter, b'\n', b'\r', rest) else {
-                    field_start = false;
-                    at = text.len();
-                    break;
-                };
-                match rest.get(found) {
-                    Some(byte) if *byte == self.dialect.delimiter => {
-                        field_start = true;
-                        at += found + 1;
-                    }
-                    Some(b'\r') if found + 1 == rest.len() && !self.input.at_end() => {
-                        field_start = field_start && found == 0;
-                        at += found;
-                        break;
-                    }
-                    _ => return Ok(Some((at + found, lines + 1))),
-                }
+            let found = cut.end(&self.dialect, self.input.text(), self.input.at_end());
+            if found.is_some() || self.input.at_end() {
+                return Ok(found);
             }
-            if self.input.at_end() {
-                let length = self.input.text().len();
-                return Ok((!quoted && length > 0).then_some((length, lines + 1)));
-            }
-            if self.input.text().len() > MAX_RECORD_BYTES {
+            if self.input.text().len() > MAX_ROW_BYTES {
                 return Err(format!(
                     "line {}: the row is longer than {} MiB: is a quote not closed?",
                     self.line,
-                    MAX_RECORD_BYTES >> 20
+                    MAX_ROW_BYTES >> 20
                 ));
             }
             self.input.fill()?;
         }
     }
+}
+
+const NEVER_CLOSED: &str =
+    "a quote is opened here and never closed, so that nobody knows where the rows behind it end";
+
+/// The search for the end of a record, as far as there was text.
+#[derive(Debug, Default)]
+struct Cut {
+    at: usize,
+    quoted: bool,
+    lines: u64,
+    /// Whether the field at hand has begun.
+    inside: bool,
+}
+
+impl Cut {
+    /// Bytes up to the line end that ends the record, and how many lines it covers. `None` if it goes on behind the text, or
+    /// the text ends within quotes, or there is none.
+    fn end(&mut self, dialect: &Dialect, text: &[u8], at_end: bool) -> Option<(usize, u64)> {
+        let quote = dialect.quote;
+        while let Some(rest) = text.get(self.at..).filter(|rest| !rest.is_empty()) {
+            if self.quoted {
+                let (quote, escape) = (quote.unwrap_or(b'"'), dialect.escape.or(quote).unwrap_or(b'"'));
+                let Some(found) = memchr::memchr3(quote, escape, b'\n', rest) else {
+                    self.at = text.len();
+                    break;
+                };
+                let byte = rest.get(found).copied().unwrap_or_default();
+                if byte == b'\n' {
+                    self.lines += 1;
+                } else if found + 1 == rest.len() && !at_end {
+                    // What it means shows behind it.
+                    self.at += found;
+                    break;
+                } else if byte == escape && escape != quote
+                    || escape == quote && rest.get(found + 1) == Some(&quote)
+                {
+                    self.at += 1;
+                } else {
+                    (self.quoted, self.inside) = (false, true);
+                }
+                self.at += found + 1;
+                continue;
+            }
+            if !self.inside && quote.is_some() && rest.first() == quote.as_ref() {
+                self.quoted = true;
+                self.at += 1;
+                continue;
+            }
+            if !self.inside && dialect.trim && rest.first() == Some(&b' ') {
+                self.at += 1;
+                continue;
+            }
+            let Some(found) = memchr::memchr3(dialect.delimiter, b'\n', b'\r', rest) else {
+                self.inside = true;
+                self.at = text.len();
+                break;
+            };
+            match rest.get(found) {
+                Some(byte) if *byte == dialect.delimiter => {
+                    self.inside = false;
+                    self.at += found + 1;
+                }
+                Some(b'\r') if found + 1 == rest.len() && !at_end => {
+                    self.inside = self.inside || found > 0;
+                    self.at += found;
+                    break;
+                }
+                _ => return Some((self.at + found, self.lines + 1)),
+            }
+        }
+        (at_end && !self.quoted && !text.is_empty()).then_some((text.len(), self.lines + 1))
+    }
+}
+
+/// What a record's text comes to: its fields, or why it breaks the rules.
+///
+/// # Errors
+///
+/// If nobody knows where the rows in it end.
+fn read(dialect: &Dialect, record: &mut Record, lines: u64) -> Result<Next, String> {
+    match (split(dialect, record), std::str::from_utf8(&record.raw)) {
+        (Ok(()), Ok(_)) => Ok(Next::Record),
+        (Ok(()), Err(error)) => {
+            let at = error.valid_up_to() + 1;
+            Ok(Next::Broken(format!("byte {at} of the row is not UTF-8; {OTHER_ENCODING}")))
+        }
+        (Err(why), _) if lines > 1 => Err(format!(
+            "{why}, and the row would cover {lines} lines: nobody knows where the rows in it end"
+        )),
+        (Err(why), _) => Ok(Next::Broken(why)),
+    }
+}
+
+/// Records of a text that is there, whose first byte begins one.
+///
+/// What is plain (no comments, blanks or escapes, line ends as they should be, UTF-8) is read in one pass, without a copy; every record
+/// that is not, as [`Records`] reads it.
+pub(super) struct Slice<'a> {
+    text: &'a [u8],
+    dialect: Dialect,
+    /// Whether nothing comes behind the text.
+    is_last: bool,
+    /// The text, if it is plain.
+    plain: Option<&'a str>,
+    at: usize,
+    lines: u64,
+    /// The fields of the record at hand, if it was read without a copy: where they are, and whether they stood in quotes.
+    spans: Vec<(usize, usize, bool)>,
+    record: Record,
+    is_copied: bool,
+    /// Where the record at hand begins and ends, and the lines before it.
+    place: (usize, usize, u64),
+}
+
+impl<'a> Slice<'a> {
+    pub(super) fn new(text: &'a [u8], dialect: Dialect, is_last: bool) -> Self {
+        let keeps_rules = dialect.comment.is_none()
+            && !dialect.trim
+            && dialect.escape.is_none_or(|escape| Some(escape) == dialect.quote)
+            && memchr::memchr_iter(b'\r', text).all(|at| text.get(at + 1) == Some(&b'\n'));
+        let plain = if keeps_rules { std::str::from_utf8(text).ok() } else { None };
+        let record = Record::default();
+        Self {
+            text,
+            dialect,
+            is_last,
+            plain,
+            at: 0,
+            lines: 0,
+            spans: Vec::new(),
+            record,
+            is_copied: false,
+            place: (0, 0, 0),
+        }
+    }
+
+    /// Bytes of the records that were read, and the lines that they cover.
+    pub(super) fn taken(&self) -> (usize, u64) {
+        (self.at, self.lines)
+    }
+
+    /// The first byte of the record at hand and the line that it starts on, both from 0.
+    pub(super) fn place(&self) -> (u64, u64) {
+        (self.place.0 as u64, self.place.2)
+    }
+
+    /// The record at hand as it stands in the text.
+    pub(super) fn raw(&self) -> &'a [u8] {
+        self.text.get(self.place.0..self.place.1).unwrap_or_default()
+    }
+
+    /// How many fields the record at hand has.
+    pub(super) fn len(&self) -> usize {
+        if self.is_copied { self.record.len() } else { self.spans.len() }
+    }
+
+    /// A field of the record at hand, and whether it stood in quotes.
+    pub(super) fn field(&self, index: usize) -> Option<(&str, bool)> {
+        if self.is_copied {
+            let (field, quoted) = self.record.field(index)?;
+            return Some((std::str::from_utf8(field).ok()?, quoted));
+        }
+        let (start, end, quoted) = *self.spans.get(index)?;
+        Some((self.plain?.get(start..end)?, quoted))
+    }
+
+    /// Reads the next record, and skips empty lines and comments. [`Next::End`] also if the last one goes on behind the text.
+    ///
+    /// # Errors
+    ///
+    /// If nobody knows where the rows behind it begin, with the lines before it.
+    pub(super) fn next(&mut self) -> Result<Next, (u64, String)> {
+        loop {
+            if self.plain.is_some() && self.next_plain() {
+                if self.place.0 == self.place.1 {
+                    continue;
+                }
+                self.is_copied = false;
+                return Ok(Next::Record);
+            }
+            let text = self.text.get(self.at..).unwrap_or_default();
+            let Some((length, lines)) = Cut::default().end(&self.dialect, text, self.is_last) else {
+                return match self.is_last && !text.is_empty() {
+                    true => Err((self.lines, NEVER_CLOSED.to_owned())),
+                    false => Ok(Next::End),
+                };
+            };
+            let line_end = match text.get(length..) {
+                Some([b'\r', b'\n', ..]) => 2,
+                Some([_, ..]) => 1,
+                _ => 0,
+            };
+            self.place = (self.at, self.at + length, self.lines);
+            self.at += length + line_end;
+            self.lines += lines;
+            self.record.clear();
+            self.record.raw.extend_from_slice(text.get(..length).unwrap_or_default());
+            if !self.dialect.skips(&self.record.raw) {
+                self.is_copied = true;
+                return read(&self.dialect, &mut self.record, lines).map_err(|why| (self.place.2, why));
+            }
+        }
+    }
+
+    /// Reads a record that needs no copy; false if it does, or has no end in the text, and then nothing was read.
+    fn next_plain(&mut self) -> bool {
+        let (text, dialect) = (self.text, &self.dialect);
+        let marks = [dialect.delimiter, b'\n', dialect.quote.unwrap_or(b'\n')];
+        let (mut at, mut lines) = (self.at, 0);
+        self.spans.clear();
+        let end = loop {
+            if dialect.quote.is_some() && text.get(at) == dialect.quote.as_ref() {
+                let quote = dialect.quote.unwrap_or_default();
+                let field = text.get(at + 1..).unwrap_or_default();
+                let Some(length) = memchr::memchr(quote, field) else { return false };
+                let (start, end) = (at + 1, at + 1 + length);
+                lines += memchr::memchr_iter(b'\n', field.get(..length).unwrap_or_default()).count() as u64;
+                self.spans.push((start, end, true));
+                match text.get(end + 1..) {
+                    Some([b'\n', ..]) => break (end + 1, 1),
+                    Some([b'\r', b'\n', ..]) => break (end + 1, 2),
+                    Some([byte, ..]) if *byte == dialect.delimiter => at = end + 2,
+                    _ => return false,
+                }
+                continue;
+            }
+            let Some(found) = first_of(text, at, marks) else { return false };
+            match text.get(found) {
+                Some(byte) if *byte == dialect.delimiter => {
+                    self.spans.push((at, found, false));
+                    at = found + 1;
+                }
+                Some(b'\n') => {
+                    let is_two = found > at && text.get(found - 1) == Some(&b'\r');
+                    let end = found - usize::from(is_two);
+                    self.spans.push((at, end, false));
+                    break (end, 1 + usize::from(is_two));
+                }
+                _ => return false,
+            }
+        };
+        self.place = (self.at, end.0, self.lines);
+        self.at = end.0 + end.1;
+        self.lines += lines + 1;
+        true
+    }
+}
+
+/// Where the first of three bytes stands from `at` on: eight bytes at a time, since fields are short.
+fn first_of(text: &[u8], mut at: usize, marks: [u8; 3]) -> Option<usize> {
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    const HIGHS: u64 = ONES << 7;
+    // The lowest byte that is zero has its highest bit set here, and no byte below it has.
+    let zero = |word: u64| word.wrapping_sub(ONES) & !word & HIGHS;
+    let [first, second, third] = marks.map(|mark| u64::from(mark) * ONES);
+    while let Some(bytes) = text.get(at..at + 8).and_then(|bytes| <[u8; 8]>::try_from(bytes).ok()) {
+        let word = u64::from_le_bytes(bytes);
+        let found = zero(word ^ first) | zero(word ^ second) | zero(word ^ third);
+        if found != 0 {
+            return Some(at + found.trailing_zeros() as usize / 8);
+        }
+        at += 8;
+    }
+    let rest = text.get(at..)?;
+    rest.iter().position(|byte| marks.contains(byte)).map(|found| at + found)
 }
 
 /// Splits `record.raw` into fields.
@@ -369,7 +573,59 @@ mod tests {
         assert_eq!(found, [Ok(vec!["a".to_owned(), "it's; ".to_owned(), "b".to_owned()])]);
     }
 
+    /// The same, read in pieces side by side.
+    fn in_pieces(text: &[u8], dialect: Dialect, piece_bytes: usize) -> Vec<Result<Vec<String>, String>> {
+        use super::super::chunks::{Parsed, Piece, Shape, Start, read};
+        let input = TextReader::new(Box::new(Cursor::new(text.to_vec())), encoding_rs::UTF_8);
+        let shape = Shape { lines: 0, quote: dialect.quote, in_order: false, piece_bytes };
+        let parse = move |piece: &Piece, _| {
+            let (mut records, mut found) = (Slice::new(&piece.text, dialect, piece.is_last), Vec::new());
+            loop {
+                let next = records.next();
+                let line = records.place().1;
+                match next {
+                    Ok(Next::Record) => {
+                        let fields =
+                            (0..records.len()).map(|index| records.field(index).unwrap().0.to_owned());
+                        found.push(Ok(fields.collect()));
+                    }
+                    Ok(Next::Broken(why)) => found.push(Err((line, why, false))),
+                    Ok(Next::End) => break,
+                    Err((line, why)) => {
+                        found.push(Err((line, why, true)));
+                        break;
+                    }
+                }
+            }
+            let (taken, lines) = records.taken();
+            Ok(Parsed { found, lines, taken })
+        };
+        let mut all = Vec::new();
+        let deliver = |found: Result<Vec<String>, (u64, String, bool)>, start: Start| {
+            let is_end = matches!(found, Err((_, _, true)));
+            all.push(found.map_err(|(line, why, _)| format!("line {}: {why}", start.lines + line + 1)));
+            Ok(!is_end)
+        };
+        read(input, shape, parse, deliver, Error::data).unwrap();
+        all
+    }
+
     proptest! {
+        #[test]
+        fn side_by_side_is_as_one_by_one(
+            text in prop::collection::vec(prop::sample::select(b"ab,,\"\"\"\r\n\n\n\xc3\xa4".to_vec()), 0..120), piece in 1_usize..40, odd: bool,
+        ) {
+            let odd_one = Dialect { escape: Some(b'b'), comment: Some(b'a'), trim: true, ..PLAIN };
+            let dialect = if odd { odd_one } else { PLAIN };
+            prop_assert_eq!(in_pieces(&text, dialect, piece), records(&text, dialect, 7));
+        }
+
+        #[test]
+        fn the_first_of_three_bytes_is_found(text in prop::collection::vec(prop::sample::select(b"abcdefgh\x00\x80\xff,;\n".to_vec()), 0..40), at in 0_usize..40) {
+            let expected = text.iter().skip(at).position(|byte| b",;\n".contains(byte)).map(|found| at + found);
+            prop_assert_eq!(first_of(&text, at, *b",;\n"), expected);
+        }
+
         #[test]
         fn what_a_writer_quotes_a_reader_reads(
             rows in prop::collection::vec(prop::collection::vec("[a,\"\r\n ]{0,6}", 2..4), 1..6), piece in 1_usize..16,

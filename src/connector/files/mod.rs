@@ -19,6 +19,7 @@ use super::{CatalogTable, Connection, Connector, Identity, Source, Target, path_
 use crate::error::{Error, Result};
 
 pub mod bucket;
+mod chunks;
 mod csv;
 mod durable;
 #[cfg(test)]
@@ -77,7 +78,7 @@ pub async fn write_parquet(
     let connection = Arc::new(FilesConnection::of_folder("copy", &path.display().to_string(), folder));
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let memory = scratch.of_output(&name);
-    Ok(parquet::write_file(&connection, name, rows, &memory, true).await?.unwrap_or_default())
+    parquet::write_file(&connection, name, rows, &memory).await
 }
 
 /// The reading side of a folder that another connector fills; people know it as `shown`.

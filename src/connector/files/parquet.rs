@@ -3,13 +3,19 @@
 //! Out: one file a call, its columns encoded side by side by rayon, a row group closed by rows, by encoded bytes or when the budget has
 //! no more memory for it, whichever comes first, so that wide rows do not hold more than narrow ones.
 
-use std::{fs::File, sync::Arc};
+use std::{
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use ::parquet::{
     arrow::{
         ArrowSchemaConverter, ArrowWriter, ProjectionMask,
         arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder},
-        arrow_writer::{ArrowColumnWriter, ArrowRowGroupWriterFactory, compute_leaves},
+        arrow_writer::{ArrowColumnWriter, ArrowLeafColumn, ArrowRowGroupWriterFactory, compute_leaves},
     },
     basic::{Compression, ZstdLevel},
     file::{properties::WriterProperties, writer::SerializedFileWriter},
@@ -40,7 +46,7 @@ use crate::{
     error::{Error, Result},
     functions::cast::{cast_exactly, cast_or_misfit},
     record::DataFile,
-    runtime::{self, BATCH_BYTES, BATCH_ROWS, BatchSender},
+    runtime::{self, BATCH_BYTES, BATCH_ROWS, BatchSender, Batches, Consumer},
 };
 
 fn damaged(path: &str, error: impl std::fmt::Display) -> Error {
@@ -267,20 +273,48 @@ impl Writer {
         Ok(Self { file, factory, columns: Vec::new(), schema, group_rows: 0, groups: 0, limits, memory })
     }
 
-    fn write(&mut self, batch: &RecordBatch) -> ::parquet::errors::Result<()> {
+    /// Writes all that come, and finishes the file: its rows and bytes.
+    fn write_all(mut self, path: &str, batches: &mut Batches, written: &AtomicU64) -> Result<(u64, u64)> {
+        let mut rows = 0;
+        while let Some(batches) = batches.more()? {
+            let mut batches = batches.as_slice();
+            while !batches.is_empty() {
+                // As many as the row group takes.
+                let mut left = self.limits.0.saturating_sub(self.group_rows);
+                let more = |batch: &&RecordBatch| {
+                    let goes_on = left > 0;
+                    left = left.saturating_sub(batch.num_rows());
+                    goes_on
+                };
+                let fits = batches.iter().take_while(more).count().max(1);
+                let (now, later) = batches.split_at(fits);
+                self.write(now).map_err(failed(path))?;
+                rows += now.iter().map(|batch| batch.num_rows() as u64).sum::<u64>();
+                batches = later;
+            }
+            written.store(self.file.bytes_written() as u64, Ordering::Relaxed);
+        }
+        self.close_group().map_err(failed(path))?;
+        let file = self.file.into_inner().map_err(failed(path))?;
+        Ok((rows, file.finish()?))
+    }
+
+    /// Writes batches, the columns side by side.
+    fn write(&mut self, batches: &[RecordBatch]) -> ::parquet::errors::Result<()> {
         if self.columns.is_empty() {
             self.columns = self.factory.create_column_writers(self.groups)?;
         }
-        let leaves = self
-            .schema
-            .fields()
-            .iter()
-            .zip(batch.columns())
-            .map(|(field, array)| compute_leaves(field, array))
-            .collect::<::parquet::errors::Result<Vec<_>>>()?;
-        let leaves: Vec<_> = leaves.into_iter().flatten().collect();
-        self.columns.par_iter_mut().zip(leaves).try_for_each(|(column, leaf)| column.write(&leaf))?;
-        self.group_rows += batch.num_rows();
+        let mut leaves: Vec<Vec<ArrowLeafColumn>> = Vec::new();
+        for batch in batches {
+            let columns = self.schema.fields().iter().zip(batch.columns());
+            let columns = columns.map(|(field, array)| compute_leaves(field, array));
+            let columns = columns.collect::<::parquet::errors::Result<Vec<_>>>()?;
+            leaves.resize_with(self.columns.len(), Vec::new);
+            leaves.iter_mut().zip(columns.into_iter().flatten()).for_each(|(all, leaf)| all.push(leaf));
+        }
+        let columns = self.columns.par_iter_mut().zip(leaves);
+        columns.try_for_each(|(column, leaves)| leaves.iter().try_for_each(|leaf| column.write(leaf)))?;
+        self.group_rows += batches.iter().map(RecordBatch::num_rows).sum::<usize>();
         let bytes: usize = self.columns.iter().map(ArrowColumnWriter::get_estimated_total_bytes).sum();
         let held: usize = self.columns.iter().map(ArrowColumnWriter::memory_size).sum();
         self.memory.uses(held.min(LEAST_GROUP));
@@ -328,7 +362,7 @@ fn failed(path: &str) -> impl Fn(::parquet::errors::ParquetError) -> Error {
 const LEAST_GROUP: usize = 1 << 20;
 
 /// Bytes after which a file is closed and the next one begun.
-const FILE_BYTES: usize = 512 << 20;
+const FILE_BYTES: u64 = 512 << 20;
 
 /// What a folder is called whose value is null, as Hive calls it.
 const NULL_PARTITION: &str = "__HIVE_DEFAULT_PARTITION__";
@@ -344,53 +378,67 @@ pub(super) async fn write_parts(
     memory: &Share,
 ) -> Result<Vec<DataFile>> {
     let (schema, mut files) = (rows.schema(), Vec::new());
-    let mut open: Option<(String, DataFile, Writer)> = None;
+    let mut open: Option<(String, String, FileWriter)> = None;
     while let Some(batch) = rows.next().await {
         for (folder, part) in partitions(&batch?, partition_by)? {
-            let (folder, file, writer) = match open.take() {
-                Some((current, file, writer))
-                    if current == folder && writer.file.bytes_written() < FILE_BYTES =>
-                {
-                    (current, file, Some(writer))
+            let (folder, path, mut file) = match open.take() {
+                Some((current, path, file)) if current == folder && file.bytes() < FILE_BYTES => {
+                    (current, path, file)
                 }
                 other => {
-                    if let Some((_, file, writer)) = other {
-                        files.push(close(output, file, writer).await?);
+                    if let Some((_, path, file)) = other {
+                        files.push(file.into_data_file(path).await?);
                     }
                     let path = format!("data/{folder}{}", name());
-                    (folder, DataFile { path, rows: 0, bytes: 0 }, None)
+                    let file = FileWriter::new(connection, format!("{output}/{path}"), &schema, memory);
+                    (folder, path, file)
                 }
             };
-            let path = format!("{output}/{}", file.path);
-            let file = DataFile { rows: file.rows + part.num_rows() as u64, ..file };
-            let (connection, schema) = (Arc::clone(connection), Arc::clone(&schema));
-            let memory = memory.another();
-            let writer = runtime::blocking(move || {
-                let mut writer = match writer {
-                    Some(writer) => writer,
-                    None => Writer::new(&connection, &path, schema, &memory)?,
-                };
-                writer.write(&part).map_err(failed(&path))?;
-                Ok(writer)
-            })
-            .await?;
-            open = Some((folder, file, writer));
+            file.take(part).await?;
+            open = Some((folder, path, file));
         }
     }
-    if let Some((_, file, writer)) = open {
-        files.push(close(output, file, writer).await?);
+    if let Some((_, path, file)) = open {
+        files.push(file.into_data_file(path).await?);
     }
     Ok(files)
 }
 
-async fn close(output: &str, file: DataFile, mut writer: Writer) -> Result<DataFile> {
-    let path = format!("{output}/{}", file.path);
-    runtime::blocking(move || {
-        writer.close_group().map_err(failed(&path))?;
-        let bytes = writer.file.into_inner().map_err(failed(&path))?.finish()?;
-        Ok(DataFile { bytes, ..file })
-    })
-    .await
+/// A file that is written on a thread of its own, while its rows are made.
+struct FileWriter {
+    writing: Consumer<(u64, u64)>,
+    written: Arc<AtomicU64>,
+}
+
+impl FileWriter {
+    fn new(connection: &Arc<FilesConnection>, path: String, schema: &SchemaRef, memory: &Share) -> Self {
+        let (connection, schema, memory) = (Arc::clone(connection), Arc::clone(schema), memory.another());
+        let written = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&written);
+        let writing = Consumer::new(move |batches| {
+            Writer::new(&connection, &path, schema, &memory)?.write_all(&path, batches, &counter)
+        });
+        Self { writing, written }
+    }
+
+    async fn take(&mut self, batch: RecordBatch) -> Result<()> {
+        self.writing.take(batch).await
+    }
+
+    /// Bytes that are in the file so far, without the row group that is open.
+    fn bytes(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// Its rows and bytes, once it is durable.
+    async fn finish(self) -> Result<(u64, u64)> {
+        self.writing.finish().await
+    }
+
+    async fn into_data_file(self, path: String) -> Result<DataFile> {
+        let (rows, bytes) = self.finish().await?;
+        Ok(DataFile { path, rows, bytes })
+    }
 }
 
 /// The parts of a batch whose rows lie in one folder each.
@@ -446,55 +494,35 @@ pub(super) async fn write(
     connection: &Arc<FilesConnection>,
     output: &str,
     name: &str,
-    rows: SendableRecordBatchStream,
+    mut rows: SendableRecordBatchStream,
     memory: &Share,
 ) -> Result<Option<DataFile>> {
-    let relative = format!("data/{name}");
-    let written = write_file(connection, format!("{output}/{relative}"), rows, memory, false).await?;
-    Ok(written.map(|(rows, bytes)| DataFile { path: relative, rows, bytes }))
+    let (schema, path, mut file) = (rows.schema(), format!("data/{name}"), None);
+    while let Some(batch) = rows.next().await {
+        let batch = batch?;
+        if batch.num_rows() > 0 {
+            let whole = || format!("{output}/{path}");
+            file.get_or_insert_with(|| FileWriter::new(connection, whole(), &schema, memory))
+                .take(batch)
+                .await?;
+        }
+    }
+    match file {
+        Some(file) => file.into_data_file(path).await.map(Some),
+        None => Ok(None),
+    }
 }
 
-/// Writes all rows into one file and makes it durable; its rows and bytes. Without rows there is none, unless `even_empty`.
+/// Writes all rows into one file, be there none, and makes it durable; its rows and bytes.
 pub(super) async fn write_file(
     connection: &Arc<FilesConnection>,
     path: String,
     mut rows: SendableRecordBatchStream,
     memory: &Share,
-    even_empty: bool,
-) -> Result<Option<(u64, u64)>> {
-    let (schema, mut writer, mut count) = (rows.schema(), None, 0_u64);
+) -> Result<(u64, u64)> {
+    let mut file = FileWriter::new(connection, path, &rows.schema(), memory);
     while let Some(batch) = rows.next().await {
-        let batch = batch?;
-        if batch.num_rows() == 0 {
-            continue;
-        }
-        count += batch.num_rows() as u64;
-        let (path, schema, connection) = (path.clone(), Arc::clone(&schema), Arc::clone(connection));
-        let memory = memory.another();
-        writer = Some(
-            runtime::blocking(move || {
-                let mut writer = match writer {
-                    Some(writer) => writer,
-                    None => Writer::new(&connection, &path, schema, &memory)?,
-                };
-                writer.write(&batch).map_err(failed(&path))?;
-                Ok(writer)
-            })
-            .await?,
-        );
+        file.take(batch?).await?;
     }
-    if writer.is_none() && !even_empty {
-        return Ok(None);
-    }
-    let (connection, memory) = (Arc::clone(connection), memory.another());
-    runtime::blocking(move || {
-        let mut writer = match writer {
-            Some(writer) => writer,
-            None => Writer::new(&connection, &path, schema, &memory)?,
-        };
-        writer.close_group().map_err(failed(&path))?;
-        let file = writer.file.into_inner().map_err(failed(&path))?;
-        Ok(Some((count, file.finish()?)))
-    })
-    .await
+    file.finish().await
 }

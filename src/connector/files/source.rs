@@ -17,7 +17,9 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::{
-    FilesConnection, csv, input, json, manifest, parquet,
+    FilesConnection, chunks,
+    chunks::{Parsed, Piece, Start, piece_bytes},
+    csv, input, json, manifest, parquet,
     place::{Listed, io_error},
 };
 use crate::{
@@ -25,9 +27,9 @@ use crate::{
         Bounds, Exactness, Marks, NOTHING_YET, RunTime, Snapshot, Source,
         columns::{Guess, TextRules, arrow_type, declared_schema},
         json::{Object, Scalar, append, kept, unreadable},
-        rows::RowBuilder,
+        rows::{Built, RowBuilder},
         scan::{POSITION_COLUMN, Scan, held},
-        spec::{Format, FormatKind, Read, StreamSpec},
+        spec::{BadRows, Format, FormatKind, Read, StreamSpec},
         tap::Tap,
     },
     error::{Error, Result, nearest},
@@ -259,9 +261,10 @@ impl FilesConnection {
                         csv::Next::End => break,
                     }
                     for (index, guess) in guesses.iter_mut().enumerate() {
-                        if let Some(text) =
-                            record.field(index).and_then(|(field, quoted)| value(field, quoted, format))
-                        {
+                        let field = record.field(index);
+                        let field = field
+                            .and_then(|(field, quoted)| Some((std::str::from_utf8(field).ok()?, quoted)));
+                        if let Some(text) = field.and_then(|(text, quoted)| value(text, quoted, format)) {
                             guess.see(text, &rules);
                         }
                     }
@@ -365,56 +368,29 @@ impl FilesConnection {
         let mut records = self.records(file, format, Some(Arc::clone(tap)))?;
         let mut record = csv::Record::default();
         let names = header(&scan.stream, format, path, &mut records, &mut record)?;
-        let mut batch = RowBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
-        if let Some(missing) = batch.missing() {
+        let dialect = csv::Dialect::of(format, path)?;
+        let rows =
+            CsvRows { scan: scan.clone(), names, format: format.clone(), dialect, path: path.to_owned() };
+        if let Some(missing) = rows.batch()?.missing() {
             return Err(Error::data(format!(
                 "source `{}`: `{path}` has no column `{missing}`",
                 scan.stream.name
             ))
             .hint("All files of a source have the same columns; read others as a source of their own."));
         }
-        loop {
-            let next = records.next(&mut record).map_err(|why| {
-                Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name))
-                    .hint("Mend the file; or the `format:` of the source, if it is another dialect.")
-            })?;
-            let place = || format!("`{path}` line {}, byte {}", record.line, record.byte);
-            let field = |index| record.field(index).and_then(|(field, quoted)| value(field, quoted, format));
-            let line = || unreadable(&String::from_utf8_lossy(&record.raw));
-            let row = || {
-                let fields =
-                    names.iter().enumerate().map(|(index, name)| (name.clone(), field(index).into()));
-                serde_json::Value::Object(fields.collect()).to_string()
-            };
-            let broken = match next {
-                csv::Next::End => break,
-                csv::Next::Broken(why) => Some((why, line())),
-                csv::Next::Record if record.len() != names.len() => {
-                    let why = format!("the row has {} fields and the header {}", record.len(), names.len());
-                    Some((why, line()))
-                }
-                csv::Next::Record => batch
-                    .row(
-                        |index, builder| match field(index) {
-                            Some(text) => builder.text(text).map(|()| text.len()),
-                            None => {
-                                builder.null();
-                                Ok(0)
-                            }
-                        },
-                        || format!("{path}:{}", record.line),
-                    )
-                    .err()
-                    .map(|why| (why, row())),
-            };
-            if let Some((reason, row)) = broken {
-                batch.send(tap, out)?;
-                tap.reject(&scan.stream, place(), reason, || row)?;
-            } else if batch.is_full() && !batch.send(tap, out)? {
-                return Ok(false);
-            }
-        }
-        batch.send(tap, out)
+        let (rest, lines) = records.into_rest();
+        let fatal = |why: String| {
+            Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name))
+                .hint("Mend the file; or the `format:` of the source, if it is another dialect.")
+        };
+        let shape = chunks::Shape {
+            lines,
+            quote: dialect.quote(),
+            in_order: scan.schema.field_with_name(POSITION_COLUMN).is_ok(),
+            piece_bytes: piece_bytes(scan.batch_bytes),
+        };
+        let deliver = |part, start| deliver(part, start, path, scan, tap, out, fatal);
+        chunks::read(rest, shape, move |piece, lines| rows.parse(piece, lines), deliver, fatal)
     }
 
     fn read_json(
@@ -480,6 +456,109 @@ impl FilesConnection {
     }
 }
 
+/// What is found in a piece of a text.
+enum Part {
+    /// Rows, to be counted and handed on.
+    Rows(Built),
+    /// A row that could not be read.
+    Reject { line: u64, byte: u64, reason: String, row: String },
+    /// What reading cannot go on behind.
+    Fatal { line: u64, why: String },
+}
+
+/// Counts what was found and hands it on. False once nobody reads any more.
+fn deliver(
+    part: Part,
+    start: Start,
+    path: &str,
+    scan: &Scan,
+    tap: &Tap,
+    out: &BatchSender,
+    fatal: impl Fn(String) -> Error,
+) -> Result<bool> {
+    match part {
+        Part::Rows(rows) => Ok(rows.counted(tap)?.is_none_or(|batch| out.send(batch))),
+        Part::Reject { line, byte, reason, row } => {
+            let place = format!("`{path}` line {}, byte {}", start.lines + line + 1, start.bytes + byte);
+            tap.reject(&scan.stream, place, reason, || row).map(|()| true)
+        }
+        Part::Fatal { line, why } => Err(fatal(format!("line {}: {why}", start.lines + line + 1))),
+    }
+}
+
+/// The rows of one CSV file, as they are parsed piece by piece.
+struct CsvRows {
+    scan: Scan,
+    names: Vec<String>,
+    format: Format,
+    dialect: csv::Dialect,
+    path: String,
+}
+
+impl CsvRows {
+    fn batch(&self) -> Result<RowBuilder<'_>> {
+        RowBuilder::new(&self.scan, |name| self.names.iter().position(|known| known == name))
+    }
+
+    /// The rows of a piece, before which so many lines stand.
+    fn parse(&self, piece: &Piece, lines: u64) -> Result<Parsed<Part>> {
+        let mut batch = self.batch()?;
+        let mut records = csv::Slice::new(&piece.text, self.dialect, piece.is_last);
+        let mut found = Vec::new();
+        loop {
+            let next = records.next();
+            let (byte, line) = records.place();
+            let field = |index| {
+                let (text, quoted) = records.field(index)?;
+                value(text, quoted, &self.format)
+            };
+            let as_read = || unreadable(&String::from_utf8_lossy(records.raw()));
+            let as_json = || {
+                let fields = self.names.iter().enumerate();
+                let fields = fields.map(|(index, name)| (name.clone(), field(index).into()));
+                serde_json::Value::Object(fields.collect()).to_string()
+            };
+            let broken = match next {
+                Ok(csv::Next::End) => break,
+                Err((line, why)) => {
+                    found.extend([Part::Rows(batch.finish()?), Part::Fatal { line, why }]);
+                    break;
+                }
+                Ok(csv::Next::Broken(why)) => Some((why, as_read())),
+                Ok(csv::Next::Record) if records.len() != self.names.len() => {
+                    let (fields, header) = (records.len(), self.names.len());
+                    Some((format!("the row has {fields} fields and the header {header}"), as_read()))
+                }
+                Ok(csv::Next::Record) => batch
+                    .row(
+                        |index, builder| match field(index) {
+                            Some(text) => builder.text(text).map(|()| text.len()),
+                            None => {
+                                builder.null();
+                                Ok(0)
+                            }
+                        },
+                        || format!("{}:{}", self.path, lines + line + 1),
+                    )
+                    .err()
+                    .map(|why| (why, as_json())),
+            };
+            if let Some((reason, row)) = broken {
+                found.push(Part::Rows(batch.finish()?));
+                found.push(Part::Reject { line, byte, reason, row });
+                if self.scan.stream.bad_rows == BadRows::Error {
+                    break;
+                }
+            } else if batch.is_full() {
+                found.push(Part::Rows(batch.finish()?));
+            }
+        }
+        found.push(Part::Rows(batch.finish()?));
+        let (taken, lines) = records.taken();
+        Ok(Parsed { found, lines, taken })
+    }
+}
+
 /// The columns of a header line, or the declared ones where a file has none.
 fn header(
     stream: &StreamSpec,
@@ -524,8 +603,7 @@ fn header(
 }
 
 /// A field's text; `None` for null. A quoted field is never null.
-fn value<'a>(field: &'a [u8], quoted: bool, format: &Format) -> Option<&'a str> {
-    let text = std::str::from_utf8(field).ok()?;
+fn value<'a>(text: &'a str, quoted: bool, format: &Format) -> Option<&'a str> {
     let null = !quoted && (text.is_empty() || format.nulls.iter().any(|word| word == text));
     (!null).then_some(text)
 }
