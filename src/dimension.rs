@@ -167,7 +167,7 @@ impl Sides<'_> {
     /// A session for joins with the model's rows: when they are many it sorts, so that it can spill.
     fn context(&self, sources: Arc<OpenSources>) -> SessionContext {
         let many = self.model.rows() > (self.scratch.limits.memory_bytes / 400) as u64;
-        session::for_joins(self.scratch, self.as_of, sources, !many)
+        session::for_joins(self.scratch, self.as_of, sources, !many, 1)
     }
 
     /// Refuses two versions of one key that begin at once, and keys that are null: nobody knows which is meant.

@@ -25,7 +25,7 @@ use crate::{
     record::{LoadRecord, Settled, run::RunRecord},
     replay::Waiting,
     run::{Conductor, Connections, Counter},
-    session,
+    runtime, session,
     spool::{Scratch, Spool, SpoolWriter},
     watermark::{FileVersion, Mark, Position, Window},
 };
@@ -156,7 +156,9 @@ impl Extract<'_> {
         let taps: IndexMap<String, Arc<Tap>> =
             open.0.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.tap))).collect();
         let hashed = self.joins == Joins::Hashed;
-        let context = session::for_joins(self.scratch, plan.as_of, Arc::new(open), hashed);
+        let open = Arc::new(open);
+        let partitions = if plan.is_order_free() { runtime::cores() } else { 1 };
+        let context = session::for_joins(self.scratch, plan.as_of, Arc::clone(&open), hashed, partitions);
         let mut aside = SpoolWriter::new("set aside", quarantine_schema(), self.scratch);
         let waiting = self.waiting(connections, &taps, record).await?;
         if waiting.as_ref().is_some_and(Waiting::is_empty) {
@@ -173,7 +175,8 @@ impl Extract<'_> {
                 Some(rows) => context.register_table(name, rows.table()?)?,
                 None => {
                     let window = windows.get(name).map_or(Window::Whole, |bounded| bounded.window.clone());
-                    context.register_table(name, scan_table(stream, window))?
+                    let rows = if plan.models.is_empty() { None } else { open.rows(&stream.spec).await? };
+                    context.register_table(name, scan_table(stream, window, rows))?
                 }
             };
             if stream.spool {

@@ -1,7 +1,8 @@
 //! DataFusion sessions, as floodmark sets them up.
 //!
-//! One partition: rows come out in the order in which the sources gave them, so a run can be compared with
-//! another. Decimal literals, checked arithmetic, UTC. No DDL, no statements, no file functions: models are SELECTs.
+//! One partition where the order of rows may decide about values: a run can be compared with another. Where it decides about nothing
+//! ([`is_order_free`]), as many as there are cores. Decimal literals, checked arithmetic, UTC. No DDL, no statements, no file functions: models
+//! are SELECTs.
 
 use std::sync::Arc;
 
@@ -11,9 +12,10 @@ use arrow::{
 };
 use chrono::{DateTime, Utc};
 use datafusion::{
+    common::{DFSchema, tree_node::TreeNodeRecursion},
     error::DataFusionError,
     execution::{SessionStateBuilder, config::SessionConfig},
-    logical_expr::LogicalPlan,
+    logical_expr::{Distinct, Expr, ExprSchemable, LogicalPlan},
     optimizer::{Analyzer, AnalyzerRule},
     physical_plan::{SendableRecordBatchStream, stream::RecordBatchStreamAdapter},
     prelude::SessionContext,
@@ -31,17 +33,18 @@ use crate::{
 
 /// A session for models and checks.
 pub fn for_models(scratch: &Scratch, as_of: DateTime<Utc>, sources: Arc<OpenSources>) -> SessionContext {
-    for_joins(scratch, as_of, sources, true)
+    for_joins(scratch, as_of, sources, true, 1)
 }
 
-/// The same for joins of many rows, which are sorted rather than hashed.
+/// The same for joins of many rows, which are sorted rather than hashed unless `hash_joins`; these are made in so many partitions.
 pub fn for_joins(
     scratch: &Scratch,
     as_of: DateTime<Utc>,
     sources: Arc<OpenSources>,
     hash_joins: bool,
+    partitions: usize,
 ) -> SessionContext {
-    let mut config = partitioned(scratch, hash_joins);
+    let mut config = partitioned(scratch, hash_joins, partitions);
     config.set_extension(sources);
     let state = SessionStateBuilder::new()
         .with_config(config)
@@ -83,11 +86,51 @@ pub async fn plan_of(
 /// A session for connectors' own work, with SQL of ours. Without hash joins tables are sorted and merged, which can spill;
 /// DataFusion plans that over two partitions or more, so that rows have no order then.
 pub fn internal(scratch: &Scratch, hash_joins: bool) -> SessionContext {
-    SessionContext::new_with_config_rt(partitioned(scratch, hash_joins), Arc::clone(&scratch.environment))
+    SessionContext::new_with_config_rt(partitioned(scratch, hash_joins, 1), Arc::clone(&scratch.environment))
 }
 
-fn partitioned(scratch: &Scratch, hash_joins: bool) -> SessionConfig {
-    config(scratch, hash_joins).with_target_partitions(if hash_joins { 1 } else { 2 })
+fn partitioned(scratch: &Scratch, hash_joins: bool, partitions: usize) -> SessionConfig {
+    config(scratch, hash_joins).with_target_partitions(if hash_joins { partitions } else { 2 })
+}
+
+/// Whether rows that come in another order give the same rows, in whatever order: no row is chosen by its place, and nothing is
+/// added up that rounds.
+pub fn is_order_free(plan: &LogicalPlan) -> bool {
+    let mut free = true;
+    // The visitor fails nowhere.
+    drop(plan.apply_with_subqueries(|node| {
+        free &= match node {
+            LogicalPlan::Projection(_)
+            | LogicalPlan::Filter(_)
+            | LogicalPlan::Join(_)
+            | LogicalPlan::TableScan(_)
+            | LogicalPlan::SubqueryAlias(_)
+            | LogicalPlan::Subquery(_)
+            | LogicalPlan::Union(_)
+            | LogicalPlan::Values(_)
+            | LogicalPlan::EmptyRelation(_)
+            | LogicalPlan::Distinct(Distinct::All(_)) => true,
+            LogicalPlan::Sort(sort) => sort.fetch.is_none(),
+            LogicalPlan::Aggregate(aggregate) => {
+                aggregate.aggr_expr.iter().all(|expr| is_order_free_aggregate(expr, aggregate.input.schema()))
+            }
+            _ => false,
+        };
+        Ok(if free { TreeNodeRecursion::Continue } else { TreeNodeRecursion::Stop })
+    }));
+    free
+}
+
+fn is_order_free_aggregate(expr: &Expr, schema: &DFSchema) -> bool {
+    match expr {
+        Expr::Alias(alias) => is_order_free_aggregate(&alias.expr, schema),
+        Expr::AggregateFunction(function) => match function.func.name() {
+            "count" | "min" | "max" | "bool_and" | "bool_or" | "bit_and" | "bit_or" | "bit_xor" => true,
+            "sum" | "avg" => expr.get_type(schema).is_ok_and(|of| !of.is_floating()),
+            _ => false,
+        },
+        _ => false,
+    }
 }
 
 /// Rows of a batch. How wide they are is not known: with little memory they are few, so that a few batches of wide ones fit; and fewer
@@ -110,6 +153,8 @@ fn config(scratch: &Scratch, hash_joins: bool) -> SessionConfig {
     options.execution.enable_ansi_mode = true;
     options.execution.time_zone = Some(crate::types::UTC.to_owned());
     options.optimizer.prefer_hash_join = hash_joins;
+    // Of a filter of which nothing is known: how many rows pass decides which side of a join is held in memory.
+    options.optimizer.default_filter_selectivity = 50;
     // What a sort keeps back for merging what it spilled: there may be a dozen sorts in a plan.
     options.execution.sort_spill_reservation_bytes = scratch.limits.memory_bytes / 64;
     config

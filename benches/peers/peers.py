@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -289,6 +290,7 @@ def main():
     parser.add_argument("--scale", type=float, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", nargs="*", help="only these")
+    parser.add_argument("--only", default="", help="only contenders whose name matches this")
     parser.add_argument("--slow", action="store_true", help="also those who take minutes")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args()
@@ -300,6 +302,7 @@ def main():
     for work in works(options, server, data, out):
         if options.work and work.name not in options.work:
             continue
+        work.contenders = [contender for contender in work.contenders if re.search(options.only, contender.name)]
         found = {contender.name: [] for contender in work.contenders}
         for _ in range(options.rounds):
             for contender in work.contenders:

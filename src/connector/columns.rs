@@ -469,6 +469,14 @@ pub fn decimal(
     Ok(if negative { -value } else { value })
 }
 
+/// The powers of ten that a `u64` holds with a digit to spare.
+#[rustfmt::skip]
+pub const POWERS: [u64; 19] = [
+    1, 10, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000, 100_000_000_000,
+    1_000_000_000_000, 10_000_000_000_000, 100_000_000_000_000, 1_000_000_000_000_000, 10_000_000_000_000_000, 100_000_000_000_000_000,
+    1_000_000_000_000_000_000,
+];
+
 /// What most numbers are: at most 18 digits and one mark, of which no more stand behind it than the column keeps. `None` of
 /// everything else, which [`decimal`] reads.
 fn short_decimal(text: &[u8], mark: u8, precision: u8, scale: i8) -> Option<i128> {
@@ -479,7 +487,7 @@ fn short_decimal(text: &[u8], mark: u8, precision: u8, scale: i8) -> Option<i128
     if digits.len() > 19 {
         return None;
     }
-    let (mut value, mut seen, mut behind) = (0_u64, 0_u32, None);
+    let (mut value, mut seen, mut behind) = (0_u64, 0_usize, None);
     for (at, byte) in digits.iter().enumerate() {
         let digit = byte.wrapping_sub(b'0');
         if digit < 10 {
@@ -492,13 +500,14 @@ fn short_decimal(text: &[u8], mark: u8, precision: u8, scale: i8) -> Option<i128
         }
     }
     let missing = usize::try_from(scale).ok()?.checked_sub(behind.unwrap_or(0))?;
-    if seen == 0 || seen > 18 {
+    if seen == 0 || seen + missing > 18 {
         return None;
     }
-    let value = i128::from(value) * 10_i128.checked_pow(u32::try_from(missing).ok()?)?;
-    if value >= 10_i128.checked_pow(precision.into())? {
+    let value = value * POWERS.get(missing)?;
+    if POWERS.get(usize::from(precision)).is_some_and(|limit| value >= *limit) {
         return None;
     }
+    let value = i128::from(value);
     Some(if negative { -value } else { value })
 }
 

@@ -396,6 +396,10 @@ pub trait Source: Send + Sync {
     async fn bounds(&self, streams: &[StreamSpec], since: &Marks, time: RunTime) -> Result<Bounds>;
     /// One view for everything this run reads from this connection; never older than the bounds.
     async fn snapshot(&self, streams: &[StreamSpec], bounds: &Bounds) -> Result<Snapshot>;
+    /// About how many rows a stream has in the snapshot, where that is quickly known. Only how joins are made depends on it.
+    async fn rows(&self, _snapshot: &Snapshot, _stream: &StreamSpec) -> Result<Option<u64>> {
+        Ok(None)
+    }
     /// The rows of one scan. Starts no work before the stream is polled.
     ///
     /// # Errors

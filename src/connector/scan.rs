@@ -12,7 +12,7 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use async_trait::async_trait;
 use datafusion::{
     catalog::{Session, TableProvider},
-    common::tree_node::TreeNodeRecursion,
+    common::{Statistics, stats::Precision, tree_node::TreeNodeRecursion},
     error::{DataFusionError, Result as DataFusionResult},
     execution::TaskContext,
     logical_expr::{Expr, TableProviderFilterPushDown, TableType},
@@ -89,6 +89,21 @@ pub struct OpenSource {
 #[derive(Debug, Default)]
 pub struct OpenSources(pub HashMap<String, OpenSource>);
 
+impl OpenSources {
+    /// About how many rows a stream has, where that is quickly known.
+    ///
+    /// # Errors
+    ///
+    /// If its source cannot be asked.
+    pub async fn rows(&self, stream: &StreamSpec) -> crate::error::Result<Option<u64>> {
+        let open = self.0.get(&stream.name);
+        match open.and_then(|open| Some((open.connection.source()?, &open.snapshot))) {
+            Some((source, snapshot)) => source.rows(snapshot, stream).await,
+            None => Ok(None),
+        }
+    }
+}
+
 /// A stream as a table: what models select from.
 #[derive(Debug)]
 pub struct ScanTable {
@@ -96,6 +111,8 @@ pub struct ScanTable {
     pub scan: Scan,
     /// Whether the source may leave out what a model does not want.
     pub selective: bool,
+    /// About how many rows it has: only speed depends on it.
+    pub rows: Option<u64>,
 }
 
 impl ScanTable {
@@ -118,7 +135,7 @@ impl ScanTable {
         let open = OpenSource { connection: Arc::clone(target), snapshot, tap: Arc::default() };
         let sources = OpenSources([(name.to_owned(), open)].into_iter().collect());
         let scan = Scan::new(stream, schema, Window::Whole);
-        Ok((Self { scan, selective: false }, sources))
+        Ok((Self { scan, selective: false, rows: None }, sources))
     }
 }
 
@@ -159,7 +176,7 @@ impl TableProvider for ScanTable {
             let all_come = scan.window == Window::Whole && scan.stream.bad_rows == BadRows::Error;
             scan.limit = limit.filter(|_| filters.is_empty() && all_come);
         }
-        let Some(projection) = projection else { return Ok(Arc::new(ScanExec::new(scan))) };
+        let Some(projection) = projection else { return Ok(Arc::new(ScanExec::new(scan, self.rows))) };
         let wanted: SchemaRef = Arc::new(scan.schema.project(projection)?);
         // What may come late is counted by the cursor, also where no model asks for it.
         let unasked = scan.stream.cursor.as_ref().filter(|cursor| cursor.overlap.is_some());
@@ -167,7 +184,7 @@ impl TableProvider for ScanTable {
         let unasked = unasked.filter(|column| wanted.field_with_name(column).is_err());
         let Some(cursor) = unasked.and_then(|column| scan.schema.index_of(column).ok()) else {
             scan.schema = wanted;
-            return Ok(Arc::new(ScanExec::new(scan)));
+            return Ok(Arc::new(ScanExec::new(scan, self.rows)));
         };
         let all: Vec<usize> = projection.iter().copied().chain([cursor]).collect();
         scan.schema = Arc::new(scan.schema.project(&all)?);
@@ -175,7 +192,7 @@ impl TableProvider for ScanTable {
             expr: Arc::new(Column::new(field.name(), at)),
             alias: field.name().clone(),
         });
-        Ok(Arc::new(ProjectionExec::try_new(columns, Arc::new(ScanExec::new(scan)))?))
+        Ok(Arc::new(ProjectionExec::try_new(columns, Arc::new(ScanExec::new(scan, self.rows)))?))
     }
 }
 
@@ -183,19 +200,20 @@ impl TableProvider for ScanTable {
 #[derive(Debug)]
 pub struct ScanExec {
     scan: Scan,
+    rows: Option<u64>,
     properties: Arc<PlanProperties>,
 }
 
 impl ScanExec {
-    /// A plan that reads `scan`.
-    pub fn new(scan: Scan) -> Self {
+    /// A plan that reads `scan`, of about so many rows if that is known.
+    pub fn new(scan: Scan, rows: Option<u64>) -> Self {
         let properties = PlanProperties::new(
             EquivalenceProperties::new(Arc::clone(&scan.schema)),
             Partitioning::UnknownPartitioning(1),
             EmissionType::Incremental,
             Boundedness::Bounded,
         );
-        Self { scan, properties: Arc::new(properties) }
+        Self { scan, rows, properties: Arc::new(properties) }
     }
 }
 
@@ -224,6 +242,12 @@ impl ExecutionPlan for ScanExec {
 
     fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
         Vec::new()
+    }
+
+    fn partition_statistics(&self, _: Option<usize>) -> DataFusionResult<Arc<Statistics>> {
+        let rows = self.rows.and_then(|rows| usize::try_from(rows).ok());
+        let num_rows = rows.map_or(Precision::Absent, Precision::Inexact);
+        Ok(Arc::new(Statistics { num_rows, ..Statistics::new_unknown(&self.scan.schema) }))
     }
 
     fn apply_expressions(

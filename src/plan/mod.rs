@@ -111,6 +111,12 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Whether the order in which rows come decides about nothing that outputs hold.
+    pub fn is_order_free(&self) -> bool {
+        self.models.values().all(|model| model.order_free)
+            && self.outputs.iter().all(|output| output.latest_by.is_none())
+    }
+
     /// The sources that a source or model is made from.
     pub fn upstream<'a>(&'a self, relation: &'a str) -> BTreeSet<&'a str> {
         let (mut found, mut waiting) = (BTreeSet::new(), vec![relation]);
@@ -135,7 +141,7 @@ impl Plan {
     pub async fn asked(&self, scratch: &Scratch) -> Result<IndexMap<&str, Vec<Condition>>> {
         let context = session::for_models(scratch, self.as_of, Arc::new(OpenSources::default()));
         for (name, stream) in &self.streams {
-            context.register_table(name, scan_table(stream, Window::Whole))?;
+            context.register_table(name, scan_table(stream, Window::Whole, None))?;
         }
         for (name, model) in &self.models {
             context.register_table(name, placeholder(name, &model.schema))?;
@@ -243,6 +249,8 @@ pub struct Model {
     pub partial: bool,
     /// Whether its rows are written down.
     pub spool: bool,
+    /// Whether the order of the rows that it reads decides about nothing.
+    pub order_free: bool,
 }
 
 /// An output in a plan.
@@ -361,7 +369,7 @@ impl Planner<'_> {
         self.done()?;
         let context = session::for_models(scratch, self.request.as_of, Arc::new(OpenSources::default()));
         for (name, stream) in &streams {
-            context.register_table(name, scan_table(stream, Window::Whole))?;
+            context.register_table(name, scan_table(stream, Window::Whole, None))?;
         }
         let mut models: IndexMap<String, Model> = IndexMap::new();
         let mut readers: BTreeMap<String, usize> = BTreeMap::new();
@@ -411,10 +419,9 @@ impl Planner<'_> {
                     });
                     // Readers see the model as a table of its own columns: so uses are counted per model.
                     context.register_table(&name, placeholder(&name, &schema))?;
-                    models.insert(
-                        name.clone(),
-                        Model { select: select.clone(), schema, partial, spool: false },
-                    );
+                    let order_free = session::is_order_free(&logical);
+                    let select = select.clone();
+                    models.insert(name.clone(), Model { select, schema, partial, spool: false, order_free });
                 }
                 Err(problem) => {
                     for source in self.unseen.iter().filter(|source| select.reads.contains(*source)) {
@@ -1036,15 +1043,16 @@ impl Planner<'_> {
     }
 }
 
-/// A stream as a table of a session.
-pub fn scan_table(stream: &Stream, window: Window) -> Arc<ScanTable> {
+/// A stream as a table of a session, of about so many rows if that is known.
+pub fn scan_table(stream: &Stream, window: Window, rows: Option<u64>) -> Arc<ScanTable> {
     let scan = Scan::new(stream.spec.clone(), Arc::clone(&stream.schema), window);
-    Arc::new(ScanTable { scan, selective: stream.selective && !stream.spool })
+    Arc::new(ScanTable { scan, selective: stream.selective && !stream.spool, rows })
 }
 
 fn placeholder(name: &str, schema: &SchemaRef) -> Arc<ScanTable> {
     let stream = StreamSpec::whole(name, Read::Table(name.to_owned()));
-    Arc::new(ScanTable { scan: Scan::new(stream, Arc::clone(schema), Window::Whole), selective: false })
+    let scan = Scan::new(stream, Arc::clone(schema), Window::Whole);
+    Arc::new(ScanTable { scan, selective: false, rows: None })
 }
 
 /// A SELECT's plan, with all types settled.

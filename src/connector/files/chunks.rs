@@ -134,7 +134,7 @@ pub(super) fn read<T: Send + 'static>(
     fatal: impl Fn(String) -> Error,
 ) -> Result<bool> {
     let Shape { lines, quote, in_order, piece_bytes } = shape;
-    let ahead = if in_order { 1 } else { runtime::cores() + 1 };
+    let ahead = if in_order { 1 } else { 2 * runtime::cores() + 2 };
     let parse = Arc::new(parse);
     let mut pieces = Pieces { input, quote, size: piece_bytes, ended: false };
     let mut waiting: VecDeque<(Piece, Option<Parsing<T>>)> = VecDeque::new();

@@ -6,7 +6,7 @@
 use std::{
     fs::File,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -58,6 +58,13 @@ pub(super) fn schema(file: &File, path: &str) -> Result<SchemaRef> {
     let metadata = ArrowReaderMetadata::load(file, ArrowReaderOptions::new().with_skip_arrow_metadata(false))
         .map_err(|error| damaged(path, error))?;
     Ok(Arc::new(crate::model::plain_schema(metadata.schema())))
+}
+
+/// How many rows a file has.
+pub(super) fn rows(file: &File, path: &str) -> Result<u64> {
+    let metadata = ArrowReaderMetadata::load(file, ArrowReaderOptions::new());
+    let metadata = metadata.map_err(|error| damaged(path, error))?;
+    Ok(metadata.metadata().file_metadata().num_rows().unsigned_abs())
 }
 
 /// Sends the rows of one file. False once nobody reads any more.
@@ -312,8 +319,23 @@ impl Writer {
             leaves.resize_with(self.columns.len(), Vec::new);
             leaves.iter_mut().zip(columns.into_iter().flatten()).for_each(|(all, leaf)| all.push(leaf));
         }
-        let columns = self.columns.par_iter_mut().zip(leaves);
-        columns.try_for_each(|(column, leaves)| leaves.iter().try_for_each(|leaf| column.write(leaf)))?;
+        // The dearest first, each a task of its own: at the end nobody waits for one that began late.
+        let mut work: Vec<_> = self.columns.iter_mut().zip(leaves).collect();
+        work.sort_by_key(|(column, _)| std::cmp::Reverse(column.get_estimated_total_bytes()));
+        let failed = Mutex::new(None);
+        let told = &failed;
+        rayon::scope_fifo(|scope| {
+            for (column, leaves) in work {
+                scope.spawn_fifo(move |_| {
+                    if let Err(error) = leaves.iter().try_for_each(|leaf| column.write(leaf)) {
+                        told.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    }
+                });
+            }
+        });
+        if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
         self.group_rows += batches.iter().map(RecordBatch::num_rows).sum::<usize>();
         let bytes: usize = self.columns.iter().map(ArrowColumnWriter::get_estimated_total_bytes).sum();
         let held: usize = self.columns.iter().map(ArrowColumnWriter::memory_size).sum();

@@ -20,7 +20,7 @@ use super::{
     FilesConnection, chunks,
     chunks::{Parsed, Piece, Start, piece_bytes},
     csv, input, json, manifest, parquet,
-    place::{Listed, io_error},
+    place::{Listed, Place, io_error},
 };
 use crate::{
     connector::{
@@ -119,6 +119,26 @@ impl Source for Arc<FilesConnection> {
             fixed.insert(stream.name.clone(), files);
         }
         Ok(Snapshot { token: format!("files:{}", self.shown), hold: Arc::new(Fixed(fixed)) })
+    }
+
+    async fn rows(&self, snapshot: &Snapshot, stream: &StreamSpec) -> Result<Option<u64>> {
+        let fixed: Arc<Fixed> = held(snapshot)?;
+        let files = fixed.0.get(&stream.name).cloned().unwrap_or_default();
+        let (this, format) = (Self::clone(self), stream.format.clone().unwrap_or_default());
+        let is_table = matches!(stream.read, Read::Table(_));
+        runtime::blocking(move || {
+            let mut rows = 0;
+            for file in &files {
+                let is_parquet = is_table || kind(&format, &file.path)? == FormatKind::Parquet;
+                rows += match &this.place {
+                    Place::Folder(_) if is_parquet => parquet::rows(&this.place.open(file)?, &file.path)?,
+                    // A row is short, or is packed.
+                    _ => file.size / 64,
+                };
+            }
+            Ok(Some(rows))
+        })
+        .await
     }
 
     fn scan(&self, snapshot: &Snapshot, scan: &Scan, tap: Arc<Tap>) -> Result<SendableRecordBatchStream> {

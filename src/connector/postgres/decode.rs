@@ -19,7 +19,7 @@ use chrono::DateTime;
 
 use super::types::{Attribute, Wire, range_fields, timetz_fields};
 use crate::{
-    connector::columns::{ColumnBuilder, Misfit, in_zone},
+    connector::columns::{ColumnBuilder, Misfit, POWERS, in_zone},
     error::{Error, Result},
 };
 
@@ -239,7 +239,10 @@ impl Column {
                 values.push(i64::from_be_bytes(fixed(value)?).into());
             }
             (Wire::Decimal { precision, scale }, Data::I128(values)) => {
-                values.push(Numeric::read(value)?.decimal(*precision, *scale)?);
+                values.push(match short_numeric(value, *precision, *scale) {
+                    Some(short) => short,
+                    None => Numeric::read(value)?.decimal(*precision, *scale)?,
+                });
             }
             (Wire::Decimal256 { precision, scale }, Data::I256(values)) => {
                 values.push(Numeric::read(value)?.decimal256(*precision, *scale)?);
@@ -493,6 +496,30 @@ fn range(value: &[u8], parts: &mut [Column]) -> Result<(), Misfit> {
     parts.iter_mut().zip(values).try_for_each(|(part, value)| part.append(value))
 }
 
+/// What most numbers are: at most four groups of four digits, which the column holds as they are. `None` of everything else, which
+/// [`Numeric`] reads.
+fn short_numeric(value: &[u8], precision: u8, scale: i8) -> Option<i128> {
+    let mut bytes = Bytes(value);
+    let (count, weight, sign, _) = (bytes.i16()?, bytes.i16()?, bytes.u16()?, bytes.i16()?);
+    if !(0..=4).contains(&count) || bytes.0.len() != 2 * usize::try_from(count).ok()? || sign & !0x4000 != 0 {
+        return None;
+    }
+    let mut short = 0_u64;
+    while let Some(group) = bytes.u16() {
+        short = (group < 10_000).then(|| short * 10_000 + u64::from(group))?;
+    }
+    // By how many digits the last group's end is away from where the column ends.
+    let shift = i32::from(scale) + 4 * (i32::from(weight) - i32::from(count) + 1);
+    let power = *POWERS.get(usize::try_from(shift.unsigned_abs()).ok()?)?;
+    let short = match shift < 0 {
+        false => short.checked_mul(power)?,
+        true => short.is_multiple_of(power).then(|| short / power)?,
+    };
+    let limit = POWERS.get(usize::from(precision)).or(POWERS.last())?;
+    let short = i128::from((short < *limit).then_some(short)?);
+    Some(if sign == 0 { short } else { -short })
+}
+
 /// A number as the wire has it.
 struct Numeric<'a> {
     /// Groups of four digits.
@@ -700,6 +727,19 @@ mod unit {
     use proptest::prelude::*;
 
     use super::*;
+
+    proptest! {
+        #[test]
+        fn a_short_number_is_read_as_a_long_one(
+            groups in prop::collection::vec(0_u16..10_001, 0..6), weight in -4_i16..5, sign in prop::sample::select(vec![0_u16, 0x4000, 0xC000]),
+            precision in 1_u8..=38, scale in 0_i8..12,
+        ) {
+            let bytes = wire(&groups, weight, sign, 4);
+            if let Some(short) = short_numeric(&bytes, precision, scale) {
+                prop_assert_eq!(Numeric::read(&bytes).and_then(|number| number.decimal(precision, scale)), Ok(short));
+            }
+        }
+    }
 
     /// A number as the wire has it.
     fn wire(groups: &[u16], weight: i16, sign: u16, shown: u16) -> Vec<u8> {

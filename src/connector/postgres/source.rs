@@ -53,8 +53,7 @@ use crate::{
 
 /// The session that exported the snapshot. While it lives, the snapshot does.
 struct Lead {
-    /// Never used again but to be there.
-    _session: Session,
+    session: Session,
     /// What `SET TRANSACTION SNAPSHOT` takes.
     id: String,
     /// When the server was started: another one may know the same id.
@@ -106,7 +105,16 @@ impl Source for Arc<PostgresConnection> {
             .await
             .map_err(|error| self.error("export a snapshot of", &error))?;
         let (id, server): (String, String) = (row.get(0), row.get(1));
-        Ok(Snapshot { token: id.clone(), hold: Arc::new(Lead { _session: session, id, server }) })
+        Ok(Snapshot { token: id.clone(), hold: Arc::new(Lead { session, id, server }) })
+    }
+
+    async fn rows(&self, snapshot: &Snapshot, stream: &StreamSpec) -> Result<Option<u64>> {
+        let Read::Table(_) = &stream.read else { return Ok(None) };
+        let lead: Arc<Lead> = held(snapshot)?;
+        let sql = "SELECT reltuples::int8 FROM pg_class WHERE oid = to_regclass($1) AND reltuples >= 0";
+        let row = lead.session.query_opt(sql, &[&from(stream)?]).await;
+        let row = row.map_err(|error| self.error("look into the catalog of", &error))?;
+        Ok(row.and_then(|row| u64::try_from(row.get::<_, i64>(0)).ok()))
     }
 
     fn scan(&self, snapshot: &Snapshot, scan: &Scan, tap: Arc<Tap>) -> Result<SendableRecordBatchStream> {

@@ -471,7 +471,7 @@ async fn selected(
     let sources = Arc::new(OpenSources([("facts".to_owned(), open)].into()));
     let context = session::for_models(&Scratch::new(&limits).unwrap(), chrono::DateTime::UNIX_EPOCH, sources);
     let scan = Scan::new(stream, schema, Window::Whole);
-    context.register_table("facts", Arc::new(ScanTable { scan, selective })).unwrap();
+    context.register_table("facts", Arc::new(ScanTable { scan, selective, rows: None })).unwrap();
     let rows = context.sql(&format!("SELECT id FROM facts {filter}")).await.unwrap().collect().await.unwrap();
     let mut ids: Vec<i32> =
         rows.iter().flat_map(|batch| batch.column(0).as_primitive::<Int32Type>().values().to_vec()).collect();
