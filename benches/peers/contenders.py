@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+TABLE, KEY = os.environ.get("TABLE", "lineitem"), os.environ.get("KEY", "l_orderkey")
 DATA, OUT, SERVER = os.environ["DATA"], os.environ["OUT"], os.environ.get("SERVER", "")
 THREADS = int(os.environ.get("THREADS", "2"))
 
@@ -32,16 +33,16 @@ PARQUET = "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)"
 
 
 def duckdb_pg_to_parquet():
-    attached().execute(f"COPY (SELECT * FROM pg.lineitem) TO '{OUT}/lineitem.parquet' {PARQUET}")
+    attached().execute(f"COPY (SELECT * FROM pg.{TABLE}) TO '{OUT}/{TABLE}.parquet' {PARQUET}")
 
 
 def connectorx_pg_to_parquet():
     import connectorx
     import pyarrow.parquet
 
-    table = connectorx.read_sql(SERVER, "SELECT * FROM lineitem", return_type="arrow", protocol="binary",
-                                **({"partition_on": "l_orderkey", "partition_num": THREADS} if THREADS > 1 else {}))
-    pyarrow.parquet.write_table(table, f"{OUT}/lineitem.parquet", compression="zstd", compression_level=1)
+    table = connectorx.read_sql(SERVER, f"SELECT * FROM {TABLE}", return_type="arrow", protocol="binary",
+                                **({"partition_on": KEY, "partition_num": THREADS} if THREADS > 1 else {}))
+    pyarrow.parquet.write_table(table, f"{OUT}/{TABLE}.parquet", compression="zstd", compression_level=1)
 
 
 def adbc_pg_to_parquet():
@@ -49,9 +50,9 @@ def adbc_pg_to_parquet():
     import pyarrow.parquet
 
     with adbc_driver_postgresql.dbapi.connect(SERVER) as connection, connection.cursor() as cursor:
-        cursor.execute("SELECT * FROM lineitem")
+        cursor.execute(f"SELECT * FROM {TABLE}")
         reader = cursor.fetch_record_batch()
-        path = f"{OUT}/lineitem.parquet"
+        path = f"{OUT}/{TABLE}.parquet"
         with pyarrow.parquet.ParquetWriter(path, reader.schema, compression="zstd", compression_level=1) as writer:
             for batch in reader:
                 writer.write_batch(batch)
@@ -79,6 +80,20 @@ def adbc_parquet_to_pg():
     with adbc_driver_postgresql.dbapi.connect(SERVER) as connection, connection.cursor() as cursor:
         cursor.adbc_ingest("loaded", file.iter_batches(), mode="append")
         connection.commit()
+
+
+def duckdb_pg_to_pg():
+    attached().execute("INSERT INTO pg.orders_loaded SELECT * FROM pg.orders")
+
+
+def duckdb_merge():
+    connection = attached()
+    connection.execute(f"CREATE TABLE pg.stage AS SELECT * FROM '{DATA}/delta.parquet'")
+    connection.execute("CALL postgres_execute('pg', $$" + os.environ["UPSERT"] + "; DROP TABLE stage$$)")
+
+
+def write_delta():
+    attached().execute(f"COPY (SELECT * FROM pg.delta) TO '{DATA}/delta.parquet' {PARQUET}")
 
 
 def csv_of():

@@ -40,6 +40,7 @@ class Contender:
     env: dict = field(default_factory=dict)
     before: object = None
     stdout: str = os.devnull
+    stdin: str = ""
 
 
 class Server:
@@ -89,8 +90,10 @@ def run(contender, server):
     before = server.seconds() if server else 0
     environment = {**os.environ, **contender.env}
     began = time.perf_counter()
-    with open(contender.stdout, "w") as out, tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(contender.argv, env=environment, stdout=out, stderr=told)
+    with open(contender.stdout, "w") as out, tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as given:
+        given.write(contender.stdin)
+        given.seek(0)
+        process = subprocess.Popen(contender.argv, env=environment, stdin=given, stdout=out, stderr=told)
         # Its own high-water mark: that of `wait4` begins with this process's memory, from before the child became another program.
         peak, ended = 0, 0
         while not ended:
@@ -114,6 +117,60 @@ CHECK = ", ".join(["count(*)", *(f"sum({key})" for key in ["l_orderkey", "l_part
                    *(f"sum(CAST({column} AS DECIMAL(38,2)))" for column in MONEY), "min(l_shipdate)", "max(l_receiptdate)",
                    "sum(length(l_comment))", "count(DISTINCT l_shipmode)", "sum(length(l_shipinstruct))"])
 MAPPING = (HERE / "mapping.sql").read_text()
+ORDERS = "count(*), sum(o_orderkey), sum(o_custkey), sum(o_totalprice), min(o_orderdate), max(o_orderdate), sum(length(o_comment)), count(DISTINCT o_clerk)"
+LINEITEM = ("l_orderkey bigint NOT NULL, l_partkey bigint NOT NULL, l_suppkey bigint NOT NULL, l_linenumber integer NOT NULL, "
+            "l_quantity numeric(15,2) NOT NULL, l_extendedprice numeric(15,2) NOT NULL, l_discount numeric(15,2) NOT NULL, l_tax numeric(15,2) NOT NULL, "
+            "l_returnflag varchar NOT NULL, l_linestatus varchar NOT NULL, l_shipdate date NOT NULL, l_commitdate date NOT NULL, "
+            "l_receiptdate date NOT NULL, l_shipinstruct varchar NOT NULL, l_shipmode varchar NOT NULL, l_comment varchar NOT NULL")
+
+# A column of the wide table: its name, its type, what it holds in row n, and what of it is compared.
+WIDE = [
+    ("id", "bigint NOT NULL", "n", "sum"),
+    ("small", "smallint", "nullif(n % 60000 - 30000, 7)", "sum"),
+    ("whole", "integer", "nullif(n * 2 - 1000000, 8)", "sum"),
+    *[(f"money{at}", "numeric(15,2)", f"nullif((n * {at * 7919} % 99999999) / 100.0 - 500000, 0)", "sum") for at in range(1, 6)],
+    ("rate", "numeric(38,10)", "n / 7.0", "sum"),
+    ("large", "numeric(30,0)", "n::numeric * 1000000000000000", "sum"),
+    *[(f"share{at}", "numeric(9,4)", f"n % {at * 97} / 3.0", "sum") for at in range(1, 4)],
+    ("free", "numeric", "n / (n % 13 + 1)::numeric", "digits"),
+    ("single", "real", "CASE WHEN n % 1000 = 0 THEN 'NaN' ELSE (n % 4096) / 8.0 END", "count"),
+    ("double", "double precision", "CASE WHEN n % 1000 = 0 THEN 'Infinity' ELSE (n % 4096) / 8.0 END", "count"),
+    ("flag", "boolean", "CASE n % 3 WHEN 0 THEN true WHEN 1 THEN false END", "true"),
+    *[(f"day{at}", "date", f"DATE '{start}' + (n % {at * 1000})::int", "days") for at, start in [(1, "0001-01-01"), (2, "1970-01-01"), (3, "9990-01-01")]],
+    *[(f"clock{at}", "timestamp", f"TIMESTAMP '{start}' + n * INTERVAL '1.000001 seconds'", "micros")
+      for at, start in [(1, "0044-03-15"), (2, "1969-12-31"), (3, "2026-10-25"), (4, "9999-01-01")]],
+    *[(f"at{at}", "timestamptz", f"TIMESTAMPTZ '{start}+02' + n * INTERVAL '1.000001 seconds'", "micros") for at, start in [(1, "1700-01-01"), (2, "2026-10-25")]],
+    ("hour", "time", "TIME '00:00' + n % 86400 * INTERVAL '1.000001 seconds' - INTERVAL '0'", "count"),
+    ("uid", "uuid", "md5(n::text)::uuid", "text"),
+    ("doc", "jsonb", "jsonb_build_object('n', n, 'text', 'ä\"' || n)", "count"),
+    ("empty", "text", "CASE n % 3 WHEN 0 THEN '' WHEN 1 THEN NULL ELSE n::text END", "text"),
+    ("lines", "text", "E'a\\nb\\t\"c\", ' || n", "text"),
+    ("accents", "text", "'äöü€😀 ' || n % 1000", "text"),
+    ("long", "text", "repeat(md5(n::text), 8)", "text"),
+    ("code", "varchar(20)", "'C' || lpad(n::text, 10, '0')", "text"),
+    ("kind", "character(5)", "chr((65 + n % 26)::int)", "length"),
+    ("few", "text", "(ARRAY['new', 'open', 'paid', 'lost'])[n % 4 + 1]", "text"),
+    ("bytes", "bytea", "decode(md5(n::text), 'hex')", "count"),
+]
+
+
+def wide_check(of, kinds=()):
+    """What the wide table's columns come to, in the words of PostgreSQL or of DuckDB; or the names of what is compared."""
+    checks = []
+    for name, _, _, what in WIDE:
+        column = f'"{name}"'
+        in_postgres, in_duckdb = {
+            "sum": (f"sum({column})", f"sum({column}::DECIMAL(38,10))" if name == "rate" else f"sum({column}::DECIMAL(38,4))" if name.startswith("share") else f"sum({column}::DECIMAL(38,2))" if name.startswith("money") else f"sum({column}::DECIMAL(38,0))"),
+            "digits": (f"sum(('x' || substr(md5({column}::text), 1, 8))::bit(32)::bigint)", f"sum(('0x' || substr(md5({column}::VARCHAR), 1, 8))::BIGINT)"),
+            "text": (f"sum(('x' || substr(md5({column}::text), 1, 8))::bit(32)::bigint)", f"sum(('0x' || substr(md5({column}::VARCHAR), 1, 8))::BIGINT)"),
+            "true": (f"count(*) FILTER (WHERE {column}) || '/' || count({column})", f"count(*) FILTER (WHERE {column}) || '/' || count({column})"),
+            "days": (f"sum({column} - DATE '1970-01-01')", f"sum(({column} - DATE '1970-01-01')::BIGINT)"),
+            "micros": (f"sum((extract(epoch FROM {column}) * 1000000)::numeric(30,0))", f"sum(epoch_us({column})::DECIMAL(38,0))"),
+            "length": (f"sum(octet_length({column}))", f"sum(strlen({column}))"),
+            "count": (f"count({column})", f"count({column})"),
+        }[what]
+        checks.append({"postgres": in_postgres, "duckdb": in_duckdb, "names": name}[of])
+    return {"postgres": ", ", "duckdb": " ;; ", "names": ", "}[of].join(checks)
 
 
 def sums_of(path):
@@ -154,15 +211,16 @@ def works(options, server, data, out):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
 
-    def floodmark(connections, job, files=(), before=None):
+    def floodmark(connections, job, files=(), before=None, name="floodmark"):
         def prepare():
             (before or fresh)()
             floodmark_project(project, connections, job, files)
 
-        return Contender("floodmark", [binary, "run", "--project", str(project)], env, prepare)
+        return Contender(name, [binary, "run", "--project", str(project)], env, prepare)
 
     def parquet_of(contender, name):
-        return f"{project}/out/{name}/current/*.parquet" if contender == "floodmark" else f"{out}/{name}.parquet"
+        ours = contender.startswith("floodmark")
+        return f"{project}/out/{name}/current/*.parquet" if ours else f"{out}/{name}.parquet"
 
     source = server.psql(f"SELECT {CHECK} FROM lineitem")
     typed = sums_of(f"{data}/lineitem.parquet")[1]
@@ -209,6 +267,101 @@ def works(options, server, data, out):
         other("DuckDB", "duckdb_parquet_to_pg", 2, emptied),
         other("ADBC", "adbc_parquet_to_pg", 1, emptied),
     ], loaded, "psql \\copy of a ready binary file")
+
+    orders = server.psql(f"SELECT {ORDERS} FROM orders")
+
+    def orders_gone():
+        emptied()
+        server.psql("DROP TABLE IF EXISTS orders_loaded")
+
+    def orders_there():
+        orders_gone()
+        server.psql("CREATE TABLE orders_loaded (LIKE orders)")
+
+    def same_orders(_):
+        found = server.psql(f"SELECT {ORDERS} FROM orders_loaded")
+        return "" if found == orders else f"other values: {found} instead of {orders}"
+
+    copy_orders = "job: load\nsources:\n  orders: { connection: erp, table: orders }\ntarget:\n  connection: dw\n  outputs: { orders_loaded: { from: orders, mode: append } }\n"
+    both = f"erp: {erp}\ndw: {erp}\n"
+    pipe = (f"{server.bin}/psql -Xq '{server.uri}' -c 'COPY orders TO STDOUT (FORMAT binary)' | "
+            f"{server.bin}/psql -Xq '{server.uri}' -c 'COPY orders_loaded FROM STDIN (FORMAT binary)'")
+    yield Work("pg_to_pg", "PostgreSQL → PostgreSQL, orders", [
+        Contender("psql COPY | psql COPY, binary", ["bash", "-c", pipe], env, orders_there),
+        floodmark(both, copy_orders, before=orders_gone),
+        other("DuckDB", "duckdb_pg_to_pg", 2, orders_there),
+    ], same_orders, "psql COPY | psql COPY, binary")
+
+    key, columns = "l_orderkey, l_linenumber", [line.split()[0] for line in LINEITEM.split(", ")]
+    changes = ", ".join(f"{column} = excluded.{column}" for column in columns if column not in key)
+    upsert = f"INSERT INTO merged SELECT * FROM stage ON CONFLICT ({key}) DO UPDATE SET {changes}"
+    ready_delta = data / "delta.copy"
+
+    def unmerged():
+        emptied()
+        same = "m.l_orderkey = d.l_orderkey AND m.l_linenumber = d.l_linenumber"
+        server.psql(f"""DELETE FROM merged AS m USING delta AS d WHERE {same} AND d.l_orderkey > 100000000;
+            UPDATE merged AS m SET l_quantity = m.l_quantity - 1 FROM delta AS d WHERE {same} AND m.l_quantity = d.l_quantity;
+            DROP TABLE IF EXISTS stage""")
+        server.psql("VACUUM merged")
+        server.psql("CHECKPOINT")
+
+    after = server.psql(f"""SELECT {CHECK} FROM (SELECT * FROM delta UNION ALL SELECT * FROM lineitem AS l
+        WHERE NOT EXISTS (SELECT FROM delta AS d WHERE d.l_orderkey = l.l_orderkey AND d.l_linenumber = l.l_linenumber)) AS x""")
+
+    def merged(_):
+        found = server.psql(f"SELECT {CHECK} FROM merged")
+        return "" if found == after else f"other values: {found} instead of {after}"
+
+    merge = f"job: load\nsources:\n  lines: {{ connection: data, file: delta.parquet }}\ntarget:\n  connection: dw\n  outputs: {{ merged: {{ from: lines, mode: merge, key: [{key}] }} }}\n"
+    by_hand = f"CREATE TEMP TABLE stage (LIKE merged); \\copy stage FROM '{ready_delta}' (FORMAT binary)\n{upsert}"
+    yield Work("merge", "100 000 rows, of which 90 000 change one and 10 000 are new, merged into lineitem with a key", [
+        Contender("psql COPY to a stage, INSERT … ON CONFLICT", [f"{server.bin}/psql", "-Xq", server.uri, "-f", "-"], env, unmerged, stdin=by_hand),
+        floodmark(f"dw: {erp}\ndata: {{ kind: files, root: {data} }}\n", merge, before=unmerged),
+        other("DuckDB, SQL by hand", "duckdb_merge", 2, unmerged, UPSERT=upsert),
+    ], merged, "psql COPY to a stage, INSERT … ON CONFLICT")
+
+    mapped_job = (whole.replace("target:", "models: { mapped: sql/mapped.sql }\nchecks:\n  mapped:\n    - not_null: [l_orderkey, l_partkey, net]\n    - expression: 'l_quantity > 0'\n    - expression: 'l_discount between 0 and 1'\ntarget:")
+                  .replace("from: lineitem,", "from: mapped,"))
+    net = "SELECT *, l_extendedprice * (1 - l_discount) AS net FROM lineitem WHERE l_shipdate >= DATE '1992-01-01'\n"
+
+    def same_mapped(contender):
+        sums, _ = sums_of(parquet_of(contender, "lineitem"))
+        return "" if sums == source else f"other values: {sums} instead of {source}"
+
+    yield Work("checked", "PostgreSQL → Parquet, lineitem, with a mapping and checks, and without", [
+        floodmark(f"erp: {erp}\n{lake}", whole, name="floodmark, a copy"),
+        floodmark(f"erp: {erp}\n{lake}", mapped_job, [("sql/mapped.sql", net)], name="floodmark, a mapping and three checks"),
+    ], same_mapped, "floodmark, a copy")
+
+    wide = server.psql(f"SELECT {wide_check('postgres')} FROM wide")
+
+    def same_wide(contender):
+        import duckdb
+
+        path = parquet_of(contender, "wide")
+        kinds = {row[0]: row[1] for row in duckdb.sql(f"DESCRIBE SELECT * FROM '{path}'").fetchall()}
+        names = wide_check("names").split(", ")
+        wrong = []
+        expected = dict(zip(names, wide.split("|")))
+        for name in names:
+            sql = wide_check("duckdb", kinds).split(" ;; ")[names.index(name)]
+            try:
+                found = str(duckdb.sql(f"SELECT {sql} FROM '{path}'").fetchone()[0])
+            except duckdb.Error as error:
+                found = f"cannot be compared ({kinds.get(name.split('.')[0])}: {str(error).splitlines()[0][:60]})"
+            if found != expected[name]:
+                wrong.append(f"{name}: {found[:40]} instead of {expected[name][:40]}")
+        return "" if not wrong else f"{len(wrong)} of {len(names)} differ: " + "; ".join(wrong[:6])
+
+    ugly = "job: load\nsources:\n  wide: { connection: erp, table: wide }\ntarget:\n  connection: lake\n  outputs: { wide: { from: wide, mode: replace } }\n"
+    yield Work("wide", "PostgreSQL → Parquet zstd, a million wide rows of many types", [
+        Contender("psql COPY binary > /dev/null", [*psql, "COPY (SELECT * FROM wide) TO STDOUT (FORMAT binary)"], env),
+        floodmark(f"erp: {erp}\n{lake}", ugly),
+        other("DuckDB, 2 threads", "duckdb_pg_to_parquet", 2, fresh, TABLE="wide"),
+        other("ConnectorX + pyarrow", "connectorx_pg_to_parquet", 2, fresh, TABLE="wide", KEY="id"),
+        other("ADBC + pyarrow", "adbc_pg_to_parquet", 1, fresh, TABLE="wide"),
+    ], same_wide, "psql COPY binary > /dev/null")
 
     types = ", ".join(f"{name}: {kind}" for name, kind in {
         "l_orderkey": "int", "l_partkey": "int", "l_suppkey": "int", "l_linenumber": "int", "l_quantity": '"decimal(15,2)"',
@@ -270,14 +423,26 @@ def prepare(options, server, data):
         server.psql("CREATE DATABASE peers", "postgres")
     comment = server.psql("SELECT coalesce(obj_description(to_regclass('lineitem')), '')")
     if comment != f"scale {options.scale}":
-        server.psql("""DROP TABLE IF EXISTS lineitem; CREATE TABLE lineitem (l_orderkey bigint NOT NULL, l_partkey bigint NOT NULL,
-            l_suppkey bigint NOT NULL, l_linenumber integer NOT NULL, l_quantity numeric(15,2) NOT NULL, l_extendedprice numeric(15,2) NOT NULL,
-            l_discount numeric(15,2) NOT NULL, l_tax numeric(15,2) NOT NULL, l_returnflag varchar NOT NULL, l_linestatus varchar NOT NULL,
-            l_shipdate date NOT NULL, l_commitdate date NOT NULL, l_receiptdate date NOT NULL, l_shipinstruct varchar NOT NULL,
-            l_shipmode varchar NOT NULL, l_comment varchar NOT NULL)""")
+        server.psql(f"DROP TABLE IF EXISTS lineitem, orders, merged, delta, wide; CREATE TABLE lineitem ({LINEITEM})")
+        server.psql("CREATE TABLE orders (o_orderkey bigint NOT NULL, o_custkey bigint NOT NULL, o_orderstatus varchar NOT NULL, "
+                    "o_totalprice numeric(15,2) NOT NULL, o_orderdate date NOT NULL, o_orderpriority varchar NOT NULL, o_clerk varchar NOT NULL, "
+                    "o_shippriority integer NOT NULL, o_comment varchar NOT NULL)")
+        server.psql(f"\\copy orders FROM '{data}/orders.csv' (FORMAT csv, HEADER)")
         server.psql(f"\\copy lineitem FROM '{data}/lineitem.csv' (FORMAT csv, HEADER)")
         server.psql("VACUUM (FREEZE, ANALYZE) lineitem")
+        server.psql("CREATE TABLE merged (LIKE lineitem, PRIMARY KEY (l_orderkey, l_linenumber)); INSERT INTO merged SELECT * FROM lineitem ORDER BY 1, 4")
+        server.psql("CREATE TABLE delta (LIKE lineitem); INSERT INTO delta SELECT * FROM lineitem WHERE l_orderkey % 64 = 1 LIMIT 90000; "
+                    "UPDATE delta SET l_quantity = l_quantity + 1; "
+                    "INSERT INTO delta SELECT * FROM lineitem WHERE l_orderkey % 64 = 2 LIMIT 10000; "
+                    "UPDATE delta SET l_orderkey = l_orderkey + 100000000 WHERE l_orderkey % 64 = 2")
+        columns = ", ".join(f'"{name}" {kind}' for name, kind, *_ in WIDE)
+        server.psql(f"CREATE TABLE wide ({columns})")
+        server.psql(f"INSERT INTO wide SELECT {', '.join(value for _, _, value, _ in WIDE)} FROM generate_series(1, {int(1_000_000 * options.scale)}) AS n")
+        for table in ["orders", "merged", "delta", "wide"]:
+            server.psql(f"VACUUM (FREEZE, ANALYZE) {table}")
+        server.psql(f"\\copy delta TO '{data}/delta.copy' (FORMAT binary)")
         server.psql(f"COMMENT ON TABLE lineitem IS 'scale {options.scale}'")
+        subprocess.run([sys.executable, HERE / "contenders.py", "write_delta"], check=True, env={**os.environ, "DATA": str(data), "OUT": "", "SERVER": server.uri})
     ready = data / "lineitem.copy"
     if not ready.exists():
         server.psql(f"\\copy lineitem TO '{ready}' (FORMAT binary)")
