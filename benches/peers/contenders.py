@@ -82,6 +82,29 @@ def adbc_parquet_to_pg():
         connection.commit()
 
 
+def sling_incremental():
+    import sling_linux_amd64
+
+    binary = Path(sling_linux_amd64.__file__).parent / "bin/sling-linux-amd64"
+    binary.chmod(0o755)
+    os.environ["PG"] = SERVER
+    os.environ["SLING_HOME_DIR"] = os.environ["NIGHTLY"]
+    os.execv(binary, [binary, "run", "--src-conn", "PG", "--src-stream", "public.bookings", "--tgt-conn", "PG", "--tgt-object", "of_sling.bookings",
+                      "--mode", "incremental", "--primary-key", "o_orderkey", "--update-key", "updated_at"])
+
+
+def dlt_incremental():
+    os.environ.update(DLT_PROJECT_DIR=os.environ["NIGHTLY"], RUNTIME__DLTHUB_TELEMETRY="false")
+    import dlt
+    from dlt.sources.sql_database import sql_table
+
+    uri = SERVER.replace("postgresql://", "postgresql+psycopg2://")
+    rows = sql_table(credentials=uri, table="bookings", backend="pyarrow", chunk_size=100_000, incremental=dlt.sources.incremental("updated_at"))
+    rows.apply_hints(primary_key="o_orderkey", write_disposition={"disposition": "merge", "strategy": "upsert"})
+    pipeline = dlt.pipeline("peers", destination=dlt.destinations.postgres(SERVER), dataset_name="of_dlt", pipelines_dir=os.environ["NIGHTLY"])
+    pipeline.run(rows)
+
+
 def duckdb_pg_to_pg():
     attached().execute("INSERT INTO pg.orders_loaded SELECT * FROM pg.orders")
 

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -363,6 +364,64 @@ def works(options, server, data, out):
         other("ADBC + pyarrow", "adbc_pg_to_parquet", 1, fresh, TABLE="wide"),
     ], same_wide, "psql COPY binary > /dev/null")
 
+    nightly = out.parent / "nightly"
+
+    def changed_source():
+        """One in a hundred rows changed, and one in a hundred new; then time for every clock to be beyond it."""
+        server.psql("""WITH top AS (SELECT max(o_orderkey) AS key FROM bookings)
+            INSERT INTO bookings SELECT key + row_number() OVER (), o_custkey, o_totalprice, now() FROM bookings, top ORDER BY o_orderkey LIMIT 15000;
+            UPDATE bookings SET o_totalprice = o_totalprice + 1, updated_at = clock_timestamp() WHERE o_orderkey % 100 = (SELECT count(*) % 100 FROM bookings)""")
+        server.psql("VACUUM ANALYZE bookings")
+        server.psql("CHECKPOINT")
+        time.sleep(6)
+
+    nightly_job = ("job: load\nsources:\n  bookings: { connection: erp, table: bookings, incremental: { cursor: updated_at } }\ntarget:\n  connection: dw\n"
+                   "  outputs: { bookings: { from: bookings, mode: merge, key: [o_orderkey] } }\n")
+    where = {"floodmark": "of_floodmark", "Sling": "of_sling", "dlt": "of_dlt"}
+    incremental = [
+        Contender("floodmark", [binary, "run", "--project", str(nightly / "project")], env),
+        other("Sling", "sling_incremental", 1, NIGHTLY=str(nightly)),
+        *([other("dlt", "dlt_incremental", 1, NIGHTLY=str(nightly))] if options.slow else []),
+    ]
+
+    def first_night():
+        """What every run after it builds on: everybody has loaded everything once."""
+        shutil.rmtree(nightly, ignore_errors=True)
+        nightly.mkdir(parents=True)
+        server.psql("DROP TABLE IF EXISTS floodmark_state, floodmark_log, floodmark_quarantine")
+        for schema in where.values():
+            server.psql(f"DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}")
+        server.psql("""DROP TABLE IF EXISTS bookings; CREATE TABLE bookings (o_orderkey bigint PRIMARY KEY, o_custkey bigint NOT NULL,
+            o_totalprice numeric(15,2) NOT NULL, updated_at timestamptz NOT NULL)""")
+        server.psql("INSERT INTO bookings SELECT o_orderkey, o_custkey, o_totalprice, now() - INTERVAL '1 day' FROM orders ORDER BY 1")
+        server.psql("CREATE INDEX ON bookings (updated_at); VACUUM ANALYZE bookings")
+        target = erp.replace("sslmode: disable", "sslmode: disable, schema: of_floodmark").replace("user: admin", "user: admin")
+        floodmark_project(nightly / "project", f"erp: {erp}\ndw: {target}\n", nightly_job)
+        for contender in incremental:
+            done = run(contender, server)
+            print(f"incremental: the first load by {contender.name}: {done.wall:.2f} s {done.wrong}", flush=True)
+
+    def once_a_round(change, state={"begun": False}):
+        def before():
+            if not state["begun"]:
+                state["begun"] = True
+                first_night()
+            change()
+        return before
+
+    def same_bookings(contender):
+        columns = "count(*), sum(o_orderkey), sum(o_totalprice)"
+        expected = server.psql(f"SELECT {columns} FROM bookings")
+        found = server.psql(f"SELECT {columns} FROM {where[contender]}.bookings")
+        return "" if found == expected else f"other values: {found} instead of {expected}"
+
+    def first_changes(change):
+        first, *rest = incremental
+        return [Contender(first.name, first.argv, first.env, once_a_round(change)), *rest]
+
+    yield Work("incremental", "PostgreSQL → PostgreSQL by a cursor, 1 % changed and 1 % new of 1.5 million rows", first_changes(changed_source), same_bookings, "Sling")
+    yield Work("nothing_new", "the same with nothing new", first_changes(lambda: None), same_bookings, "Sling")
+
     types = ", ".join(f"{name}: {kind}" for name, kind in {
         "l_orderkey": "int", "l_partkey": "int", "l_suppkey": "int", "l_linenumber": "int", "l_quantity": '"decimal(15,2)"',
         "l_extendedprice": '"decimal(15,2)"', "l_discount": '"decimal(15,2)"', "l_tax": '"decimal(15,2)"', "l_returnflag": "string",
@@ -477,6 +536,8 @@ def main():
                 found[contender.name].append(measured)
                 print(f"{work.name}: {contender.name}: {measured.wall:.2f} s, {measured.wrong or 'right'}", flush=True)
         sections.append(section(work, found))
+    if not options.work or "cancel" in options.work:
+        sections.append(cancelled(options, server, out))
     version = subprocess.run([options.floodmark, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     head = (f"# The same work, by floodmark and by others\n\n`benches/peers/run --scale {options.scale:g} --rounds {options.rounds}` on "
             f"{time.strftime('%Y-%m-%d')}: {version}, {os.cpu_count()} cores, {server.psql('SHOW server_version')} of PostgreSQL on the same machine, "
@@ -484,6 +545,41 @@ def main():
             "for all.\n")
     options.out.write_text("\n".join([head, *sections]))
     print(f"written: {options.out}")
+
+
+def cancelled(options, server, out):
+    """How long a session of ours lives on the server after Ctrl-C, in the middle of a large table."""
+    project = out / "project"
+    job = "job: load\nsources:\n  lineitem: { connection: erp, table: lineitem }\ntarget:\n  connection: lake\n  outputs: { lineitem: { from: lineitem, mode: replace } }\n"
+    erp = (f"{{ kind: postgres, host: 127.0.0.1, port: {server.port}, database: peers, user: admin, "
+           "password: \"${env:PASSWORD}\", sslmode: disable }")
+    alive = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'floodmark'"
+    import psycopg2
+
+    watch = psycopg2.connect(server.uri)
+    watch.autocommit = True
+    cursor, taken = watch.cursor(), []
+
+    def sessions():
+        cursor.execute(alive)
+        return cursor.fetchone()[0]
+
+    for _ in range(options.rounds):
+        shutil.rmtree(out, ignore_errors=True)
+        floodmark_project(project, f"erp: {erp}\nlake: {{ kind: files, root: out }}\n", job)
+        process = subprocess.Popen([options.floodmark, "run", "--project", project], env={**os.environ, "PASSWORD": server.password},
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while sessions() < 3:
+            time.sleep(0.005)
+        time.sleep(1)
+        began = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        while sessions():
+            time.sleep(0.002)
+        taken.append((time.perf_counter() - began) * 1000)
+        process.wait()
+    told = ", ".join(f"{each:.0f}" for each in taken)
+    return f"## Ctrl-C in the middle of a table, until the server has no session of floodmark's\n\n{statistics.median(taken):.0f} ms ({told})\n"
 
 
 def section(work, found):
