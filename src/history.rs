@@ -15,7 +15,7 @@
 //!
 //! `--full-refresh` needs no history: it only minds rows that are somebody else's.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     connector::{Marks, Target},
@@ -29,7 +29,8 @@ use crate::{
 const ANEW: &str =
     "`floodmark run --full-refresh` loads it anew, and shows the old rows until the new ones are audited.";
 
-/// Refuses a target that this job's last release is no longer true of. What is worth a word is said in `warnings`.
+/// Refuses a target that this job's last release is no longer true of; else how many rows outputs hold. What is worth a word is said in
+/// `warnings`.
 ///
 /// # Errors
 ///
@@ -41,7 +42,7 @@ pub async fn of_target(
     seen: Option<Seen>,
     full_refresh: bool,
     warnings: &mut Vec<String>,
-) -> Result<()> {
+) -> Result<BTreeMap<String, u64>> {
     match (base, seen) {
         (Some(base), Some(seen)) if base.incarnation == seen.incarnation && base.seq < seen.seq => {
             warnings.push(format!(
@@ -68,9 +69,11 @@ pub async fn of_target(
             plan.id.job
         )));
     }
+    let mut held = BTreeMap::new();
     for output in &plan.outputs {
         let name = &output.spec.name;
         let rows = target.current(&plan.id, name).await?.map(|current| current.rows);
+        held.extend(rows.map(|rows| (name.clone(), rows)));
         let Some(before) = base.and_then(|base| base.outputs.get(name)) else {
             if rows.is_some_and(|rows| rows > 0) {
                 return Err(Error::data(format!(
@@ -100,7 +103,7 @@ pub async fn of_target(
             .hint(format!("{ANEW} `floodmark state adopt {}` takes it as it is.", plan.id.job)));
         }
     }
-    Ok(())
+    Ok(held)
 }
 
 /// The marks to go on from.

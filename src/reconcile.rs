@@ -32,7 +32,7 @@ use serde::Serialize;
 use tracing::info;
 
 use crate::{
-    connector::{Connection, Source, scan::ScanTable},
+    connector::{Connection, scan::ScanTable},
     error::{Error, ErrorKind, Result, nearest},
     extract::{Extract, Joins, Reading},
     history,
@@ -271,7 +271,7 @@ async fn held(
     target: &Arc<dyn Connection>,
 ) -> Result<SessionContext> {
     let (mut table, sources) = ScanTable::of_output(target, &output.spec.name).await?;
-    table.selective = target.source().is_some_and(Source::applies_conditions);
+    table.selective = target.source().is_some_and(|source| source.applies_conditions(&table.scan.stream));
     let context = session::for_models(&conductor.scratch, request.as_of, Arc::new(sources));
     context.register_table("t", Arc::new(table))?;
     Ok(context)

@@ -94,7 +94,7 @@ impl Release<'_> {
             }
             written.insert(output.spec.name.clone(), (staged, hash));
         }
-        // Sources are let go before the target is locked: they may be the same database.
+        // Sources are let go before tables of the target are altered: they may be the same database.
         drop(context);
         let sources = self.account(&taps, &windows, &row_rejects, record)?;
         for (name, source) in &mut record.sources {

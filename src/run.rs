@@ -370,6 +370,31 @@ impl Conductor {
         Ok(windows)
     }
 
+    /// How rows would get into each output of a plan, where its target has more than one way.
+    ///
+    /// # Errors
+    ///
+    /// If the target cannot be asked.
+    pub async fn ways(&self, plan: &Plan) -> Result<IndexMap<String, &'static str>> {
+        let job = self.project.jobs.get(&plan.id.job).ok_or_else(|| Error::bug("no such job"))?;
+        let connections = self.connections(job)?;
+        let target = connections.get(&plan.target).and_then(|target| target.target());
+        let target = target.ok_or_else(|| Error::bug("the target cannot be written"))?;
+        let mut ways = IndexMap::new();
+        for output in &plan.outputs {
+            // Of history and deletes the rows are worked out first, and merged.
+            let spec = match output.dimension.looks_back() {
+                true => output.dimension.merge(&output.spec),
+                false => output.spec.clone(),
+            };
+            let schema = Arc::new(output.dimension.schema(&output.schema));
+            if let Some(way) = target.way(&spec, &schema).await? {
+                ways.insert(output.spec.name.clone(), way);
+            }
+        }
+        Ok(ways)
+    }
+
     /// Runs one job. Whatever happens is in the record; an error is also given back, with its places.
     pub async fn run(&self, job: &JobDocument, request: &Request) -> (RunRecord, Option<Error>) {
         let mut record = self.blank(job, request);
@@ -537,7 +562,7 @@ impl Conductor {
             }
         }
         let (anew, warnings) = (request.full_refresh, &mut record.warnings);
-        history::of_target(&plan, target, base.as_ref(), remembered, anew, warnings).await?;
+        let held = history::of_target(&plan, target, base.as_ref(), remembered, anew, warnings).await?;
         if request.leaves_marks() && base.is_none() {
             return Err(Error::configuration(format!("job `{}` has not run yet", plan.id.job))
                 .hint("Run it first: its first run reads everything."));
@@ -551,6 +576,8 @@ impl Conductor {
             run_id: record.run_id,
             seq: base.as_ref().map_or(1, |base| base.seq + 1),
             incarnation: base.as_ref().map_or_else(Uuid::new_v4, |base| base.incarnation),
+            outputs: plan.outputs.len(),
+            held,
             scratch: self.scratch.clone(),
         };
         let load = target.begin(&plan.id, &attempt, base.as_ref()).await?;

@@ -226,14 +226,14 @@ pub struct Batches {
 }
 
 impl Batches {
-    /// Waits for the next batches: all that are there, and one at least. `None` when it has had all of them.
+    /// Waits for the next batches: those that are there, and one at least. `None` when it has had all of them.
     ///
     /// # Errors
     ///
     /// If whoever made them has gone away: what was consumed is not all.
     pub fn more(&mut self) -> Result<Option<Vec<RecordBatch>>> {
         let mut batches = Vec::new();
-        while !self.ended {
+        while !self.ended && batches.len() <= CHANNEL_BATCHES {
             let next = match batches.is_empty() {
                 true => self.receiver.blocking_recv(),
                 false => match self.receiver.try_recv() {

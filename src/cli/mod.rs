@@ -438,7 +438,11 @@ async fn execute(arguments: Arguments, renderer: &Renderer) -> Result<u8> {
                     warnings.push(format!("what is new is not known: {error}"));
                     indexmap::IndexMap::new()
                 });
-                renderer.plan(plan, &plan.asked(&conductor.scratch).await?, &windows, &warnings);
+                let ways = conductor.ways(plan).await.unwrap_or_else(|error| {
+                    warnings.push(format!("how rows get into the target is not known: {error}"));
+                    indexmap::IndexMap::new()
+                });
+                renderer.plan(plan, &plan.asked(&conductor.scratch).await?, &windows, &ways, &warnings);
             }
         }
         Verb::Preview { job, model, limit, how } => {

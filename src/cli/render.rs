@@ -212,8 +212,10 @@ impl Renderer {
         plan: &Plan,
         asked: &IndexMap<&str, Vec<Condition>>,
         windows: &IndexMap<String, (Window, Option<Exactness>)>,
+        ways: &IndexMap<String, &'static str>,
         warnings: &[String],
     ) {
+        let way = |output: &str| ways.get(output).copied();
         let window = |source: &str| windows.get(source).map(|(window, _)| window.to_string());
         let bound = |source: &str| {
             windows.get(source).and_then(|(_, exactness)| *exactness).map(|exactness| exactness.to_string())
@@ -226,7 +228,7 @@ impl Renderer {
             let models: Vec<_> = plan.models.iter().map(|(name, model)| json!({ "model": name, "file": model.select.file.path, "sees": if model.partial { "partial" } else { "whole" }, "written_down": model.spool, "reads": model.select.reads, "columns": columns(&model.schema) })).collect();
             let checks: Vec<_> =
                 plan.checks.iter().map(|check| json!({ "on": check.on, "check": check.words() })).collect();
-            let outputs: Vec<_> = plan.outputs.iter().map(|output| json!({ "output": output.spec.name, "from": output.from, "mode": output.spec.mode, "key": output.spec.key, "guarantee": output.guarantee.to_string() })).collect();
+            let outputs: Vec<_> = plan.outputs.iter().map(|output| json!({ "output": output.spec.name, "from": output.from, "mode": output.spec.mode, "key": output.spec.key, "guarantee": output.guarantee.to_string(), "way": way(&output.spec.name) })).collect();
             return self.json(&json!({ "job": plan.id.job, "as_of": plan.as_of, "sources": sources, "models": models, "checks": checks, "target": plan.target, "outputs": outputs, "warnings": warnings }));
         }
         for warning in &plan.warnings {
@@ -278,7 +280,8 @@ impl Renderer {
             }
             table.print();
         }
-        let mut table = Table::new(&["output", "from", "mode", "key", "guarantee"]);
+        let how = if ways.is_empty() { "" } else { "how" };
+        let mut table = Table::new(&["output", "from", "mode", "key", "guarantee", how]);
         for output in &plan.outputs {
             table.row([
                 format!("{}:{}", plan.target, output.spec.name),
@@ -286,6 +289,7 @@ impl Renderer {
                 output.spec.mode.to_string(),
                 output.spec.key.join(", "),
                 output.guarantee.to_string(),
+                way(&output.spec.name).unwrap_or_default().to_owned(),
             ]);
         }
         table.print();

@@ -1,6 +1,6 @@
 //! `state`: what a target remembers of a job, and how to set it right. Each change is a commit of its own, without rows.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use arrow::{array::AsArray, datatypes::Int64Type};
 use chrono::{SecondsFormat, Utc};
@@ -71,6 +71,8 @@ impl<'a> Opened<'a> {
             run_id: record.run_id,
             seq: record.seq,
             incarnation: record.incarnation,
+            outputs: 0,
+            held: BTreeMap::new(),
             scratch: Scratch::new(&self.project.limits)?,
         };
         let load = self.target()?.begin(id, &attempt, base).await?;

@@ -3,7 +3,10 @@
 //! A connector builds a [`World`] of its own kind beside its code and calls [`source`]; for its writing side it calls
 //! [`target`] with a way to open it. Nothing here knows what stands behind them.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use arrow::{
     array::{AsArray, RecordBatch},
@@ -388,7 +391,9 @@ async fn follow(open: &impl Fn() -> Arc<dyn Connection>, tries: &[Try]) {
             .collect();
         let after = expected(one.mode, &lines, &rows);
         let connection = open();
-        let mut release = Release::begin(&*connection, seq).await;
+        // While one publishes, another one has to wait: so of those that are overtaken another output is still to come.
+        let outputs = if matches!(one.end, End::Overtaken) { 2 } else { 1 };
+        let mut release = Release::begin(&*connection, seq, outputs).await;
         let staged = release.load.stage(&output(one.mode), staged_rows(one.mode, &rows)).await.unwrap();
         assert_eq!(held(open).await, lines, "1: nobody sees what is staged: {one:?}");
         assert_eq!(
@@ -408,7 +413,7 @@ async fn follow(open: &impl Fn() -> Arc<dyn Connection>, tries: &[Try]) {
             End::Discard => release.load.discard().await.unwrap(),
             End::Drop => drop(release.load),
             End::Overtaken => {
-                let mut other = Release::begin(&*connection, seq).await;
+                let mut other = Release::begin(&*connection, seq, 1).await;
                 let same = other.load.stage(&output(one.mode), staged_rows(one.mode, &rows)).await.unwrap();
                 assert_eq!(same, staged, "4: what one try stages the other does not see: {one:?}");
                 let record = other.record(&same, one.mode);
@@ -450,7 +455,7 @@ pub(crate) fn expected(mode: Mode, before: &[Line], rows: &[Line]) -> Vec<Line> 
 async fn refuses(name: &str, open: &impl Fn() -> Arc<dyn Connection>) {
     let first = [(1, "p1".to_owned(), 100), (2, "p2".to_owned(), 200)];
     let connection = open();
-    let mut release = Release::begin(&*connection, 0).await;
+    let mut release = Release::begin(&*connection, 0, 1).await;
     let staged = release.load.stage(&output(Mode::Merge), stream(&first)).await.unwrap();
     let record = release.record(&staged, Mode::Merge);
     assert!(matches!(release.load.commit(&record).await, CommitOutcome::Committed(None)));
@@ -488,7 +493,7 @@ async fn refused(
     rows: SendableRecordBatchStream,
 ) {
     let connection = open();
-    let mut release = Release::begin(&*connection, 1).await;
+    let mut release = Release::begin(&*connection, 1, 1).await;
     let error = release.load.stage(output, rows).await.expect_err(&format!("{name}: {what}"));
     assert_eq!(error.kind(), ErrorKind::Data, "{name}: {what}: {error}");
     release.load.discard().await.unwrap();
@@ -503,7 +508,7 @@ pub(crate) async fn publish(
     batches: Vec<RecordBatch>,
 ) -> Result<Staged> {
     let job = JobId { project: "contract".to_owned(), job: name.to_owned() };
-    let mut release = Release::of(connection, job, None).await?;
+    let mut release = Release::of(connection, job, None, 1).await?;
     let output = OutputSpec {
         name: name.to_owned(),
         key: Vec::new(),
@@ -532,12 +537,17 @@ pub(crate) struct Release {
 }
 
 impl Release {
-    async fn begin(connection: &dyn Connection, seq: u64) -> Self {
-        Self::of(connection, job(), Some(seq)).await.unwrap()
+    async fn begin(connection: &dyn Connection, seq: u64, outputs: usize) -> Self {
+        Self::of(connection, job(), Some(seq), outputs).await.unwrap()
     }
 
-    /// On top of release `seq`; unless given, of the last.
-    pub(crate) async fn of(connection: &dyn Connection, job: JobId, seq: Option<u64>) -> Result<Self> {
+    /// On top of release `seq`; unless given, of the last. Of how many outputs.
+    pub(crate) async fn of(
+        connection: &dyn Connection,
+        job: JobId,
+        seq: Option<u64>,
+        outputs: usize,
+    ) -> Result<Self> {
         let target = connection.target().unwrap();
         let base = target.last_record(&job).await?;
         let seq = seq.unwrap_or_else(|| base.as_ref().map_or(0, |base| base.seq));
@@ -548,6 +558,8 @@ impl Release {
             run_id: Uuid::now_v7(),
             seq: seq + 1,
             incarnation: base.as_ref().map_or_else(Uuid::new_v4, |base| base.incarnation),
+            outputs,
+            held: BTreeMap::new(),
             scratch: Scratch::new(&limits).unwrap(),
         };
         let load = target.begin(&job, &attempt, base.as_ref()).await?;

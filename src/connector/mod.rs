@@ -382,8 +382,8 @@ pub const NOTHING_YET: &str = "floodmark:nothing_yet";
 ///    null that is counted; never changed in silence.
 #[async_trait]
 pub trait Source: Send + Sync {
-    /// Whether scans leave out rows that do not meet the conditions of models.
-    fn applies_conditions(&self) -> bool {
+    /// Whether scans of a stream leave out rows that do not meet the conditions of models.
+    fn applies_conditions(&self, _: &StreamSpec) -> bool {
         false
     }
     /// The columns of a stream.
@@ -438,6 +438,11 @@ pub trait Target: Send + Sync {
     /// Whether outputs are files that `partition_by` can lay into folders.
     fn has_folders(&self) -> bool {
         false
+    }
+    /// How rows of a model would get into an output, in a few words, where there is more than one way. A run looks again: the output may
+    /// be another one by then.
+    async fn way(&self, _output: &OutputSpec, _model: &SchemaRef) -> Result<Option<&'static str>> {
+        Ok(None)
     }
     /// The newest record of the job: the truth about what was loaded.
     async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>>;
@@ -512,6 +517,10 @@ pub struct Attempt {
     pub seq: u64,
     /// The incarnation that the target has, or will get by the first commit.
     pub incarnation: uuid::Uuid,
+    /// How many outputs it stages: with the last one, a target that can may begin to publish.
+    pub outputs: usize,
+    /// How many rows outputs held when the run began, as far as they were counted.
+    pub held: BTreeMap<String, u64>,
     /// Where rows may be put in the meantime.
     pub scratch: Scratch,
 }

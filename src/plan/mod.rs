@@ -623,7 +623,7 @@ impl Planner<'_> {
                 name.clone(),
                 Stream {
                     // Control totals are of all rows.
-                    selective: readable.applies_conditions() && source.totals.is_none(),
+                    selective: readable.applies_conditions(&spec) && source.totals.is_none(),
                     spec,
                     connection,
                     schema,

@@ -187,6 +187,56 @@ fn the_server_sends_what_the_model_asks_for_and_all_rows_where_they_are_added_up
 }
 
 #[test]
+fn rows_that_are_only_added_go_straight_into_their_table_and_the_plan_says_so() {
+    let shop = Shop::new();
+    let holds = |sql: &str| shop.holds(sql);
+    let job = "job: load\nsources:\n  facts: { connection: data, file: facts.csv, columns: { id: int, code: string, amount: \"decimal(18,2)\" } }\ntarget:\n  connection: dw\n  outputs: { facts: { from: facts, mode: append } }\n";
+    shop.folder.write("jobs/load.yaml", job.as_bytes());
+    shop.connect(&format!("{CONNECTIONS}data: {{ kind: files, root: data }}\n"));
+    shop.folder.write("data/facts.csv", b"id,code,amount\n1,ab,1.50\n2,abc,2.25\n");
+    let way = || {
+        let plan = shop.command(&["plan", "load", "--output", "json"]).output().unwrap();
+        let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).unwrap();
+        plan["outputs"][0]["way"].as_str().unwrap().to_owned()
+    };
+    let counts = |run: &serde_json::Value| {
+        let output = &run["outputs"]["facts"];
+        ["inserted", "rows_after"].map(|count| output[count].as_u64().unwrap())
+    };
+    assert_eq!(way(), "copied into a new table");
+    let (code, first) = shop.run(&[]);
+    assert_eq!((code, counts(&first)), (0, [2, 2]));
+    assert_eq!(way(), "copied straight into the table");
+    let (code, second) = shop.run(&[]);
+    assert_eq!((code, counts(&second)), (0, [2, 4]));
+    assert_eq!(holds("SELECT sum(amount) FROM facts"), "7.50");
+
+    // What the table would cut is refused, and of what was copied before it nothing is there.
+    shop.to.execute("ALTER TABLE facts ALTER code TYPE varchar(3)");
+    assert_eq!(way(), "copied straight into the table");
+    shop.folder.write("data/facts.csv", b"id,code,amount\n3,abc,1\n4,abcd,1\n");
+    let (code, refused) = shop.run(&[]);
+    assert_eq!(code, 3, "{refused}");
+    assert!(refused["errors"][0].as_str().unwrap().contains("row 2 of the model: `code`"), "{refused}");
+    assert_eq!(holds("SELECT count(*) || '/' || max(seq) FROM facts, floodmark_state"), "4/2");
+    shop.folder.write("data/facts.csv", b"id,code,amount\n3,abc,1\n");
+
+    // Keys that others may be writing, and what INSERT does and COPY does not, make a stage.
+    shop.to.execute("CREATE UNIQUE INDEX u ON facts (id) WHERE id > 100");
+    assert_eq!(way(), "staged, then inserted");
+    shop.to.execute("DROP INDEX u");
+    assert_eq!(way(), "copied straight into the table");
+    shop.to.execute("CREATE RULE r AS ON INSERT TO facts WHERE new.id < 0 DO INSTEAD NOTHING");
+    assert_eq!(way(), "staged, then inserted");
+    let (code, third) = shop.run(&[]);
+    assert_eq!((code, counts(&third)), (0, [1, 5]));
+    assert_eq!(
+        holds("SELECT count(*) FROM pg_class WHERE relname LIKE 'fm\\_%' AND relpersistence <> 't'"),
+        "0"
+    );
+}
+
+#[test]
 fn a_refused_run_leaves_the_target_as_it_was() {
     let shop = Shop::new();
     assert_eq!(shop.run(&FIRST).0, 0);

@@ -203,7 +203,7 @@ fn a_table_that_is_altered_in_the_middle_of_a_run_is_seen_before_anything_is_wri
             ["ALTER TABLE lines DROP COLUMN period", "ALTER TABLE lines RENAME COLUMN period TO month"]
         {
             let mut ledger =
-                Ledger::limited(target, "append", "incremental: { cursor: id }", "retries: 0", &trusted());
+                Ledger::limited(target, "merge", "incremental: { cursor: id }", "retries: 0", &trusted());
             ledger.arrive(true);
             ledger.run();
             ledger.arrive(true);

@@ -336,7 +336,7 @@ fn open(store: &FaultStore) -> Arc<dyn Connection> {
 
 /// An attempt at the release behind the newest one.
 async fn begun(store: &FaultStore) -> Result<Release> {
-    Release::of(open(store).as_ref(), contract::job(), None).await
+    Release::of(open(store).as_ref(), contract::job(), None, 1).await
 }
 
 /// The same, with everything staged, and the record that it is to commit.

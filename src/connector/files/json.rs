@@ -14,6 +14,12 @@ pub(super) struct Rows {
     number: u64,
 }
 
+/// Bytes of the first line of a text, with its end; `None` of an empty one.
+pub(super) fn line(text: &[u8]) -> Option<usize> {
+    let end = memchr::memchr(b'\n', text).map(|at| at + 1);
+    end.or((!text.is_empty()).then_some(text.len()))
+}
+
 /// One row's text and place.
 #[derive(Debug, Default)]
 pub(super) struct Row {

@@ -31,6 +31,7 @@ mod manifest;
 mod merge;
 mod parquet;
 mod place;
+mod prune;
 mod source;
 mod target;
 #[cfg(test)]

@@ -18,7 +18,7 @@ use ::parquet::{
         arrow_writer::{ArrowColumnWriter, ArrowLeafColumn, ArrowRowGroupWriterFactory, compute_leaves},
     },
     basic::{Compression, ZstdLevel},
-    file::{properties::WriterProperties, writer::SerializedFileWriter},
+    file::{metadata::ParquetMetaData, properties::WriterProperties, writer::SerializedFileWriter},
 };
 use arrow::{
     array::{Array, ArrayRef, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder, new_null_array},
@@ -34,6 +34,7 @@ use super::{
     FilesConnection,
     manifest::listed,
     place::{Sink, io_error},
+    prune,
 };
 use crate::{
     budget::Share,
@@ -68,10 +69,12 @@ pub(super) fn rows(file: &File, path: &str) -> Result<u64> {
 }
 
 /// Sends the rows of one file. False once nobody reads any more.
-pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSender) -> Result<bool> {
+pub(super) fn read(file: &File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSender) -> Result<bool> {
     let size = file.metadata().map(|meta| meta.len()).unwrap_or(0);
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| damaged(path, error))?;
-    let file_schema = Arc::clone(builder.schema());
+    let metadata = ArrowReaderMetadata::load(file, ArrowReaderOptions::new());
+    let metadata = metadata.map_err(|error| damaged(path, error))?;
+    let builder = |file| ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata.clone());
+    let file_schema = Arc::clone(metadata.schema());
     let mut wanted = Vec::new();
     for field in scan.schema.fields() {
         match file_schema.index_of(field.name()) {
@@ -86,39 +89,52 @@ pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSe
             }
         }
     }
-    let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
-    let rows_in_all = builder.metadata().file_metadata().num_rows().unsigned_abs().max(1);
-    let batch_rows = batch_rows(&builder, &mask, scan.batch_bytes);
-    let reader = builder
-        .with_projection(mask)
-        .with_batch_size(batch_rows)
-        .build()
-        .map_err(|error| damaged(path, error))?;
+    let mask = ProjectionMask::roots(metadata.parquet_schema(), wanted);
+    let rows_in_all = metadata.metadata().file_metadata().num_rows().unsigned_abs().max(1);
+    let batch_rows = batch_rows(metadata.metadata(), &mask, scan.batch_bytes);
+    let groups = metadata.metadata().row_groups().iter().map(|group| group.num_rows().unsigned_abs());
+    let groups: Vec<(usize, u64, bool)> = groups
+        .zip(prune::wanted(&metadata, scan))
+        .enumerate()
+        .map(|(group, (rows, wanted))| (group, rows, wanted))
+        .collect();
     let mut number = 0_u64;
-    for batch in reader {
-        let batch = batch.map_err(|error| damaged(path, error))?;
-        let rows = batch.num_rows() as u64;
-        tap.bytes(size * rows / rows_in_all);
-        let fitting = match typed(&batch, path, number, scan, tap)? {
-            Ok(batch) => batch,
-            Err(_) => sort_out(&batch, path, number, scan, tap)?,
-        };
-        number += rows;
-        tap.rows(&fitting)?;
-        if !out.send(fitting) {
-            return Ok(false);
+    for groups in groups.chunk_by(|(.., one), (.., other)| one == other) {
+        let rows: u64 = groups.iter().map(|(_, rows, _)| rows).sum();
+        if groups.iter().any(|(.., wanted)| !wanted) {
+            tap.filtered(rows);
+            tap.bytes(size * rows / rows_in_all);
+            number += rows;
+            continue;
+        }
+        let file = file.try_clone().map_err(|error| io_error("read", path, error))?;
+        let reader = builder(file)
+            .with_row_groups(groups.iter().map(|(group, ..)| *group).collect())
+            .with_projection(mask.clone())
+            .with_batch_size(batch_rows)
+            .build()
+            .map_err(|error| damaged(path, error))?;
+        for batch in reader {
+            let batch = batch.map_err(|error| damaged(path, error))?;
+            let rows = batch.num_rows() as u64;
+            tap.bytes(size * rows / rows_in_all);
+            let fitting = match typed(&batch, path, number, scan, tap)? {
+                Ok(batch) => batch,
+                Err(_) => sort_out(&batch, path, number, scan, tap)?,
+            };
+            number += rows;
+            tap.rows(&fitting)?;
+            if !out.send(fitting) {
+                return Ok(false);
+            }
         }
     }
     Ok(true)
 }
 
 /// How many rows come to a batch that is not too large, by what the file says of the columns that are read.
-fn batch_rows(
-    builder: &ParquetRecordBatchReaderBuilder<File>,
-    mask: &ProjectionMask,
-    batch_bytes: usize,
-) -> usize {
-    let widest = builder.metadata().row_groups().iter().filter(|group| group.num_rows() > 0).map(|group| {
+fn batch_rows(metadata: &ParquetMetaData, mask: &ProjectionMask, batch_bytes: usize) -> usize {
+    let widest = metadata.row_groups().iter().filter(|group| group.num_rows() > 0).map(|group| {
         let columns = group.columns().iter().enumerate().filter(|(leaf, _)| mask.leaf_included(*leaf));
         let bytes = columns.map(|(_, column)| {
             // Of a dictionary only the words are in the file.
@@ -229,7 +245,7 @@ pub(super) fn data_file(
         let shown = file.path;
         let builder =
             ParquetRecordBatchReaderBuilder::try_new(handle).map_err(|error| damaged(&shown, error))?;
-        let batch_rows = batch_rows(&builder, &ProjectionMask::all(), BATCH_BYTES);
+        let batch_rows = batch_rows(builder.metadata(), &ProjectionMask::all(), BATCH_BYTES);
         for batch in builder.with_batch_size(batch_rows).build().map_err(|error| damaged(&shown, error))? {
             let batch = batch.map_err(|error| damaged(&shown, error))?;
             let rows = batch.num_rows();
@@ -286,11 +302,12 @@ impl Writer {
         while let Some(batches) = batches.more()? {
             let mut batches = batches.as_slice();
             while !batches.is_empty() {
-                // As many as the row group takes.
-                let mut left = self.limits.0.saturating_sub(self.group_rows);
+                // As many as the row group takes, and not so many that it would grow by much before it is looked how large it is.
+                let (mut space, mut bytes) = (self.limits.0.saturating_sub(self.group_rows), STEP_BYTES);
                 let more = |batch: &&RecordBatch| {
-                    let goes_on = left > 0;
-                    left = left.saturating_sub(batch.num_rows());
+                    let goes_on = space > 0 && bytes > 0;
+                    space = space.saturating_sub(batch.num_rows());
+                    bytes = bytes.saturating_sub(batch.get_array_memory_size());
                     goes_on
                 };
                 let fits = batches.iter().take_while(more).count().max(1);
@@ -382,6 +399,9 @@ fn failed(path: &str) -> impl Fn(::parquet::errors::ParquetError) -> Error {
 
 /// Bytes that a row group has at least before it is closed for want of memory: many small ones would cost more than they save.
 const LEAST_GROUP: usize = 1 << 20;
+
+/// Bytes of rows that are encoded in one go, more or less.
+const STEP_BYTES: usize = 2 << 20;
 
 /// Bytes after which a file is closed and the next one begun.
 const FILE_BYTES: u64 = 512 << 20;

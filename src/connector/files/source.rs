@@ -48,6 +48,18 @@ const SETTLED: Duration = Duration::from_secs(5);
 
 #[async_trait]
 impl Source for Arc<FilesConnection> {
+    /// Parquet's row groups say of their values what there may be.
+    fn applies_conditions(&self, stream: &StreamSpec) -> bool {
+        let format = stream.format.clone().unwrap_or_default();
+        match &stream.read {
+            Read::Table(_) => true,
+            Read::File(path) | Read::Files { pattern: path, .. } => {
+                kind(&format, path).is_ok_and(|kind| kind == FormatKind::Parquet)
+            }
+            Read::Query { .. } | Read::Request(_) => false,
+        }
+    }
+
     async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef> {
         if let Read::Table(output) = &stream.read {
             let published = manifest::published(self, output).await?;
@@ -359,7 +371,7 @@ impl FilesConnection {
         } else {
             kind(&format, path)?
         } {
-            FormatKind::Parquet => parquet::read(self.place.open(file)?, path, scan, tap, out)?,
+            FormatKind::Parquet => parquet::read(&self.place.open(file)?, path, scan, tap, out)?,
             FormatKind::Csv => self.read_csv(file, &format, scan, tap, out)?,
             kind @ (FormatKind::JsonLines | FormatKind::Json) => {
                 self.read_json(file, &format, kind == FormatKind::Json, scan, tap, out)?
@@ -423,56 +435,110 @@ impl FilesConnection {
         out: &BatchSender,
     ) -> Result<bool> {
         let path = file.path.as_str();
-        let mut rows = json::Rows::new(self.text(file, format, Some(Arc::clone(tap)))?, array);
-        let mut row = json::Row::default();
-        let names: Vec<String> = scan.schema.fields().iter().map(|field| field.name().clone()).collect();
-        let mut batch = RowBuilder::new(scan, |name| names.iter().position(|known| known == name))?;
+        let text = self.text(file, format, Some(Arc::clone(tap)))?;
+        let rows = JsonRows { scan: scan.clone(), path: path.to_owned() };
         let fatal = |why: String| {
             Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name))
                 .hint("Have the file delivered again; `kind: json_lines` is one object a line, `kind: json` one list.")
         };
-        while rows.next(&mut row).map_err(fatal)? {
-            let object = std::str::from_utf8(&row.text)
-                .map_err(|_| format!("the row is not UTF-8; {}", input::OTHER_ENCODING))
-                .and_then(|text| {
-                    serde_json::from_str::<Object<'_>>(text)
-                        .map_err(|error| format!("the row is no JSON object: {error}"))
-                });
-            let broken = match &object {
-                Err(why) => Some((why.clone(), unreadable(String::from_utf8_lossy(&row.text).trim()))),
-                Ok(object) => {
-                    let value =
-                        |name: &str| object.0.iter().find(|(key, _)| key == name).map(|(_, raw)| *raw);
-                    let appended = batch.row(
-                        |index, builder| match names.get(index).and_then(|name| value(name)) {
-                            Some(raw) => append(builder, raw),
-                            None => {
-                                builder.null();
-                                Ok(0)
-                            }
-                        },
-                        || format!("{path}:{}", row.line),
-                    );
-                    // Also what no model reads now; what the row lacks is null.
-                    let own = object.0.iter().map(|(key, raw)| (&**key, Some(*raw)));
-                    let known = names
-                        .iter()
-                        .filter(|name| *name != POSITION_COLUMN)
-                        .chain(scan.stream.columns.keys());
-                    let lacking =
-                        known.filter(|name| value(name).is_none()).map(|name| (name.as_str(), None));
-                    appended.err().map(|why| (why, kept(own.chain(lacking))))
+        if array {
+            let mut rest = json::Rows::new(text, true);
+            let mut batch = rows.batch()?;
+            let mut row = json::Row::default();
+            while rest.next(&mut row).map_err(fatal)? {
+                if let Some((reason, kept)) = rows.row(&row, &mut batch) {
+                    batch.send(tap, out)?;
+                    let place = format!("`{path}` line {}, byte {}", row.line, row.byte);
+                    tap.reject(&scan.stream, place, reason, || kept)?;
+                } else if batch.is_full() && !batch.send(tap, out)? {
+                    return Ok(false);
                 }
-            };
-            if let Some((reason, kept)) = broken {
-                batch.send(tap, out)?;
-                let place = format!("`{path}` line {}, byte {}", row.line, row.byte);
-                tap.reject(&scan.stream, place, reason, || kept)?;
-            } else if batch.is_full() && !batch.send(tap, out)? {
-                return Ok(false);
+            }
+            return batch.send(tap, out);
+        }
+        let shape = chunks::Shape {
+            lines: 0,
+            quote: None,
+            in_order: scan.schema.field_with_name(POSITION_COLUMN).is_ok(),
+            piece_bytes: piece_bytes(scan.batch_bytes),
+        };
+        let deliver = |part, start| deliver(part, start, path, scan, tap, out, fatal);
+        chunks::read(text, shape, move |piece, lines| rows.parse(piece, lines), deliver, fatal)
+    }
+}
+
+/// The rows of one file of JSON.
+struct JsonRows {
+    scan: Scan,
+    path: String,
+}
+
+impl JsonRows {
+    fn batch(&self) -> Result<RowBuilder<'_>> {
+        RowBuilder::new(&self.scan, |name| self.scan.schema.index_of(name).ok())
+    }
+
+    /// Appends one row, or says why it cannot be read, and what there is of it.
+    fn row(&self, row: &json::Row, batch: &mut RowBuilder<'_>) -> Option<(String, String)> {
+        let object = std::str::from_utf8(&row.text)
+            .map_err(|_| format!("the row is not UTF-8; {}", input::OTHER_ENCODING))
+            .and_then(|text| {
+                serde_json::from_str::<Object<'_>>(text)
+                    .map_err(|error| format!("the row is no JSON object: {error}"))
+            });
+        let object = match object {
+            Err(why) => return Some((why, unreadable(String::from_utf8_lossy(&row.text).trim()))),
+            Ok(object) => object,
+        };
+        let value = |name: &str| object.0.iter().find(|(key, _)| key == name).map(|(_, raw)| *raw);
+        let fields = self.scan.schema.fields();
+        let appended = batch.row(
+            |index, builder| match fields.get(index).and_then(|field| value(field.name())) {
+                Some(raw) => append(builder, raw),
+                None => {
+                    builder.null();
+                    Ok(0)
+                }
+            },
+            || format!("{}:{}", self.path, row.line),
+        );
+        let why = appended.err()?;
+        // Also what no model reads now; what the row lacks is null.
+        let own = object.0.iter().map(|(key, raw)| (&**key, Some(*raw)));
+        let names = fields.iter().map(|field| field.name()).filter(|name| *name != POSITION_COLUMN);
+        let known = names.chain(self.scan.stream.columns.keys());
+        let lacking = known.filter(|name| value(name).is_none()).map(|name| (name.as_str(), None));
+        Some((why, kept(own.chain(lacking))))
+    }
+
+    /// The rows of a piece of lines, before which so many stand.
+    fn parse(&self, piece: &Piece, lines: u64) -> Result<Parsed<Part>> {
+        let end = memchr::memrchr(b'\n', &piece.text).map_or(0, |at| at + 1);
+        let taken = if piece.is_last { piece.text.len() } else { end };
+        let text = piece.text.get(..taken).unwrap_or_default();
+        let (mut batch, mut found) = (self.batch()?, Vec::new());
+        let (mut row, mut at, mut line) = (json::Row::default(), 0, 0);
+        while let Some(length) = json::line(text.get(at..).unwrap_or_default()) {
+            let start = at;
+            row.text.clear();
+            row.text.extend_from_slice(text.get(at..at + length).unwrap_or_default());
+            (row.line, row.byte) = (lines + line + 1, start as u64);
+            (at, line) = (at + length, line + 1);
+            if row.text.trim_ascii().is_empty() {
+                continue;
+            }
+            if let Some((reason, kept)) = self.row(&row, &mut batch) {
+                found.push(Part::Rows(batch.finish()?));
+                found.push(Part::Reject { line: line - 1, byte: start as u64, reason, row: kept });
+                if self.scan.stream.bad_rows == BadRows::Error {
+                    break;
+                }
+            } else if batch.is_full() {
+                found.push(Part::Rows(batch.finish()?));
             }
         }
-        batch.send(tap, out)
+        found.push(Part::Rows(batch.finish()?));
+        Ok(Parsed { found, lines: line, taken })
     }
 }
 

@@ -310,8 +310,9 @@ impl PostgresConnection {
             }
         });
         let session = Session { client, _driver: driver };
-        // A server that learns of it within a second does not go on working for nobody.
-        let watch = "SELECT set_config('client_connection_check_interval', '1s', false) WHERE current_setting('server_version_num')::int >= 140000";
+        // A server that learns of it within a second does not go on working for nobody. Newer ones also end transactions that take long.
+        let watch = "SELECT set_config('client_connection_check_interval', '1s', false) WHERE current_setting('server_version_num')::int >= 140000;
+            SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('server_version_num')::int >= 170000";
         session.batch_execute(watch).await.map_err(|error| self.error("set up", &error))?;
         Ok(session)
     }

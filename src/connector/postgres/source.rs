@@ -65,7 +65,7 @@ const SERVER: &str = "pg_postmaster_start_time()::text";
 
 #[async_trait]
 impl Source for Arc<PostgresConnection> {
-    fn applies_conditions(&self) -> bool {
+    fn applies_conditions(&self, _: &StreamSpec) -> bool {
         true
     }
 

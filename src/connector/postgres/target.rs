@@ -71,6 +71,21 @@ impl Target for Arc<PostgresConnection> {
         Guarantee::ExactlyOnce
     }
 
+    async fn way(&self, output: &OutputSpec, model: &SchemaRef) -> Result<Option<&'static str>> {
+        let session = self.transaction("READ ONLY").await?;
+        let current = Table::of(self, &session, &output.name).await?;
+        let stage = Stage::new(output, current, Arc::clone(model), String::new())?;
+        let is_straight = straight(self, &session, &stage).await?.is_some();
+        Ok(Some(match (is_straight, output.mode) {
+            (true, _) if stage.current.is_none() => "copied into a new table",
+            (true, _) => "copied straight into the table",
+            (false, Mode::Merge | Mode::History) if !output.rebuild && stage.current.is_some() => {
+                "staged, then merged"
+            }
+            (false, _) => "staged, then inserted",
+        }))
+    }
+
     async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>> {
         // Each statement sees what was committed before it: also what was committed while it waited for the lock.
         let session = self.transaction("ISOLATION LEVEL READ COMMITTED READ ONLY").await?;
@@ -139,6 +154,7 @@ impl Target for Arc<PostgresConnection> {
             session,
             stages: Vec::new(),
             publishing: false,
+            settled: false,
             quarantined: false,
         }))
     }
@@ -277,6 +293,8 @@ struct Stage {
     table: String,
     /// Whether the rows are in the output already.
     is_straight: bool,
+    /// Whether it was said what it would change, before it was applied.
+    is_announced: bool,
     /// The columns of the model.
     model: SchemaRef,
     /// The output as it was.
@@ -288,6 +306,25 @@ struct Stage {
 }
 
 impl Stage {
+    /// A stage of rows of `model` in `table`, for an output that is `current`.
+    ///
+    /// # Errors
+    ///
+    /// If the output's contract refuses the columns, or PostgreSQL cannot hold them.
+    fn new(output: &OutputSpec, current: Option<Table>, model: SchemaRef, table: String) -> Result<Self> {
+        let schema = match &current {
+            Some(current) => evolve(output, &current.schema(Some(&model)), &model)?,
+            None => {
+                for field in model.fields() {
+                    declaration(field)?;
+                }
+                Arc::clone(&model)
+            }
+        };
+        let (output, staged) = (output.clone(), Staged::default());
+        Ok(Self { output, table, is_straight: false, is_announced: false, model, current, schema, staged })
+    }
+
     /// How rows are written straight into the output, if nothing but their coming there is to be done.
     fn straight(&self) -> Option<Vec<As>> {
         let output = &self.output;
@@ -306,6 +343,12 @@ impl Stage {
             None => As::of(field, spelled(&declaration(field).ok()?)),
         };
         if is_added { self.model.fields().iter().map(written).collect() } else { None }
+    }
+
+    /// Whether its rows are merged into a table that is there and stays as it is.
+    fn is_merged_as_it_is(&self) -> bool {
+        let stays = |field: &Arc<Field>| self.kept_as(field.name()).is_some();
+        self.output.mode == Mode::Merge && !self.output.rebuild && self.schema.fields().iter().all(stays)
     }
 
     /// What a column is in the output, as the catalog spells it; `None` if it is still to be made.
@@ -344,10 +387,9 @@ impl Stage {
         })
     }
 
-    /// A condition that holds where a column differs between the output's row `t` and the stage's row `s`.
-    fn differs(&self, column: &str) -> Result<String> {
+    /// A condition that holds where a column of the output's row `t` differs from a value.
+    fn differs(&self, column: &str, value: &str) -> Result<String> {
         let name = quoted(column)?;
-        let value = self.value(column)?;
         if self.current.as_ref().is_none_or(|current| current.column(column).is_none()) {
             // A column that is still to be added is null in every row that is there.
             return Ok(format!("{value} IS NOT NULL"));
@@ -381,10 +423,25 @@ impl Stage {
         })
     }
 
-    /// A condition that holds where a match changes something; `None` if nothing may change.
+    /// A condition that holds where a match with the stage's row `s` changes something; `None` if nothing may change.
     fn changes(&self) -> Result<Option<String>> {
-        let parts = self.updatable().map(|column| self.differs(column)).collect::<Result<Vec<_>>>()?;
+        let parts = self.updatable().map(|column| self.differs(column, &self.value(column)?));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
         Ok((!parts.is_empty()).then(|| parts.join(" OR ")))
+    }
+
+    /// What is done where `INSERT` finds the key, whose row is `excluded` then.
+    fn on_conflict(&self) -> Result<String> {
+        let (mut set, mut changes) = (Vec::new(), Vec::new());
+        for column in self.updatable() {
+            let value = format!("excluded.{}", quoted(column)?);
+            set.push(format!("{} = {value}", quoted(column)?));
+            changes.push(self.differs(column, &value)?);
+        }
+        Ok(match set.is_empty() {
+            true => "NOTHING".to_owned(),
+            false => format!("UPDATE SET {} WHERE {}", set.join(", "), changes.join(" OR ")),
+        })
     }
 
     /// A condition on the output's row `t`: its range is one of this run's.
@@ -411,21 +468,12 @@ struct PostgresLoad {
     stages: Vec<Stage>,
     /// Whether the transaction that publishes has begun: with rows that were copied straight into an output.
     publishing: bool,
+    /// Whether it has gone as far as the record: all stages are applied.
+    settled: bool,
     quarantined: bool,
 }
 
 impl PostgresLoad {
-    /// How rows are written straight into an output, if they can be.
-    async fn straight(&self, stage: &Stage) -> Result<Option<Vec<As>>> {
-        // A schema is made where it is published: two runs would wait for each other.
-        if let (None, Some((schema, _))) = (&stage.current, stage.output.name.split_once('.'))
-            && !has_schema(&self.connection, &self.session, schema).await?
-        {
-            return Ok(None);
-        }
-        Ok(stage.straight())
-    }
-
     /// Writes rows into a temporary table.
     async fn fill(&self, output: &str, table: &str, rows: SendableRecordBatchStream) -> Result<u64> {
         let failed = |error: tokio_postgres::Error| self.connection.error("stage in", &error);
@@ -454,7 +502,7 @@ impl PostgresLoad {
         let failed = |error: tokio_postgres::Error| this.error("stage in", &error);
         let execute = async |sql: &str| session.batch_execute(sql).await.map_err(failed);
         if !self.publishing {
-            execute("BEGIN ISOLATION LEVEL READ COMMITTED").await?;
+            execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}", this.settings()?)).await?;
             self.publishing = true;
         }
         let (into, rows_before) = match &stage.current {
@@ -527,19 +575,9 @@ impl Load for PostgresLoad {
     async fn stage(&mut self, output: &OutputSpec, rows: SendableRecordBatchStream) -> Result<Staged> {
         let model = output.own(&rows.schema());
         let current = Table::of(&self.connection, &self.session, &output.name).await?;
-        let schema = match &current {
-            Some(current) => evolve(output, &current.schema(Some(&model)), &model)?,
-            None => {
-                for field in model.fields() {
-                    declaration(field)?;
-                }
-                Arc::clone(&model)
-            }
-        };
-        let (table, staged) = (format!("fm_stage_{}", self.stages.len()), Staged::default());
-        let output = output.clone();
-        let mut stage = Stage { output, table, is_straight: false, model, current, schema, staged };
-        stage.staged = match self.straight(&stage).await? {
+        let table = format!("fm_stage_{}", self.stages.len());
+        let mut stage = Stage::new(output, current, model, table)?;
+        stage.staged = match straight(&self.connection, &self.session, &stage).await? {
             Some(written) => {
                 stage.is_straight = true;
                 if stage.current.is_none() {
@@ -551,6 +589,14 @@ impl Load for PostgresLoad {
             }
             None => {
                 stage.staged.rows = self.fill(&stage.output.name, &stage.table, rows).await?;
+                // With the last output the release can be published: what changes shows as it is done.
+                if self.stages.len() + 1 == self.attempt.outputs && stage.is_merged_as_it_is() {
+                    refuse_staged_keys(&self.connection, &self.session, &stage.output, &stage.table).await?;
+                    fits(&self.connection, &self.session, &stage).await?;
+                    self.stages.push(stage);
+                    self.settle_stages().await?;
+                    return Ok(self.stages.last().map(|stage| stage.staged.clone()).unwrap_or_default());
+                }
                 // Others may write there meanwhile: what is counted is counted at one moment.
                 let moment = async |sql: &str| {
                     let done = self.session.batch_execute(sql).await;
@@ -563,6 +609,7 @@ impl Load for PostgresLoad {
                 if !self.publishing {
                     moment("END").await?;
                 }
+                stage.is_announced = true;
                 staged
             }
         };
@@ -576,24 +623,16 @@ impl Load for PostgresLoad {
         self.fill("quarantine", "fm_quarantine", rows).await
     }
 
-    async fn commit(self: Box<Self>, record: &LoadRecord) -> CommitOutcome {
-        let (this, session) = (&self.connection, &self.session);
-        let mut pause = FIRST_PAUSE;
-        for left in (0..REPEATS).rev() {
-            let Err(error) = self.publish(record).await else { break };
-            // The transaction never heard COMMIT: it ends here, or with the session. Its stage outlives it: who lost a deadlock, or
-            // waited for a lock in vain, publishes it once more.
-            // What we refuse ourselves leaves the transaction as it was, and would be refused again.
-            let broken = session.batch_execute("SELECT").await.is_err();
-            // What went straight into an output is gone with it.
-            let again = left > 0 && !self.publishing;
-            let stands = again && broken && error.kind() == ErrorKind::Temporary;
-            if !(stands && session.batch_execute("ROLLBACK").await.is_ok()) {
-                return CommitOutcome::Rejected(error);
-            }
-            runtime::sleep(runtime::jittered(pause)).await;
-            pause *= 4;
+    async fn commit(mut self: Box<Self>, record: &LoadRecord) -> CommitOutcome {
+        if !self.settled
+            && let Err(error) = self.settle_stages().await
+        {
+            return CommitOutcome::Rejected(error);
         }
+        if let Err(error) = self.write_record(record).await {
+            return CommitOutcome::Rejected(error);
+        }
+        let (this, session) = (&self.connection, &self.session);
         match session.batch_execute("COMMIT").await {
             Ok(()) => CommitOutcome::Committed(None),
             // The server's own word on this transaction. One on the connection may be a pooler's, and come after the commit.
@@ -631,11 +670,29 @@ impl PostgresLoad {
         CommitOutcome::Unknown(lost)
     }
 
-    /// Everything of the commit but its last word.
-    async fn publish(&self, record: &LoadRecord) -> Result<()> {
+    /// Begins to publish: takes the job's lock, and applies all stages. Tries again what may pass.
+    async fn settle_stages(&mut self) -> Result<()> {
+        let (mut pause, mut left) = (FIRST_PAUSE, REPEATS);
+        while let Err(error) = self.publish_stages().await {
+            // The transaction never heard COMMIT: it ends here, or with the session. Its stage outlives it: who lost a deadlock, or
+            // waited for a lock in vain, publishes it once more; what went straight into an output is gone with it.
+            // What we refuse ourselves leaves the transaction as it was, and would be refused again.
+            left -= 1;
+            let broken = self.session.batch_execute("SELECT").await.is_err();
+            let stands = left > 0 && !self.publishing && broken && error.kind() == ErrorKind::Temporary;
+            if !(stands && self.session.batch_execute("ROLLBACK").await.is_ok()) {
+                return Err(error);
+            }
+            runtime::sleep(runtime::jittered(pause)).await;
+            pause *= 4;
+        }
+        self.settled = true;
+        Ok(())
+    }
+
+    async fn publish_stages(&mut self) -> Result<()> {
         let (this, session, job) = (&self.connection, &self.session, &self.job);
         let failed = |error: tokio_postgres::Error| this.error("publish into", &error);
-        let mut record = record.clone();
         let begin = if self.publishing { "" } else { "BEGIN ISOLATION LEVEL READ COMMITTED;" };
         session.batch_execute(&format!("{begin} {}", this.settings()?)).await.map_err(failed)?;
         let lock = format!("SELECT pg_advisory_xact_lock({LOCK_KEY})");
@@ -650,12 +707,23 @@ impl PostgresLoad {
         let last = last_record(this, session, job).await?;
         let next = last.as_ref().map_or(1, |last| last.seq + 1);
         if next != self.attempt.seq
-            || last.as_ref().is_some_and(|last| last.incarnation != record.incarnation)
+            || last.as_ref().is_some_and(|last| last.incarnation != self.attempt.incarnation)
         {
             return Err(overtaken(job));
         }
+        for stage in &mut self.stages {
+            let held = self.attempt.held.get(&stage.output.name).copied();
+            apply(this, session, stage, held).await?;
+        }
+        Ok(())
+    }
+
+    /// Everything of the commit that is left but its last word.
+    async fn write_record(&self, record: &LoadRecord) -> Result<()> {
+        let (this, session, job) = (&self.connection, &self.session, &self.job);
+        let failed = |error: tokio_postgres::Error| this.error("publish into", &error);
+        let mut record = record.clone();
         for stage in &self.stages {
-            apply(this, session, stage).await?;
             if let Some(output) = record.outputs.get_mut(&stage.output.name) {
                 output.columns = columns_of(&stage.schema);
             }
@@ -686,6 +754,17 @@ impl PostgresLoad {
         }
         Ok(())
     }
+}
+
+/// How rows are written straight into an output, if they can be.
+async fn straight(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<Option<Vec<As>>> {
+    // A schema is made where it is published: two runs would wait for each other.
+    if let (None, Some((schema, _))) = (&stage.current, stage.output.name.split_once('.'))
+        && !has_schema(this, session, schema).await?
+    {
+        return Ok(None);
+    }
+    Ok(stage.straight())
 }
 
 /// What a commit would change, as the database is now.
@@ -836,7 +915,12 @@ async fn declare_key(this: &PostgresConnection, session: &Session, output: &Outp
 }
 
 /// Applies one stage, and checks that it changes what was announced.
-async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<()> {
+async fn apply(
+    this: &PostgresConnection,
+    session: &Session,
+    stage: &mut Stage,
+    held: Option<u64>,
+) -> Result<()> {
     let output = &stage.output;
     let failed =
         |error: tokio_postgres::Error| this.error(&format!("write output `{}` to", output.name), &error);
@@ -890,21 +974,32 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
                 deleted = run(format!("DELETE FROM {name} AS t USING {table} AS s WHERE {on} AND s.{gone}"))
                     .await?;
             }
-            if let Some(changes) = stage.changes()? {
-                let set = stage
-                    .updatable()
-                    .map(|column| Ok(format!("{} = {}", quoted(column)?, stage.value(column)?)))
-                    .collect::<Result<Vec<_>>>()?
-                    .join(", ");
-                updated = run(format!(
-                    "UPDATE {name} AS t SET {set} FROM {table} AS s WHERE {on} AND ({changes}){stays}"
+            if has_key(this, session, stage).await? {
+                // One look into the index for each row. A row that was there before was locked by us, and says so.
+                let key = quoted_list(output.key.iter().map(String::as_str))?;
+                let action = stage.on_conflict()?;
+                let sql = format!(
+                    "WITH done AS (INSERT INTO {name} AS t ({columns}) SELECT {values} FROM {table} AS s WHERE true{stays}
+                         ON CONFLICT ({key}) DO {action} RETURNING (t.xmax = 0) AS is_new)
+                     SELECT count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new) FROM done"
+                );
+                let row = session.query_one(&sql, &[]).await.map_err(failed)?;
+                let number = |index: usize| u64::try_from(row.get::<_, i64>(index)).unwrap_or_default();
+                updated = number(1);
+                number(0)
+            } else {
+                if let Some(changes) = stage.changes()? {
+                    let set = stage.updatable();
+                    let set = set.map(|column| Ok(format!("{} = {}", quoted(column)?, stage.value(column)?)));
+                    let set = set.collect::<Result<Vec<_>>>()?.join(", ");
+                    let update = format!("UPDATE {name} AS t SET {set} FROM {table} AS s");
+                    updated = run(format!("{update} WHERE {on} AND ({changes}){stays}")).await?;
+                }
+                run(format!(
+                    "INSERT INTO {name} ({columns}) SELECT {values} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on}){stays}"
                 ))
-                .await?;
+                .await?
             }
-            run(format!(
-                "INSERT INTO {name} ({columns}) SELECT {values} FROM {table} AS s WHERE NOT EXISTS (SELECT 1 FROM {name} AS t WHERE {on}){stays}"
-            ))
-            .await?
         }
         mode => {
             if mode == Mode::ReplaceRange && !output.rebuild {
@@ -916,9 +1011,41 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &Stage) -> R
                 .await?
         }
     };
-    as_announced(output, &stage.staged, (inserted, updated, deleted))?;
+    if stage.is_announced {
+        as_announced(output, &stage.staged, (inserted, updated, deleted))?;
+    } else {
+        let rows = stage.staged.rows;
+        let staying = match output.marked {
+            true => {
+                count(this, session, &format!("SELECT count(*) FROM {table} AS s WHERE true{stays}")).await?
+            }
+            false => rows,
+        };
+        let rows_before = match held {
+            Some(held) => held,
+            None => count(this, session, &format!("SELECT count(*) FROM {name}")).await? + deleted - inserted,
+        };
+        let unchanged = staying - inserted - updated;
+        let rows_after = rows_before - deleted + inserted;
+        stage.staged = Staged { rows, inserted, updated, unchanged, deleted, rows_before, rows_after };
+    }
     if stage.current.is_none() {
-        declare_key(this, session, output).await?;
+        declare_key(this, session, &stage.output).await?;
     }
     Ok(())
+}
+
+/// Whether the table of a merge has a unique index of exactly its key, which `ON CONFLICT` can go by.
+async fn has_key(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<bool> {
+    if !stage.current.as_ref().is_some_and(|current| current.takes_copies) {
+        return Ok(false);
+    }
+    let mut key = stage.output.key.clone();
+    key.sort_unstable();
+    let sql = "SELECT EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = to_regclass($1) AND i.indisunique AND i.indisvalid
+            AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL
+            AND $2 = (SELECT array_agg(a.attname::text ORDER BY a.attname::text COLLATE \"C\") FROM pg_attribute AS a
+                WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])))";
+    let row = session.query_one(sql, &[&table_name(&stage.output.name)?, &key]).await;
+    row.map(|row| row.get(0)).map_err(|error| this.error("look into the catalog of", &error))
 }

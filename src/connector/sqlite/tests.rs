@@ -188,7 +188,7 @@ async fn a_table_that_is_altered_behind_its_staging_is_seen_before_anything_is_w
     let path = folder.path().join("books.db");
     let (connection, output) = (open(&path), contract::output(Mode::Append));
     let rows = [(1, "a".to_owned(), 1)];
-    let mut release = Release::of(connection.as_ref(), contract::job(), None).await.unwrap();
+    let mut release = Release::of(connection.as_ref(), contract::job(), None, 1).await.unwrap();
     let staged = release.load.stage(&output, contract::stream(&rows)).await.unwrap();
     let record = release.record(&staged, output.mode);
     assert!(matches!(release.load.commit(&record).await, CommitOutcome::Committed(_)));
@@ -202,7 +202,9 @@ async fn a_table_that_is_altered_behind_its_staging_is_seen_before_anything_is_w
         "ALTER TABLE lines DROP COLUMN more".to_owned(),
         format!("ALTER TABLE lines RENAME COLUMN other TO {column}"),
     ] {
-        let Ok(mut release) = Release::of(connection.as_ref(), contract::job(), None).await else { panic!() };
+        let Ok(mut release) = Release::of(connection.as_ref(), contract::job(), None, 1).await else {
+            panic!()
+        };
         // What others did before the staging is the contract's business.
         let Ok(staged) = release.load.stage(&output, contract::stream(&rows)).await else {
             database.execute_batch(&alter).unwrap();
