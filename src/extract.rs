@@ -157,7 +157,11 @@ impl Extract<'_> {
             open.0.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.tap))).collect();
         let hashed = self.joins == Joins::Hashed;
         let open = Arc::new(open);
-        let partitions = if plan.is_order_free() { runtime::cores() } else { 1 };
+        let in_order = !plan.is_order_free();
+        let partitions = if in_order { 1 } else { runtime::cores() };
+        // A side of a join that is empty ends it before the other one is read: a window must be read to its end.
+        let knows_rows = !plan.models.is_empty()
+            && windows.values().all(|bounded: &Bounded| bounded.window == Window::Whole);
         let context = session::for_joins(self.scratch, plan.as_of, Arc::clone(&open), hashed, partitions);
         let mut aside = SpoolWriter::new("set aside", quarantine_schema(), self.scratch);
         let waiting = self.waiting(connections, &taps, record).await?;
@@ -175,8 +179,8 @@ impl Extract<'_> {
                 Some(rows) => context.register_table(name, rows.table()?)?,
                 None => {
                     let window = windows.get(name).map_or(Window::Whole, |bounded| bounded.window.clone());
-                    let rows = if plan.models.is_empty() { None } else { open.rows(&stream.spec).await? };
-                    context.register_table(name, scan_table(stream, window, rows))?
+                    let rows = if knows_rows { open.rows(&stream.spec).await? } else { None };
+                    context.register_table(name, scan_table(stream, window, rows, in_order))?
                 }
             };
             if stream.spool {

@@ -42,14 +42,16 @@ pub fn refuse_keys(output: &OutputSpec, nulls: u64, twice: u64) -> Result<()> {
 pub fn as_announced(output: &OutputSpec, staged: &Staged, found: (u64, u64, u64)) -> Result<()> {
     let announced = (staged.inserted, staged.updated, staged.deleted);
     if found != announced {
-        return Err(Error::temporary(format!(
-            "output `{}` was changed by somebody else while this run went on",
-            output.name
-        ))
-        .note(format!("announced {announced:?}, found {found:?} (inserted, updated, deleted)"))
-        .hint("Nothing was published. Run again."));
+        return Err(changed(output)
+            .note(format!("announced {announced:?}, found {found:?} (inserted, updated, deleted)")));
     }
     Ok(())
+}
+
+/// Why an attempt is rejected that counted what is not there any more.
+pub fn changed(output: &OutputSpec) -> Error {
+    Error::temporary(format!("output `{}` was changed by somebody else while this run went on", output.name))
+        .hint("Nothing was published. Run again.")
 }
 
 /// Why an attempt is rejected whose sequence number is not the next one.

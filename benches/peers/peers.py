@@ -538,7 +538,7 @@ def main():
     parser.add_argument("--work", nargs="*", help="only these")
     parser.add_argument("--only", default="", help="only contenders whose name matches this")
     parser.add_argument("--slow", action="store_true", help="also those who take minutes")
-    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "RESULTS.md")
     options = parser.parse_args()
     server = Server()
     data, out = options.cache / f"data-{options.scale:g}", options.cache / "out"
@@ -612,7 +612,7 @@ def section(work, found):
         wrong = next((measured.wrong for measured in runs if measured.wrong), "") or "right"
         values = [median(getattr(measured, what) for measured in runs) for what in ["wall", "client", "server", "peak_mib"]]
         wall, client, at_server, peak = values
-        rows.append(f"| {name} | {wall:.2f} | {wall / base:.2f} | {client:.2f} | {at_server:.2f} | {peak:.0f} | {wrong.replace('|', '/')} |")
+        rows.append(f"| {name.replace('|', '&#124;')} | {wall:.2f} | {wall / base:.2f} | {client:.2f} | {at_server:.2f} | {peak:.0f} | {wrong.replace('|', '/')} |")
     return "\n".join(rows) + "\n"
 
 

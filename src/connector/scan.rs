@@ -65,12 +65,15 @@ pub struct Scan {
     pub limit: Option<usize>,
     /// Bytes at which a batch is cut, however few rows it has. A single row may be larger.
     pub batch_bytes: usize,
+    /// Whether rows come as the source has them; else in any order.
+    pub in_order: bool,
 }
 
 impl Scan {
     /// All rows of `window`.
     pub fn new(stream: StreamSpec, schema: SchemaRef, window: Window) -> Self {
-        Self { stream, schema, window, conditions: Vec::new(), limit: None, batch_bytes: BATCH_BYTES }
+        let (conditions, limit, batch_bytes) = (Vec::new(), None, BATCH_BYTES);
+        Self { stream, schema, window, conditions, limit, batch_bytes, in_order: true }
     }
 }
 

@@ -141,7 +141,7 @@ impl Plan {
     pub async fn asked(&self, scratch: &Scratch) -> Result<IndexMap<&str, Vec<Condition>>> {
         let context = session::for_models(scratch, self.as_of, Arc::new(OpenSources::default()));
         for (name, stream) in &self.streams {
-            context.register_table(name, scan_table(stream, Window::Whole, None))?;
+            context.register_table(name, scan_table(stream, Window::Whole, None, true))?;
         }
         for (name, model) in &self.models {
             context.register_table(name, placeholder(name, &model.schema))?;
@@ -369,7 +369,7 @@ impl Planner<'_> {
         self.done()?;
         let context = session::for_models(scratch, self.request.as_of, Arc::new(OpenSources::default()));
         for (name, stream) in &streams {
-            context.register_table(name, scan_table(stream, Window::Whole, None))?;
+            context.register_table(name, scan_table(stream, Window::Whole, None, true))?;
         }
         let mut models: IndexMap<String, Model> = IndexMap::new();
         let mut readers: BTreeMap<String, usize> = BTreeMap::new();
@@ -1044,8 +1044,9 @@ impl Planner<'_> {
 }
 
 /// A stream as a table of a session, of about so many rows if that is known.
-pub fn scan_table(stream: &Stream, window: Window, rows: Option<u64>) -> Arc<ScanTable> {
+pub fn scan_table(stream: &Stream, window: Window, rows: Option<u64>, in_order: bool) -> Arc<ScanTable> {
     let scan = Scan::new(stream.spec.clone(), Arc::clone(&stream.schema), window);
+    let scan = Scan { in_order, ..scan };
     Arc::new(ScanTable { scan, selective: stream.selective && !stream.spool, rows })
 }
 

@@ -48,6 +48,9 @@ pub(super) struct Start {
 /// A piece that somebody parses.
 type Parsing<T> = Computing<Result<Parsed<T>>>;
 
+/// A piece whose turn will come, and who parses it meanwhile.
+type Waiting<T> = (Piece, Option<Parsing<T>>);
+
 /// A text, cut into pieces.
 struct Pieces {
     input: TextReader,
@@ -137,19 +140,28 @@ pub(super) fn read<T: Send + 'static>(
     let ahead = if in_order { 1 } else { 2 * runtime::cores() + 2 };
     let parse = Arc::new(parse);
     let mut pieces = Pieces { input, quote, size: piece_bytes, ended: false };
-    let mut waiting: VecDeque<(Piece, Option<Parsing<T>>)> = VecDeque::new();
+    let mut waiting: VecDeque<Result<Waiting<T>, String>> = VecDeque::new();
     let (mut lines, mut left) = (lines, Vec::new());
     loop {
-        while waiting.len() < ahead
-            && let Some(piece) = pieces.next().map_err(&fatal)?
-        {
+        while waiting.len() < ahead {
+            let piece = match pieces.next() {
+                Ok(Some(piece)) => piece,
+                Ok(None) => break,
+                // Told when its turn comes: what stands before it is still read.
+                Err(why) => {
+                    pieces.ended = true;
+                    waiting.push_back(Err(why));
+                    break;
+                }
+            };
             // Of what is small nothing is gained by handing it to somebody else.
             let alone = in_order || (piece.is_last && waiting.is_empty());
             let (own, parse) = (piece.clone(), Arc::clone(&parse));
             let parsing = (!alone).then(|| runtime::compute(move || parse(&own, 0)));
-            waiting.push_back((piece, parsing));
+            waiting.push_back(Ok((piece, parsing)));
         }
-        let Some((piece, parsing)) = waiting.pop_front() else { return Ok(true) };
+        let Some(next) = waiting.pop_front() else { return Ok(true) };
+        let (piece, parsing) = next.map_err(&fatal)?;
         let (piece, parsed) = match parsing {
             Some(parsing) if left.is_empty() => (piece, parsing.wait()??),
             _ => {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use ::parquet::{
     arrow::arrow_reader::{ArrowReaderMetadata, statistics::StatisticsConverter},
     errors::ParquetError,
+    file::statistics::Statistics,
 };
 use arrow::{
     array::{
@@ -82,6 +83,12 @@ impl Said {
         let groups = file.metadata().row_groups();
         let said = || -> Result<Self, ParquetError> {
             let converter = StatisticsConverter::try_new(column, file.schema(), file.parquet_schema())?;
+            let at = converter.parquet_column_index();
+            let chunks = groups.iter().filter_map(|group| group.columns().get(at?)?.statistics());
+            if chunks.into_iter().any(Statistics::is_min_max_deprecated) {
+                // They were ordered as signed bytes, whatever they are.
+                return Err(ParquetError::General("of an old writer".to_owned()));
+            }
             Ok(Self {
                 least: converter.row_group_mins(groups)?,
                 greatest: converter.row_group_maxes(groups)?,

@@ -217,7 +217,11 @@ impl Values {
             }
             Self::Text(array) => text(array.value(row), out)?,
             Self::Uuid(array) => {
-                let value = uuid::Uuid::parse_str(array.value(row)).map_err(|_| "is no UUID")?;
+                let value = array.value(row);
+                // The server takes hyphens behind any four digits.
+                let plain = || value.chars().filter(|c| !matches!(c, '-' | '{' | '}')).collect::<String>();
+                let value = uuid::Uuid::parse_str(value).or_else(|_| uuid::Uuid::parse_str(&plain()));
+                let value = value.map_err(|_| "is no UUID")?;
                 bytes(value.as_bytes(), out)?;
             }
             Self::Jsonb(array) => {

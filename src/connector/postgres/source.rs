@@ -120,7 +120,7 @@ impl Source for Arc<PostgresConnection> {
     fn scan(&self, snapshot: &Snapshot, scan: &Scan, tap: Arc<Tap>) -> Result<SendableRecordBatchStream> {
         let lead: Arc<Lead> = held(snapshot)?;
         let (this, scan) = (Self::clone(self), scan.clone());
-        let readers = if reads_all(&scan) { self.readers() } else { 1 };
+        let readers = if may_be_parted(&scan) { self.readers() } else { 1 };
         let told = watch::Sender::new(None);
         let hear = told.subscribe();
         let mut first = Some(told);
@@ -472,6 +472,8 @@ struct Reader<'a> {
     /// Whether the columns before one that did not fit hold a value more.
     uneven: bool,
     number: u64,
+    /// The part of the table that is read: the condition for it.
+    part: &'a str,
     /// The fields of one row, as ranges of its bytes.
     fields: Vec<Option<std::ops::Range<usize>>>,
 }
@@ -485,14 +487,14 @@ const FEW_PAGES: u64 = 4096;
 /// Pages of a range: so few that no reader is left with the last one for long, and so many that asking for them costs nothing.
 const RANGE_PAGES: std::ops::RangeInclusive<u64> = 256..=16_384;
 
-/// Whether a scan is for all of a table, or nearly.
-fn reads_all(scan: &Scan) -> bool {
+/// Whether a scan is for all of a table, or nearly, in any order.
+fn may_be_parted(scan: &Scan) -> bool {
     let from_the_start = match &scan.window {
         Window::Whole => true,
         Window::Cursor { from, .. } => from.is_none(),
         Window::Files { .. } => false,
     };
-    from_the_start && scan.conditions.is_empty() && scan.limit.is_none()
+    from_the_start && !scan.in_order && scan.conditions.is_empty() && scan.limit.is_none()
 }
 
 /// What the readers of one scan share.
@@ -559,6 +561,21 @@ async fn follow(this: &Arc<PostgresConnection>, lead: &Lead, stream: &StreamSpec
     Ok(session)
 }
 
+/// A session that sees the snapshot, and holds the table as it is before it takes a part: while it waited for its turn with somebody who
+/// rewrites the table, the first reader could end, and pages be others.
+async fn help(
+    this: &Arc<PostgresConnection>,
+    lead: &Lead,
+    stream: &StreamSpec,
+    shape: &Shape,
+) -> Result<Session> {
+    let session = follow(this, lead, stream).await?;
+    let lock = format!("LOCK TABLE {} IN ACCESS SHARE MODE NOWAIT", shape.from());
+    let doing = format!("read source `{}` from", stream.name);
+    session.batch_execute(&lock).await.map_err(|error| this.error(&doing, &error))?;
+    Ok(session)
+}
+
 /// One reader of a scan. The first one looks what there is and tells the others, who help where there is work for them.
 async fn read(
     this: &Arc<PostgresConnection>,
@@ -573,7 +590,7 @@ async fn read(
     let (session, shared) = if let Some(told) = told {
         let session = follow(this, lead, stream).await?;
         let shape = Shape::of(this, &session, stream).await?;
-        let readers = if reads_all(scan) { this.readers() } else { 1 };
+        let readers = if may_be_parted(scan) { this.readers() } else { 1 };
         let shared = Arc::new(Shared::new(shape, readers));
         told.send_replace(Some(Arc::clone(&shared)));
         (session, shared)
@@ -583,7 +600,16 @@ async fn read(
             return Ok(());
         };
         let Some(shared) = shared.filter(|shared| shared.parts.len() > 1) else { return Ok(()) };
-        match follow(this, lead, stream).await {
+        let all_taken = async {
+            while shared.next.load(Ordering::Relaxed) < shared.parts.len() {
+                runtime::sleep(std::time::Duration::from_millis(50)).await;
+            }
+        };
+        let session = tokio::select! {
+            session = help(this, lead, stream, &shared.shape) => session,
+            () = all_taken => return Ok(()),
+        };
+        match session {
             Ok(session) => (session, shared),
             Err(error) => {
                 // The others do its work.
@@ -617,7 +643,7 @@ async fn read_part(
     let failed =
         |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
     let (window, exact) = condition(shape, stream, &scan.window)?;
-    let mut reader = Reader::new(scan, shape, tap, exact)?;
+    let mut reader = Reader::new(scan, shape, part, tap, exact)?;
     let mut selected = reader.given.iter().map(|column| column.sql()).collect::<Result<Vec<_>>>()?;
     for (_, column) in &reader.cursor {
         selected.push(column.sql()?);
@@ -711,7 +737,7 @@ enum Step {
 }
 
 impl<'a> Reader<'a> {
-    fn new(scan: &'a Scan, shape: &'a Shape, tap: &'a Tap, exact: bool) -> Result<Self> {
+    fn new(scan: &'a Scan, shape: &'a Shape, part: &'a str, tap: &'a Tap, exact: bool) -> Result<Self> {
         let stream = &scan.stream;
         let with_position = scan.schema.field_with_name(POSITION_COLUMN).is_ok();
         let mut given = Vec::new();
@@ -761,6 +787,7 @@ impl<'a> Reader<'a> {
             bytes: 0,
             uneven: false,
             number: 0,
+            part,
             fields: Vec::new(),
         })
     }
@@ -808,7 +835,8 @@ impl<'a> Reader<'a> {
                     u16::from_be_bytes([*e, *f])
                 )
             }
-            _ => format!("{name} row {}", self.number),
+            _ if self.part.is_empty() => format!("{name} row {}", self.number),
+            _ => format!("{name} row {} where {}", self.number, self.part),
         }
     }
 

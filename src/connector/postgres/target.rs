@@ -38,7 +38,7 @@ use crate::{
         spec::{GONE, Guarantee, Mode, OutputSpec},
     },
     error::{Error, ErrorKind, Result},
-    load::{as_announced, overtaken, refuse_keys, reshaped},
+    load::{as_announced, changed, overtaken, refuse_keys, reshaped},
     names::{JobId, quoted, quoted_list},
     record::{LoadRecord, columns_of},
     runtime,
@@ -224,8 +224,8 @@ struct TableColumn {
     field: Field,
     /// Whether it holds numbers without a declared shape.
     unshaped: bool,
-    /// Whether its values are compared with those of rows that others are writing.
-    is_unique: bool,
+    /// Whether its values are compared with those of rows that others are writing, or COPY would put in what INSERT refuses.
+    is_guarded: bool,
 }
 
 impl Table {
@@ -234,7 +234,8 @@ impl Table {
         let name = table_name(output)?;
         let sql = "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attgenerated <> '',
                 c.relkind IN ('r', 'p') AND NOT c.relhasrules AND NOT row_security_active(c.oid),
-                EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion) AND a.attnum = ANY (i.indkey))
+                a.attidentity = 'a' OR EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion)
+                    AND (i.indexprs IS NOT NULL OR a.attnum = ANY (i.indkey)))
             FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
             WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
         let rows = session.query(sql, &[&name]).await.map_err(failed)?;
@@ -254,7 +255,7 @@ impl Table {
                     field: field(&name, &read, type_name.as_ref()),
                     unshaped: read == Wire::NumericText,
                     type_name: row.get(1),
-                    is_unique: row.get(4),
+                    is_guarded: row.get(4),
                     name,
                 }
             })
@@ -334,7 +335,7 @@ impl Stage {
                 let widened = self.schema.fields().iter().any(|field| self.kept_as(field.name()).is_none());
                 // Nobody is to wait for the end of an extract, to know whether a key of ours is there.
                 let mut written = self.model.fields().iter().filter_map(|field| current.column(field.name()));
-                let waits = written.any(|column| column.is_unique);
+                let waits = written.any(|column| column.is_guarded);
                 output.mode == Mode::Append && !output.rebuild && current.takes_copies && !widened && !waits
             }
         };
@@ -523,7 +524,7 @@ impl PostgresLoad {
         let columns = quoted_list(stage.model.fields().iter().map(|field| field.name().as_str()))?;
         let inserted = self.copy(&output.name, &format!("{into} ({columns})"), written, rows).await?;
         if stage.current.is_none() && output.mode == Mode::Merge {
-            refuse_staged_keys(this, session, output, &into).await?;
+            refuse_staged_keys(this, session, stage).await?;
         }
         let rows_after = rows_before + inserted;
         Ok(Staged { rows: inserted, inserted, rows_before, rows_after, ..Staged::default() })
@@ -590,8 +591,11 @@ impl Load for PostgresLoad {
             None => {
                 stage.staged.rows = self.fill(&stage.output.name, &stage.table, rows).await?;
                 // With the last output the release can be published: what changes shows as it is done.
-                if self.stages.len() + 1 == self.attempt.outputs && stage.is_merged_as_it_is() {
-                    refuse_staged_keys(&self.connection, &self.session, &stage.output, &stage.table).await?;
+                if self.stages.len() + 1 == self.attempt.outputs
+                    && stage.is_merged_as_it_is()
+                    && has_key(&self.connection, &self.session, &stage).await?
+                {
+                    refuse_staged_keys(&self.connection, &self.session, &stage).await?;
                     fits(&self.connection, &self.session, &stage).await?;
                     self.stages.push(stage);
                     self.settle_stages().await?;
@@ -773,7 +777,7 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
     let output = &stage.output;
     let counted = async |sql: String| count(this, session, &sql).await;
     if output.mode == Mode::Merge {
-        refuse_staged_keys(this, session, output, table).await?;
+        refuse_staged_keys(this, session, stage).await?;
     }
     fits(this, session, stage).await?;
     let stays = output.and_stays();
@@ -812,22 +816,24 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
         }
         _ => (staged.deleted, staged.inserted) = (before, staying),
     }
-    staged.rows_after = before - staged.deleted + staged.inserted;
+    let after = (before + staged.inserted).checked_sub(staged.deleted);
+    staged.rows_after = after.ok_or_else(|| changed(output))?;
     Ok(staged)
 }
 
-/// Refuses keys that are null or come twice in a table.
-async fn refuse_staged_keys(
-    this: &PostgresConnection,
-    session: &Session,
-    output: &OutputSpec,
-    table: &str,
-) -> Result<()> {
-    let key = quoted_list(output.key.iter().map(String::as_str))?;
-    let nulls = output.key.iter().map(|column| Ok(format!("{} IS NULL", quoted(column)?)));
-    let nulls = nulls.collect::<Result<Vec<_>>>()?.join(" OR ");
-    let null_keys = count(this, session, &format!("SELECT count(*) FROM {table} WHERE {nulls}")).await?;
-    let sql = format!("SELECT count(*) FROM (SELECT 1 FROM {table} GROUP BY {key} HAVING count(*) > 1) AS k");
+/// Refuses keys that are null or come twice, as the output's own types have them.
+async fn refuse_staged_keys(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<()> {
+    let (output, table) = (&stage.output, &stage.table);
+    let value = |column: &String| match stage.is_straight {
+        true => quoted(column),
+        false => stage.value(column),
+    };
+    let key = output.key.iter().map(value).collect::<Result<Vec<_>>>()?;
+    let nulls = key.iter().map(|value| format!("{value} IS NULL")).collect::<Vec<_>>().join(" OR ");
+    let null_keys = count(this, session, &format!("SELECT count(*) FROM {table} AS s WHERE {nulls}")).await?;
+    let key = key.join(", ");
+    let sql =
+        format!("SELECT count(*) FROM (SELECT 1 FROM {table} AS s GROUP BY {key} HAVING count(*) > 1) AS k");
     refuse_keys(output, null_keys, count(this, session, &sql).await?)
 }
 
@@ -974,7 +980,11 @@ async fn apply(
                 deleted = run(format!("DELETE FROM {name} AS t USING {table} AS s WHERE {on} AND s.{gone}"))
                     .await?;
             }
-            if has_key(this, session, stage).await? {
+            let by_key = has_key(this, session, stage).await?;
+            if !by_key && !stage.is_announced {
+                return Err(reshaped(output));
+            }
+            if by_key {
                 // One look into the index for each row. A row that was there before was locked by us, and says so.
                 let key = quoted_list(output.key.iter().map(String::as_str))?;
                 let action = stage.on_conflict()?;
@@ -1021,12 +1031,13 @@ async fn apply(
             }
             false => rows,
         };
-        let rows_before = match held {
-            Some(held) => held,
-            None => count(this, session, &format!("SELECT count(*) FROM {name}")).await? + deleted - inserted,
+        // Where rows go, what was counted when the run began is too old.
+        let rows_after = match held.filter(|_| !output.marked) {
+            Some(held) => held + inserted,
+            None => count(this, session, &format!("SELECT count(*) FROM {name}")).await?,
         };
-        let unchanged = staying - inserted - updated;
-        let rows_after = rows_before - deleted + inserted;
+        let rows_before = (rows_after + deleted).checked_sub(inserted).ok_or_else(|| changed(output))?;
+        let unchanged = staying.checked_sub(inserted + updated).ok_or_else(|| changed(output))?;
         stage.staged = Staged { rows, inserted, updated, unchanged, deleted, rows_before, rows_after };
     }
     if stage.current.is_none() {
@@ -1035,17 +1046,30 @@ async fn apply(
     Ok(())
 }
 
-/// Whether the table of a merge has a unique index of exactly its key, which `ON CONFLICT` can go by.
+/// Whether `INSERT … ON CONFLICT` does to a merge's table what UPDATE and INSERT do: it has one unique index, of exactly the key, and
+/// nothing looks at the row that would be inserted before it is known that its key is there.
 async fn has_key(this: &PostgresConnection, session: &Session, stage: &Stage) -> Result<bool> {
     if !stage.current.as_ref().is_some_and(|current| current.takes_copies) {
         return Ok(false);
     }
     let mut key = stage.output.key.clone();
     key.sort_unstable();
-    let sql = "SELECT EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = to_regclass($1) AND i.indisunique AND i.indisvalid
-            AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL
-            AND $2 = (SELECT array_agg(a.attname::text ORDER BY a.attname::text COLLATE \"C\") FROM pg_attribute AS a
-                WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])))";
-    let row = session.query_one(sql, &[&table_name(&stage.output.name)?, &key]).await;
+    // What a match sets, or has already: of other columns the row that is there may know better.
+    let set: Vec<&str> = key.iter().chain(stage.updatable()).map(String::as_str).collect();
+    let written: Vec<&str> = stage.model.fields().iter().map(|field| field.name().as_str()).collect();
+    // A partitioned table does not say which rows are new; nor may children hold the key; a trigger, a check or a default would see rows that are
+    // there as new ones.
+    let sql = "SELECT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = to_regclass($1) AND c.relkind = 'r' AND NOT c.relhassubclass
+            AND (SELECT amname FROM pg_am AS m WHERE m.oid = c.relam) = 'heap'
+            AND NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = c.oid AND NOT g.tgisinternal)
+            AND NOT EXISTS (SELECT FROM pg_constraint AS k WHERE k.conrelid = c.oid AND k.contype = 'c')
+            AND NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                AND (a.attnotnull AND a.attname <> ALL ($3) OR a.atthasdef AND a.attname <> ALL ($4) OR a.attidentity <> ''))
+            AND 1 = (SELECT count(*) FROM pg_index AS i WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion))
+            AND EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
+                AND i.indpred IS NULL AND i.indexprs IS NULL
+                AND $2 = (SELECT array_agg(a.attname::text ORDER BY a.attname::text COLLATE \"C\") FROM pg_attribute AS a
+                    WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))))";
+    let row = session.query_one(sql, &[&table_name(&stage.output.name)?, &key, &set, &written]).await;
     row.map(|row| row.get(0)).map_err(|error| this.error("look into the catalog of", &error))
 }

@@ -305,6 +305,7 @@ async fn several_sessions_read_one_table_as_it_was_when_the_snapshot_was_opened(
         let snapshot = source.snapshot(&streams, &bounds).await.unwrap();
         schema.execute("BEGIN; UPDATE wide SET note = 'changed'; INSERT INTO wide SELECT n + 10000, 'new' FROM generate_series(1, 500) AS n; COMMIT");
         let scan = Scan::new(stream.clone(), columns, bounds.windows["wide"].clone());
+        let scan = Scan { in_order: false, ..scan };
         let tap = Arc::new(Tap::default());
         let rows = source.scan(&snapshot, &scan, Arc::clone(&tap)).unwrap();
         let batches: Vec<RecordBatch> = futures::TryStreamExt::try_collect(rows).await.unwrap();
