@@ -237,6 +237,45 @@ fn rows_that_are_only_added_go_straight_into_their_table_and_the_plan_says_so() 
 }
 
 #[test]
+fn a_merge_by_its_key_sees_what_the_table_does_with_rows() {
+    let shop = Shop::new();
+    shop.folder.write("jobs/load.yaml", JOB.replace(", totals: { sum: [amount] }", "").as_bytes());
+    assert_eq!(shop.run(&FIRST).0, 0);
+    let next = |id: u32, day: u32| {
+        shop.from.execute(&format!(
+            "UPDATE orders SET amount = amount + 1, changed_at = '2026-01-0{day}T08:00Z' WHERE id = 1;
+             INSERT INTO orders VALUES ({id}, 'x', {id}, NULL, '2026-01-0{day}T08:00Z')"
+        ));
+        ["--as-of", ["2026-01-03", "2026-01-04", "2026-01-05"][day as usize - 2]]
+    };
+    let counts = |run: &serde_json::Value| {
+        ["inserted", "updated", "unchanged", "rows_after"]
+            .map(|count| run["outputs"]["orders"][count].as_u64().unwrap_or(99))
+    };
+    // One pass over the key.
+    let (code, run) = shop.run(&next(11, 2));
+    assert_eq!((code, counts(&run)), (0, [1, 1, 0, 3]));
+
+    // A column that no model knows, and must not be null: rows that are there have it.
+    shop.to.execute("ALTER TABLE orders ADD CONSTRAINT c CHECK (amount < 1000)");
+    let (code, run) = shop.run(&next(12, 3));
+    assert_eq!((code, counts(&run)), (0, [1, 1, 0, 4]));
+
+    // A trigger that keeps rows out: they would be lost, and the mark would move.
+    shop.to.execute(
+        "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+         CREATE TRIGGER t BEFORE INSERT ON orders FOR EACH ROW EXECUTE FUNCTION nothing()",
+    );
+    let fourth = next(13, 4);
+    let (code, refused) = shop.run(&fourth);
+    assert_eq!(code, 75, "{refused}");
+    assert_eq!(shop.holds("SELECT count(*) || '/' || max(s.seq) FROM orders, floodmark_state AS s"), "4/3");
+    shop.to.execute("DROP TRIGGER t ON orders");
+    let (code, run) = shop.run(&fourth);
+    assert_eq!((code, counts(&run)), (0, [1, 1, 0, 5]));
+}
+
+#[test]
 fn a_refused_run_leaves_the_target_as_it_was() {
     let shop = Shop::new();
     assert_eq!(shop.run(&FIRST).0, 0);

@@ -202,8 +202,13 @@ fn a_table_that_is_altered_in_the_middle_of_a_run_is_seen_before_anything_is_wri
         for alter in
             ["ALTER TABLE lines DROP COLUMN period", "ALTER TABLE lines RENAME COLUMN period TO month"]
         {
-            let mut ledger =
-                Ledger::limited(target, "merge", "incremental: { cursor: id }", "retries: 0", &trusted());
+            let mut ledger = Ledger::limited(
+                target,
+                "merge, key: [id]",
+                "incremental: { cursor: id }",
+                "retries: 0",
+                &trusted(),
+            );
             ledger.arrive(true);
             ledger.run();
             ledger.arrive(true);

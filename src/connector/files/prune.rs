@@ -85,7 +85,11 @@ impl Said {
             let converter = StatisticsConverter::try_new(column, file.schema(), file.parquet_schema())?;
             let at = converter.parquet_column_index();
             let chunks = groups.iter().filter_map(|group| group.columns().get(at?)?.statistics());
-            if chunks.into_iter().any(Statistics::is_min_max_deprecated) {
+            let is_old = |said: &Statistics| {
+                said.is_min_max_deprecated()
+                    && (said.min_bytes_opt().is_some() || said.max_bytes_opt().is_some())
+            };
+            if chunks.into_iter().any(is_old) {
                 // They were ordered as signed bytes, whatever they are.
                 return Err(ParquetError::General("of an old writer".to_owned()));
             }
