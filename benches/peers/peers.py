@@ -402,7 +402,7 @@ def works(options, server, data, out):
     incremental = [
         Contender("floodmark", [binary, "run", "--project", str(nightly / "project")], env),
         other("Sling", "sling_incremental", 1, NIGHTLY=str(nightly)),
-        *([other("dlt", "dlt_incremental", 1, NIGHTLY=str(nightly))] if options.slow else []),
+        other("dlt", "dlt_incremental", 1, NIGHTLY=str(nightly)),
     ]
 
     def first_night():
