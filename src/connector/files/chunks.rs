@@ -1,8 +1,8 @@
-//! Text that is parsed chunk by chunk, on all cores, and handed on in its order.
+//! Text that is parsed piece by piece, on all cores, and handed on in its order.
 //!
-//! A chunk ends behind a line end outside quotes, if quotes come in pairs, as they do in files that keep the rules. Whether it was
-//! so is known when the chunk has been parsed: what a parser leaves over belongs to a row that goes on, and is parsed once more with the
-//! chunk behind it. So only speed depends on where chunks end, and no row does.
+//! A piece ends behind a line end outside quotes, if quotes come in pairs, as they do in files that keep the rules. Whether it was
+//! so is known when the piece has been parsed: what a parser leaves over belongs to a row that goes on, and is parsed once more with the
+//! piece behind it. So only speed depends on where pieces end, and no row does.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -14,6 +14,11 @@ use crate::{
 
 /// Longer rows are refused: an unclosed quote would otherwise read the whole file into memory.
 pub(super) const MAX_ROW_BYTES: usize = 64 << 20;
+
+/// Why a row is refused that begins on that line.
+pub(super) fn too_long(line: u64) -> String {
+    format!("line {line}: the row is longer than {} MiB: is a quote not closed?", MAX_ROW_BYTES >> 20)
+}
 
 /// What a piece came to.
 #[derive(Debug)]
@@ -180,11 +185,7 @@ pub(super) fn read<T: Send + 'static>(
         lines += parsed.lines;
         left.extend_from_slice(piece.text.get(parsed.taken..).unwrap_or_default());
         if left.len() > MAX_ROW_BYTES {
-            let most = MAX_ROW_BYTES >> 20;
-            return Err(fatal(format!(
-                "line {}: the row is longer than {most} MiB: is a quote not closed?",
-                lines + 1
-            )));
+            return Err(fatal(too_long(lines + 1)));
         }
     }
 }

@@ -7,7 +7,7 @@
 //! one begins: a stray quote that would join lines is always an error.
 
 use super::{
-    chunks::MAX_ROW_BYTES,
+    chunks::{MAX_ROW_BYTES, too_long},
     input::{OTHER_ENCODING, TextReader},
 };
 use crate::{
@@ -124,11 +124,7 @@ impl Records {
                 }
                 return Err(format!("line {}: {NEVER_CLOSED}", record.line));
             };
-            let line_end = match self.input.text().get(length..) {
-                Some([b'\r', b'\n', ..]) => 2,
-                Some([_, ..]) => 1,
-                _ => 0,
-            };
+            let line_end = line_end(self.input.text(), length);
             record.raw.extend_from_slice(self.input.text().get(..length).unwrap_or_default());
             self.input.take(length + line_end);
             self.line += lines;
@@ -154,14 +150,19 @@ impl Records {
                 return Ok(found);
             }
             if self.input.text().len() > MAX_ROW_BYTES {
-                return Err(format!(
-                    "line {}: the row is longer than {} MiB: is a quote not closed?",
-                    self.line,
-                    MAX_ROW_BYTES >> 20
-                ));
+                return Err(too_long(self.line));
             }
             self.input.fill()?;
         }
+    }
+}
+
+/// Bytes of the line end that stands at `at`; none at the end of the text.
+fn line_end(text: &[u8], at: usize) -> usize {
+    match text.get(at..) {
+        Some([b'\r', b'\n', ..]) => 2,
+        Some([_, ..]) => 1,
+        _ => 0,
     }
 }
 
@@ -351,11 +352,7 @@ impl<'a> Slice<'a> {
                     false => Ok(Next::End),
                 };
             };
-            let line_end = match text.get(length..) {
-                Some([b'\r', b'\n', ..]) => 2,
-                Some([_, ..]) => 1,
-                _ => 0,
-            };
+            let line_end = line_end(text, length);
             self.place = (self.at, self.at + length, self.lines);
             self.at += length + line_end;
             self.lines += lines;

@@ -1,9 +1,6 @@
 //! JSON lines and JSON arrays: one object a row, cut out of the file in bounded memory.
 
-use super::input::TextReader;
-
-/// Longer rows are refused.
-const MAX_ROW_BYTES: usize = 64 << 20;
+use super::{chunks::MAX_ROW_BYTES, input::TextReader};
 
 /// Rows of one file, as their JSON text.
 pub(super) struct Rows {

@@ -54,25 +54,27 @@ fn damaged(path: &str, error: impl std::fmt::Display) -> Error {
     Error::data(format!("`{path}` is no Parquet file, or is damaged")).note(error.to_string())
 }
 
+/// What a file says of itself.
+fn metadata(file: &File, path: &str) -> Result<ArrowReaderMetadata> {
+    ArrowReaderMetadata::load(file, ArrowReaderOptions::new()).map_err(|error| damaged(path, error))
+}
+
 /// The columns of a file, with strings and bytes as plain arrays.
 pub(super) fn schema(file: &File, path: &str) -> Result<SchemaRef> {
-    let metadata = ArrowReaderMetadata::load(file, ArrowReaderOptions::new().with_skip_arrow_metadata(false))
-        .map_err(|error| damaged(path, error))?;
+    let metadata = metadata(file, path)?;
     Ok(Arc::new(crate::model::plain_schema(metadata.schema())))
 }
 
 /// How many rows a file has.
 pub(super) fn rows(file: &File, path: &str) -> Result<u64> {
-    let metadata = ArrowReaderMetadata::load(file, ArrowReaderOptions::new());
-    let metadata = metadata.map_err(|error| damaged(path, error))?;
+    let metadata = metadata(file, path)?;
     Ok(metadata.metadata().file_metadata().num_rows().unsigned_abs())
 }
 
 /// Sends the rows of one file. False once nobody reads any more.
 pub(super) fn read(file: &File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSender) -> Result<bool> {
     let size = file.metadata().map(|meta| meta.len()).unwrap_or(0);
-    let metadata = ArrowReaderMetadata::load(file, ArrowReaderOptions::new());
-    let metadata = metadata.map_err(|error| damaged(path, error))?;
+    let metadata = metadata(file, path)?;
     let builder = |file| ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata.clone());
     let file_schema = Arc::clone(metadata.schema());
     let mut wanted = Vec::new();

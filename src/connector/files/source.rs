@@ -415,12 +415,7 @@ impl FilesConnection {
             Error::data(format!("source `{}`: `{path}`: {why}", scan.stream.name))
                 .hint("Mend the file; or the `format:` of the source, if it is another dialect.")
         };
-        let shape = chunks::Shape {
-            lines,
-            quote: dialect.quote(),
-            in_order: scan.schema.field_with_name(POSITION_COLUMN).is_ok(),
-            piece_bytes: piece_bytes(scan.batch_bytes),
-        };
+        let shape = shape(lines, dialect.quote(), scan);
         let deliver = |part, start| deliver(part, start, path, scan, tap, out, fatal);
         chunks::read(rest, shape, move |piece, lines| rows.parse(piece, lines), deliver, fatal)
     }
@@ -456,12 +451,7 @@ impl FilesConnection {
             }
             return batch.send(tap, out);
         }
-        let shape = chunks::Shape {
-            lines: 0,
-            quote: None,
-            in_order: scan.schema.field_with_name(POSITION_COLUMN).is_ok(),
-            piece_bytes: piece_bytes(scan.batch_bytes),
-        };
+        let shape = shape(0, None, scan);
         let deliver = |part, start| deliver(part, start, path, scan, tap, out, fatal);
         chunks::read(text, shape, move |piece, lines| rows.parse(piece, lines), deliver, fatal)
     }
@@ -540,6 +530,12 @@ impl JsonRows {
         found.push(Part::Rows(batch.finish()?));
         Ok(Parsed { found, lines: line, taken })
     }
+}
+
+/// A text of which so many lines were read already, as `scan` wants it read.
+fn shape(lines: u64, quote: Option<u8>, scan: &Scan) -> chunks::Shape {
+    let in_order = scan.schema.field_with_name(POSITION_COLUMN).is_ok();
+    chunks::Shape { lines, quote, in_order, piece_bytes: piece_bytes(scan.batch_bytes) }
 }
 
 /// What is found in a piece of a text.

@@ -120,7 +120,7 @@ impl Source for Arc<PostgresConnection> {
     fn scan(&self, snapshot: &Snapshot, scan: &Scan, tap: Arc<Tap>) -> Result<SendableRecordBatchStream> {
         let lead: Arc<Lead> = held(snapshot)?;
         let (this, scan) = (Self::clone(self), scan.clone());
-        let readers = if may_be_parted(&scan) { self.readers() } else { 1 };
+        let readers = readers(self, &scan);
         let told = watch::Sender::new(None);
         let hear = told.subscribe();
         let mut first = Some(told);
@@ -487,14 +487,16 @@ const FEW_PAGES: u64 = 4096;
 /// Pages of a range: so few that no reader is left with the last one for long, and so many that asking for them costs nothing.
 const RANGE_PAGES: std::ops::RangeInclusive<u64> = 256..=16_384;
 
-/// Whether a scan is for all of a table, or nearly, in any order.
-fn may_be_parted(scan: &Scan) -> bool {
+/// How many sessions read a scan: several only if it is for all of a table, or nearly, in any order.
+fn readers(this: &PostgresConnection, scan: &Scan) -> usize {
     let from_the_start = match &scan.window {
         Window::Whole => true,
         Window::Cursor { from, .. } => from.is_none(),
         Window::Files { .. } => false,
     };
-    from_the_start && !scan.in_order && scan.conditions.is_empty() && scan.limit.is_none()
+    let may_be_parted =
+        from_the_start && !scan.in_order && scan.conditions.is_empty() && scan.limit.is_none();
+    if may_be_parted { this.readers() } else { 1 }
 }
 
 /// What the readers of one scan share.
@@ -590,8 +592,7 @@ async fn read(
     let (session, shared) = if let Some(told) = told {
         let session = follow(this, lead, stream).await?;
         let shape = Shape::of(this, &session, stream).await?;
-        let readers = if may_be_parted(scan) { this.readers() } else { 1 };
-        let shared = Arc::new(Shared::new(shape, readers));
+        let shared = Arc::new(Shared::new(shape, readers(this, scan)));
         told.send_replace(Some(Arc::clone(&shared)));
         (session, shared)
     } else {
