@@ -6,6 +6,9 @@
 //! * The hash of all rows, which every run adds up, costs less than 5 % of that.
 //!
 //! A number, `cargo bench --bench bounds -- 100000000`, is another size of the file. Exits with 1 if a bound is broken.
+//!
+//! `cargo bench --bench bounds -- instructions` counts the processor's instructions instead, which are the same on a busy machine: those of a
+//! start, and those that a row takes on its way ([`FLOORS`]). `.ci/run` does that.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -35,7 +38,145 @@ const START: Duration = Duration::from_millis(100);
 const MEMORY_KIB: i64 = 300 << 10;
 const HASH_SHARE: f64 = 0.05;
 
+/// Instructions that a job may take: its name, what it reads, where to, its SQL, and how many a row; a sixth more than when this was
+/// written. The rest of a run is that of a start, and of what has to be learned from the first rows.
+const FLOORS: [Floor; 6] = [
+    Floor {
+        name: "CSV to Parquet",
+        from: "data, file: FILE.csv, columns: { COLUMNS }",
+        to: "lake",
+        sql: "",
+        most: 5_200,
+    },
+    Floor {
+        name: "JSON lines to Parquet",
+        from: "data, file: FILE.jsonl, columns: { COLUMNS }",
+        to: "lake",
+        sql: "",
+        most: 10_400,
+    },
+    Floor { name: "Parquet to PostgreSQL", from: "lake, table: FILE", to: "erp", sql: "", most: 2_200 },
+    Floor { name: "PostgreSQL to Parquet", from: "erp, table: FILE", to: "lake", sql: "", most: 5_200 },
+    Floor {
+        name: "PostgreSQL to Parquet, mapped and checked",
+        from: "erp, table: FILE",
+        to: "lake",
+        sql: "SELECT id, account, posted, amount * 2 AS twice, text FROM lines WHERE account <> 'none'",
+        most: 5_600,
+    },
+    Floor {
+        name: "Parquet, grouped",
+        from: "lake, table: FILE",
+        to: "lake",
+        sql: "SELECT account, count(*) AS lines, sum(amount) AS amount FROM lines GROUP BY account",
+        most: 550,
+    },
+];
+
+/// Instructions from the start of a process to its end, for a job of ten rows.
+const FLOOR_OF_START: u64 = 14_500_000;
+
+struct Floor {
+    name: &'static str,
+    from: &'static str,
+    to: &'static str,
+    sql: &'static str,
+    most: u64,
+}
+
+const COLUMNS: &str = "id: int, account: string, posted: date, amount: \"decimal(18,2)\", text: string";
+
+fn instructions() -> bool {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, schema) = (services::postgres(), services::Schema::new());
+    project(folder.path());
+    fs::remove_file(folder.path().join("jobs/load.yaml")).unwrap();
+    let erp = format!(
+        "erp: {{ kind: postgres, host: localhost, port: {}, database: postgres, user: admin, password: \"${{env:PASSWORD}}\", sslmode: disable, schema: {} }}\n",
+        server.port, schema.name
+    );
+    let files = "data: { kind: files, root: data }\nlake: { kind: files, root: out }\n";
+    fs::write(folder.path().join("connections.yaml"), files.to_owned() + &erp).unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/services/valgrind");
+    let found = Command::new(script).output().unwrap();
+    assert!(found.status.success(), "{}", String::from_utf8_lossy(&found.stderr));
+    let valgrind = String::from_utf8(found.stdout).unwrap().trim().to_owned();
+    let job = |name: &str, from: &str, to: &str, sql: &str, file: &str| {
+        let from = from.replace("FILE", file).replace("COLUMNS", COLUMNS);
+        let (models, made) = match sql {
+            "" => ("", "lines"),
+            _ => (
+                "models: { made: sql/made.sql }\nchecks: { lines: [ { not_null: id } ], made: [ { not_null: account } ] }\n",
+                "made",
+            ),
+        };
+        let checks = if sql.contains("GROUP") {
+            models.lines().next().unwrap().to_owned() + "\n"
+        } else {
+            models.to_owned()
+        };
+        fs::write(folder.path().join("sql/made.sql"), format!("{sql}\n")).unwrap();
+        let job = format!(
+            "job: {name}\nsources:\n  lines: {{ connection: {from} }}\n{checks}target:\n  connection: {to}\n  outputs: {{ {name}: {{ from: {made}, mode: replace }} }}\n"
+        );
+        fs::write(folder.path().join(format!("jobs/{name}.yaml")), job).unwrap();
+    };
+    // What a job takes; it is gone afterwards.
+    let count = |name: &str| -> u64 {
+        let mut command = Command::new(&valgrind);
+        command.args(["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]);
+        command.arg(env!("CARGO_BIN_EXE_floodmark")).args(["run", name, "--project"]).arg(folder.path());
+        let done = command.env("PASSWORD", server.password.as_str()).output().unwrap();
+        let told = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success(), "{told}");
+        fs::remove_file(folder.path().join(format!("jobs/{name}.yaml"))).unwrap();
+        let line = told.lines().find(|line| line.contains("I   refs:")).unwrap();
+        line.split("refs:").nth(1).unwrap().trim().replace(',', "").parse().unwrap()
+    };
+    for (file, rows) in [("ten", 10), ("few", FEW), ("many", MANY)] {
+        let csv = folder.path().join(format!("data/{file}.csv"));
+        write_lines(&csv, usize::MAX, rows);
+        let json: String = fs::read_to_string(&csv).unwrap().lines().skip(1).fold(String::new(), |mut all, line| {
+            let [id, account, posted, amount, text] = line.split(',').collect::<Vec<_>>().try_into().unwrap();
+            writeln!(all, "{{\"id\":{id},\"account\":\"{account}\",\"posted\":\"{posted}\",\"amount\":{amount},\"text\":\"{text}\"}}").unwrap();
+            all
+        });
+        fs::write(folder.path().join(format!("data/{file}.jsonl")), json).unwrap();
+        for to in ["lake", "erp"] {
+            job(file, "data, file: FILE.csv, columns: { COLUMNS }", to, "", file);
+            run(folder.path());
+            fs::remove_file(folder.path().join(format!("jobs/{file}.yaml"))).unwrap();
+        }
+    }
+    let mut kept = true;
+    let mut told = |name: &str, found: u64, most: u64, of: &str| {
+        kept &= found <= most;
+        println!(
+            "{name}: {found} instructions {of}; bound {most}{}",
+            if found > most { ": BROKEN" } else { "" }
+        );
+    };
+    job("start", "data, file: ten.csv, columns: { COLUMNS }", "lake", "", "ten");
+    told("a job of ten rows", count("start"), FLOOR_OF_START, "from start to end");
+    for (at, floor) in FLOORS.iter().enumerate() {
+        let [few, many] = ["few", "many"].map(|file| {
+            let name = format!("j{at}_{file}");
+            job(&name, floor.from, floor.to, floor.sql, file);
+            count(&name)
+        });
+        told(floor.name, (many - few) / (MANY - FEW) as u64, floor.most, "a row");
+    }
+    kept
+}
+
+/// Rows of two files, of which the second is measured by what it takes more than the first.
+const FEW: usize = 20_000;
+const MANY: usize = 60_000;
+
 fn main() -> ExitCode {
+    if std::env::args().any(|argument| argument == "instructions") {
+        return ExitCode::from(u8::from(!instructions()));
+    }
     let kept = [ten_rows(), large_merge(), large_file()];
     ExitCode::from(u8::from(kept.contains(&false)))
 }

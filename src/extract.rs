@@ -1,17 +1,28 @@
 //! What a run reads: the windows of its sources, one snapshot a connection, and the models over them in one session.
 //!
-//! Windows are fixed before any snapshot opens. A relation that is read more than once, or that row checks look at, is written down once,
-//! and its rows are sorted out on the way.
+//! Windows are fixed before any snapshot opens. A relation that is read more than once, or whose rows are checked together, is written down
+//! once. Where each row is checked by itself, rows are sorted out on the way: there, or to the one who reads them.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use datafusion::{datasource::ViewTable, logical_expr::LogicalPlanBuilder, prelude::SessionContext};
+use arrow::datatypes::Schema;
+use datafusion::{
+    datasource::ViewTable,
+    logical_expr::LogicalPlanBuilder,
+    prelude::{DataFrame, SessionContext},
+};
 use futures::StreamExt;
 use indexmap::IndexMap;
 use tracing::{info, warn};
 
 use crate::{
-    check::{Check, Sorter, quarantine_batch, quarantine_schema, row_query},
+    check::{
+        Check, Sorter, quarantine_batch, quarantine_schema, row_query,
+        sieve::{Aside, Sieve},
+    },
     connector::{
         Bounds, Exactness, Marks, RunTime,
         scan::{OpenSource, OpenSources},
@@ -134,9 +145,11 @@ pub struct Relations {
     /// Rows of the quarantine that go through the job, if any do.
     pub waiting: Option<Waiting>,
     /// What row checks set aside.
-    pub aside: SpoolWriter,
+    pub aside: Aside,
     /// How many rows that was, by relation.
     pub row_rejects: HashMap<String, u64>,
+    /// Relations whose rows are sorted out while they are read.
+    pub sieves: Vec<Sieve>,
 }
 
 impl Extract<'_> {
@@ -163,7 +176,8 @@ impl Extract<'_> {
         let knows_rows = !plan.models.is_empty()
             && windows.values().all(|bounded: &Bounded| bounded.window == Window::Whole);
         let context = session::for_joins(self.scratch, plan.as_of, Arc::clone(&open), hashed, partitions);
-        let mut aside = SpoolWriter::new("set aside", quarantine_schema(), self.scratch);
+        let aside = SpoolWriter::new("set aside", quarantine_schema(), self.scratch);
+        let (aside, mut sieves): (Aside, Vec<Sieve>) = (Arc::new(Mutex::new(aside)), Vec::new());
         let waiting = self.waiting(connections, &taps, record).await?;
         if waiting.as_ref().is_some_and(Waiting::is_empty) {
             record.warnings.push("no rows wait in the quarantine".to_owned());
@@ -183,10 +197,13 @@ impl Extract<'_> {
                     context.register_table(name, scan_table(stream, window, rows, in_order))?
                 }
             };
-            if stream.spool {
-                let count = self.write_down(&context, name, &mut aside, record).await;
+            let checks = self.checks_of(name);
+            if stream.spool || !(checks.is_empty() || self.sifts()) {
+                let count = self.write_down(&context, name, checks, &aside, record).await;
                 let count = count.map_err(|error| error.note(format!("while source `{name}` was read")))?;
                 row_rejects.insert(name.clone(), count);
+            } else if !checks.is_empty() {
+                sieves.push(self.sift(&context, name, checks, &aside).await?);
             }
         }
         for (name, model) in &plan.models {
@@ -202,13 +219,25 @@ impl Extract<'_> {
                 None => view,
             };
             context.register_table(name, Arc::new(ViewTable::new(view, None)))?;
-            if model.spool {
-                let count = self.write_down(&context, name, &mut aside, record).await;
+            let checks = self.checks_of(name);
+            if model.spool || !(checks.is_empty() || self.sifts()) {
+                let count = self.write_down(&context, name, checks, &aside, record).await;
                 let count = count.map_err(|error| error.note(format!("while model `{name}` was made")))?;
                 row_rejects.insert(name.clone(), count);
+            } else if !checks.is_empty() {
+                sieves.push(self.sift(&context, name, checks, &aside).await?);
             }
         }
-        Ok(Some(Relations { context, taps, windows, waiting, aside, row_rejects }))
+        Ok(Some(Relations { context, taps, windows, waiting, aside, row_rejects, sieves }))
+    }
+
+    fn checks_of(&self, relation: &str) -> Vec<Check> {
+        self.plan.checks.iter().filter(|check| check.on == relation).cloned().collect()
+    }
+
+    /// Whether rows may be checked while they are read: by a run, which reads each relation as its plan says.
+    fn sifts(&self) -> bool {
+        self.reading == Reading::New
     }
 
     /// The rows of the quarantine that go through the job now, if it is asked to replay any.
@@ -381,20 +410,19 @@ impl Extract<'_> {
         &self,
         context: &SessionContext,
         name: &str,
-        aside: &mut SpoolWriter,
+        checks: Vec<Check>,
+        aside: &Aside,
         record: &mut RunRecord,
     ) -> Result<u64> {
-        let checks: Vec<&Check> = self.plan.checks.iter().filter(|check| check.on == name).collect();
         let schema = self.relation_schema(name)?;
-        let sql = row_query(name, &checks, &schema)?.unwrap_or(format!("SELECT * FROM {}", quoted(name)?));
-        let mut rows = context.sql(&sql).await?.execute_stream().await?;
+        let mut rows = self.flagged(context, name, &checks, &schema).await?.execute_stream().await?;
         let mut sorter = Sorter::new(checks);
         let mut spool = SpoolWriter::new(name, Arc::clone(&schema), self.scratch);
         let mut count = 0;
         while let Some(batch) = rows.next().await {
             let (kept, set_aside) = sorter.sort(&batch?)?;
             count += set_aside.len() as u64;
-            aside.push(&quarantine_batch(set_aside)?)?;
+            aside.lock().unwrap_or_else(PoisonError::into_inner).push(&quarantine_batch(set_aside)?)?;
             spool.push(&session::conformed(&kept, &schema)?)?;
         }
         record.checks.extend(sorter.reports());
@@ -403,6 +431,34 @@ impl Extract<'_> {
         context.deregister_table(name)?;
         context.register_table(name, spool.table()?)?;
         Ok(count)
+    }
+
+    /// Puts a relation of which each row is checked by itself in its own place: its rows are sorted out while they are read.
+    async fn sift(
+        &self,
+        context: &SessionContext,
+        name: &str,
+        checks: Vec<Check>,
+        aside: &Aside,
+    ) -> Result<Sieve> {
+        let schema = self.relation_schema(name)?;
+        let rows = self.flagged(context, name, &checks, &schema).await?;
+        let sieve = Sieve::new(name, schema, rows, checks, Arc::clone(aside)).await?;
+        context.deregister_table(name)?;
+        context.register_table(name, sieve.table()?)?;
+        Ok(sieve)
+    }
+
+    /// The rows of a relation, with one column more for each check of rows.
+    async fn flagged(
+        &self,
+        context: &SessionContext,
+        name: &str,
+        checks: &[Check],
+        schema: &Schema,
+    ) -> Result<DataFrame> {
+        let sql = row_query(name, checks, schema)?.unwrap_or(format!("SELECT * FROM {}", quoted(name)?));
+        Ok(context.sql(&sql).await?)
     }
 
     fn relation_schema(&self, name: &str) -> Result<arrow::datatypes::SchemaRef> {

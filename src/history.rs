@@ -14,12 +14,18 @@
 //! | a new source reads what one that is gone did | it goes on from there, and that is said |
 //!
 //! `--full-refresh` needs no history: it only minds rows that are somebody else's.
+//!
+//! Rows of outputs that the record knows are counted while the run goes on ([`of_outputs`]): that takes as long as a table is large, and a run
+//! as long as it has to.
 
 use std::collections::{BTreeMap, BTreeSet};
+
+use tokio::sync::watch;
 
 use crate::{
     connector::{Marks, Target},
     error::{Error, Result},
+    load::overtaken,
     plan::Plan,
     record::LoadRecord,
     state::Seen,
@@ -29,8 +35,7 @@ use crate::{
 const ANEW: &str =
     "`floodmark run --full-refresh` loads it anew, and shows the old rows until the new ones are audited.";
 
-/// Refuses a target that this job's last release is no longer true of; else how many rows outputs hold. What is worth a word is said in
-/// `warnings`.
+/// Refuses a target that is another one than last time, and outputs that hold somebody else's rows. What is worth a word is said in `warnings`.
 ///
 /// # Errors
 ///
@@ -40,9 +45,8 @@ pub async fn of_target(
     target: &dyn Target,
     base: Option<&LoadRecord>,
     seen: Option<Seen>,
-    full_refresh: bool,
     warnings: &mut Vec<String>,
-) -> Result<BTreeMap<String, u64>> {
+) -> Result<()> {
     match (base, seen) {
         (Some(base), Some(seen)) if base.incarnation == seen.incarnation && base.seq < seen.seq => {
             warnings.push(format!(
@@ -69,24 +73,41 @@ pub async fn of_target(
             plan.id.job
         )));
     }
-    let mut held = BTreeMap::new();
     for output in &plan.outputs {
         let name = &output.spec.name;
+        if base.is_none_or(|base| !base.outputs.contains_key(name))
+            && target.current(&plan.id, name).await?.is_some_and(|current| current.rows > 0)
+        {
+            return Err(Error::data(format!(
+                "output `{name}` holds rows, and no record of job `{}`",
+                plan.id
+            ))
+            .note("floodmark did not write them, or its record was deleted: it cannot know what was loaded")
+            .hint("Move the old rows away, or give the output another name."));
+        }
+    }
+    Ok(())
+}
+
+/// Counts the rows that outputs hold, for whoever waits for `counts`, and refuses what the last release is no longer true of. What is worth a
+/// word is given back.
+///
+/// # Errors
+///
+/// See the table above.
+pub async fn of_outputs(
+    plan: &Plan,
+    target: &dyn Target,
+    base: Option<&LoadRecord>,
+    full_refresh: bool,
+    counts: watch::Sender<Option<BTreeMap<String, u64>>>,
+) -> Result<Vec<String>> {
+    let (mut held, mut warnings) = (BTreeMap::new(), Vec::new());
+    for output in &plan.outputs {
+        let name = &output.spec.name;
+        let Some(before) = base.and_then(|base| base.outputs.get(name)) else { continue };
         let rows = target.current(&plan.id, name).await?.map(|current| current.rows);
         held.extend(rows.map(|rows| (name.clone(), rows)));
-        let Some(before) = base.and_then(|base| base.outputs.get(name)) else {
-            if rows.is_some_and(|rows| rows > 0) {
-                return Err(Error::data(format!(
-                    "output `{name}` holds rows, and no record of job `{}`",
-                    plan.id
-                ))
-                .note(
-                    "floodmark did not write them, or its record was deleted: it cannot know what was loaded",
-                )
-                .hint("Move the old rows away, or give the output another name."));
-            }
-            continue;
-        };
         let found = rows.unwrap_or(0);
         if found > before.rows_after {
             warnings.push(format!(
@@ -94,6 +115,10 @@ pub async fn of_target(
                 before.rows_after
             ));
         } else if found < before.rows_after && !full_refresh && !output.spec.mode.replaces_all() {
+            let newest = target.last_record(&plan.id).await?;
+            if newest.as_ref().map(|newest| newest.seq) != base.map(|base| base.seq) {
+                return Err(overtaken(&plan.id));
+            }
             let what = if rows.is_none() { "is gone".to_owned() } else { format!("holds {found} rows") };
             return Err(Error::data(format!(
                 "output `{name}` {what}, and the last release left {}",
@@ -103,7 +128,8 @@ pub async fn of_target(
             .hint(format!("{ANEW} `floodmark state adopt {}` takes it as it is.", plan.id.job)));
         }
     }
-    Ok(held)
+    counts.send_replace(Some(held));
+    Ok(warnings)
 }
 
 /// The marks to go on from.

@@ -21,10 +21,10 @@ use indexmap::IndexMap;
 use tracing::info;
 
 use crate::{
-    check::{Check, READABLE, quarantine_batch, whole},
+    check::{Check, READABLE, quarantine_batch, quarantine_schema, sieve::Sieve, whole},
     connector::{Attempt, Load, Marks, Staged, spec::Mode, tap::Tap},
     dimension::Sides,
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     extract::{Bounded, Extract, Joins, Reading, Relations},
     job::parts_per_million,
     plan::{Output, Plan, Replay, Request},
@@ -34,9 +34,10 @@ use crate::{
         run::{CheckReport, Counts, OutputReport, RunRecord, SourceReport, Verdict},
         totals::Totals,
     },
+    replay::Waiting,
     run::{Conductor, Connections, Counter},
     session,
-    spool::Spool,
+    spool::{Spool, SpoolWriter},
     watermark::Window,
 };
 
@@ -72,28 +73,29 @@ impl Release<'_> {
             reading: Reading::New,
         };
         let Some(relations) = extract.relations(connections, marks, record).await? else { return Ok(None) };
-        let Relations { context, taps, windows, waiting, mut aside, row_rejects } = relations;
+        let Relations { context, taps, windows, waiting, aside, mut row_rejects, sieves } = relations;
         let waits = |name: &str| waiting.as_ref().and_then(|waiting| waiting.at(name));
         self.whole_checks(&context, record).await?;
-        for check in &record.checks {
-            info!(
-                check = check.check,
-                on = check.on,
-                found = check.found,
-                verdict = check.verdict.words(),
-                "checked"
-            );
-        }
-        refuse(&record.checks, &plan.id.job)?;
-        let mut written = IndexMap::new();
-        for output in &plan.outputs {
-            let (staged, hash) = self.output(&context, output, connections, record).await?;
-            self.guard(output, &staged)?;
-            if let (Some(waiting), Some(Replay { overwrite: false, .. })) = (&waiting, &self.request.replay) {
-                waiting.refuse_overwriting(plan, output, staged.updated)?;
+        tell(&record.checks);
+        let written = match refuse(&record.checks, &plan.id.job) {
+            Ok(()) => self.outputs(&context, connections, waiting.as_ref(), record).await,
+            Err(error) => Err(error),
+        };
+        // Of rows that are not as they should be, their own checks tell more than what an output makes of them.
+        let tells = written.as_ref().map_or_else(|error| error.kind() == ErrorKind::Data, |_| true);
+        if tells && !sieves.iter().any(Sieve::has_failed) {
+            let before = record.checks.len();
+            for sieve in sieves {
+                let name = sieve.name().to_owned();
+                let (reports, set_aside) = sieve.finish().await?;
+                row_rejects.insert(name, set_aside);
+                record.checks.extend(reports);
             }
-            written.insert(output.spec.name.clone(), (staged, hash));
+            tell(record.checks.get(before..).unwrap_or_default());
+            self.in_order(&mut record.checks);
+            refuse(&record.checks, &plan.id.job)?;
         }
+        let written = written?;
         // Sources are let go before tables of the target are altered: they may be the same database.
         drop(context);
         let sources = self.account(&taps, &windows, &row_rejects, record)?;
@@ -107,8 +109,10 @@ impl Release<'_> {
             let rows = rejects.into_iter().map(|reject| {
                 [name.clone(), READABLE.to_owned(), reject.reason, reject.position, reject.row]
             });
-            aside.push(&quarantine_batch(rows)?)?;
+            aside.lock().unwrap_or_else(PoisonError::into_inner).push(&quarantine_batch(rows)?)?;
         }
+        let none = SpoolWriter::new("set aside", quarantine_schema(), &self.attempt.scratch);
+        let aside = std::mem::replace(&mut *aside.lock().unwrap_or_else(PoisonError::into_inner), none);
         let aside = aside.finish()?;
         record.quarantined = aside.rows();
         if aside.rows() > 0 {
@@ -164,7 +168,8 @@ impl Release<'_> {
     async fn whole_checks(&self, context: &SessionContext, record: &mut RunRecord) -> Result<()> {
         let names: Vec<String> = self.plan.streams.keys().chain(self.plan.models.keys()).cloned().collect();
         for name in names {
-            let checks: Vec<&Check> = self.plan.checks.iter().filter(|check| check.on == name).collect();
+            let checks: Vec<&Check> =
+                self.plan.checks.iter().filter(|check| check.on == name && !check.is_of_rows()).collect();
             if checks.is_empty() {
                 continue;
             }
@@ -172,6 +177,36 @@ impl Release<'_> {
             record.checks.extend(whole(context, &checks, rows, self.plan.as_of).await?);
         }
         Ok(())
+    }
+
+    /// Puts reports as relations stand in the plan: what is checked row by row first, whenever it was known.
+    fn in_order(&self, reports: &mut [CheckReport]) {
+        let relations: Vec<&String> = self.plan.streams.keys().chain(self.plan.models.keys()).collect();
+        reports.sort_by_key(|report| {
+            let of = |check: &&Check| check.on == report.on && check.words() == report.check;
+            let of_rows = self.plan.checks.iter().find(of).is_some_and(Check::is_of_rows);
+            (!of_rows, relations.iter().position(|relation| **relation == report.on))
+        });
+    }
+
+    /// Stages all outputs, as far as none is refused.
+    async fn outputs(
+        &mut self,
+        context: &SessionContext,
+        connections: &Connections,
+        waiting: Option<&Waiting>,
+        record: &mut RunRecord,
+    ) -> Result<IndexMap<String, (Staged, String)>> {
+        let mut written = IndexMap::new();
+        for output in &self.plan.outputs {
+            let (staged, hash) = self.output(context, output, connections, record).await?;
+            self.guard(output, &staged)?;
+            if let (Some(waiting), Some(Replay { overwrite: false, .. })) = (waiting, &self.request.replay) {
+                waiting.refuse_overwriting(self.plan, output, staged.updated)?;
+            }
+            written.insert(output.spec.name.clone(), (staged, hash));
+        }
+        Ok(written)
     }
 
     /// Stages one output, and counts, sums and hashes its rows on the way.
@@ -444,6 +479,18 @@ impl Release<'_> {
             quarantine_files: Vec::new(),
             settled,
         }
+    }
+}
+
+fn tell(reports: &[CheckReport]) {
+    for check in reports {
+        info!(
+            check = check.check,
+            on = check.on,
+            found = check.found,
+            verdict = check.verdict.words(),
+            "checked"
+        );
     }
 }
 

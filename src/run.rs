@@ -17,19 +17,20 @@
 use std::{
     collections::BTreeMap,
     path::Path,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
 use chrono::SecondsFormat;
-use futures::future::join_all;
+use futures::future::{Either, join_all, select};
 use indexmap::IndexMap;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
 use uuid::Uuid;
 
 use crate::{
-    connector::{Attempt, CommitOutcome, Connection, Exactness, Marks, Target, spec::Mode, tap::Tap},
+    connector::{Attempt, CommitOutcome, Connection, Exactness, Held, Marks, Target, spec::Mode, tap::Tap},
     error::{Error, ErrorKind, Result},
     extract::{Extract, Joins, Reading},
     history,
@@ -247,7 +248,11 @@ impl Conductor {
         waves: &[Vec<String>],
         request: &Request,
     ) -> Result<Vec<(RunRecord, Option<Error>)>> {
-        drop(self.plan_patiently(waves, request).await?);
+        let mut planned = self.plan_patiently(waves, request).await?;
+        if let [_, later @ ..] = waves {
+            // What they read may be another after the first: they are planned again.
+            planned.retain(|name, _| !later.iter().any(|wave| wave.contains(name)));
+        }
         let mut done: Vec<(RunRecord, Option<Error>)> = Vec::new();
         for wave in waves {
             let runs = wave.iter().filter_map(|name| self.project.jobs.get(name)).map(|job| {
@@ -256,6 +261,7 @@ impl Conductor {
                         && self.reads_from(job, &run.job)
                 });
                 let failed = failed.map(|(run, _)| run.job.clone());
+                let planned = planned.swap_remove(&job.job.job);
                 async move {
                     match failed {
                         Some(other) => {
@@ -266,7 +272,7 @@ impl Conductor {
                             ));
                             (record, None)
                         }
-                        None => self.run(job, request).await,
+                        None => self.run(job, request, planned).await,
                     }
                 }
             });
@@ -395,14 +401,19 @@ impl Conductor {
         Ok(ways)
     }
 
-    /// Runs one job. Whatever happens is in the record; an error is also given back, with its places.
-    pub async fn run(&self, job: &JobDocument, request: &Request) -> (RunRecord, Option<Error>) {
+    /// Runs one job, as it was planned a moment ago if it was. Whatever happens is in the record; an error is also given back, with its places.
+    async fn run(
+        &self,
+        job: &JobDocument,
+        request: &Request,
+        planned: Option<Plan>,
+    ) -> (RunRecord, Option<Error>) {
         let mut record = self.blank(job, request);
         let started = Instant::now();
         let mut request = request.clone();
         request.params.retain(|param, _| job.job.params.contains_key(param));
         let span = info_span!("run", job = %job.job.job, run_id = %record.run_id);
-        let result = Box::pin(self.tries(job, &request, &mut record)).instrument(span.clone()).await;
+        let result = Box::pin(self.tries(job, &request, planned, &mut record)).instrument(span.clone()).await;
         record.duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let error = match result {
             Ok(outcome) => {
@@ -435,8 +446,14 @@ impl Conductor {
     }
 
     /// Tries until the run has succeeded, or trying again would not help.
-    async fn tries(&self, job: &JobDocument, request: &Request, record: &mut RunRecord) -> Result<Outcome> {
-        let mut left = Left::default();
+    async fn tries(
+        &self,
+        job: &JobDocument,
+        request: &Request,
+        planned: Option<Plan>,
+        record: &mut RunRecord,
+    ) -> Result<Outcome> {
+        let mut left = Left { planned, ..Left::default() };
         let outcome = Box::pin(self.tries_until(job, request, &mut left, record)).await;
         let resumed = left
             .resumed
@@ -514,9 +531,14 @@ impl Conductor {
         record: &mut RunRecord,
     ) -> Result<Outcome> {
         let connections = self.connections(job)?;
-        let promised = Promised::new();
-        let planned = plan::plan(&self.project, job, request, &promised, &connections, &self.scratch);
-        let plan = self.unless_stopped(Box::pin(planned)).await?;
+        let plan = match left.planned.take() {
+            Some(plan) => plan,
+            None => {
+                let promised = Promised::new();
+                let planned = plan::plan(&self.project, job, request, &promised, &connections, &self.scratch);
+                self.unless_stopped(Box::pin(planned)).await?
+            }
+        };
         record.warnings.extend(plan.warnings.iter().map(|warning| warning.message.clone()));
         let open =
             connections.get(&plan.target).cloned().ok_or_else(|| Error::bug("the target is not open"))?;
@@ -562,7 +584,8 @@ impl Conductor {
             }
         }
         let (anew, warnings) = (request.full_refresh, &mut record.warnings);
-        let held = history::of_target(&plan, target, base.as_ref(), remembered, anew, warnings).await?;
+        let asked = history::of_target(&plan, target, base.as_ref(), remembered, warnings);
+        self.unless_stopped(asked).await?;
         if request.leaves_marks() && base.is_none() {
             return Err(Error::configuration(format!("job `{}` has not run yet", plan.id.job))
                 .hint("Run it first: its first run reads everything."));
@@ -570,7 +593,10 @@ impl Conductor {
         if let Some(backfill) = &request.backfill {
             refuse_backfill(&plan, backfill)?;
         }
+        let at = warnings.len();
         let marks = if anew { Marks::new() } else { history::marks(&plan, base.as_ref(), warnings)? };
+        let (counts, held) = Held::counting();
+        let counted = history::of_outputs(&plan, target, base.as_ref(), anew, counts);
         let attempt = Attempt {
             id: Uuid::now_v7(),
             run_id: record.run_id,
@@ -591,7 +617,13 @@ impl Conductor {
             joins,
             overtakes,
         };
-        let staged = self.unless_stopped(Box::pin(release.stage(&connections, &marks, record))).await;
+        let staged =
+            self.unless_stopped(both(counted, Box::pin(release.stage(&connections, &marks, record))));
+        let (warnings, staged) = match staged.await {
+            Ok((warnings, staged)) => (warnings, Ok(staged)),
+            Err(error) => (Vec::new(), Err(error)),
+        };
+        record.warnings.splice(at..at, warnings);
         let load_record = match staged {
             Ok(Some(load_record)) => load_record,
             Ok(None) => {
@@ -677,6 +709,8 @@ impl Conductor {
 /// What the tries of a run leave to each other.
 #[derive(Debug, Default)]
 struct Left {
+    /// The plan that was made before the first one, and is for it alone: each other one looks at what is there by then.
+    planned: Option<Plan>,
     unsettled: Option<Unsettled>,
     /// The release of another run that this one has committed.
     resumed: Option<u64>,
@@ -687,6 +721,20 @@ struct Left {
 struct Unsettled {
     committing: LoadRecord,
     report: RunRecord,
+}
+
+/// What two pieces of work come to, side by side. What the first one refuses ends the second, and is told rather than what that refuses.
+async fn both<A, B>(
+    first: impl Future<Output = Result<A>>,
+    second: impl Future<Output = Result<B>> + Unpin,
+) -> Result<(A, B)> {
+    match select(pin!(first), second).await {
+        Either::Left((first, second)) => Ok((first?, second.await?)),
+        Either::Right((second, first)) => {
+            let first = first.await?;
+            Ok((first, second?))
+        }
+    }
 }
 
 /// Refuses a backfill that would hold rows twice, or that reads nothing.

@@ -45,6 +45,50 @@ def connectorx_pg_to_parquet():
     pyarrow.parquet.write_table(table, f"{OUT}/{TABLE}.parquet", compression="zstd", compression_level=1)
 
 
+def connectorx_pg_to_arrow():
+    import connectorx
+
+    parts = {"partition_on": KEY, "partition_num": THREADS} if THREADS > 1 else {}
+    tell_sums([connectorx.read_sql(SERVER, f"SELECT * FROM {TABLE}", return_type="arrow", protocol="binary", **parts)])
+
+
+def adbc_pg_to_arrow():
+    import adbc_driver_postgresql.dbapi
+
+    with adbc_driver_postgresql.dbapi.connect(SERVER) as connection, connection.cursor() as cursor:
+        cursor.execute(f"SELECT * FROM {TABLE}")
+        tell_sums(cursor.fetch_record_batch())
+
+
+def tell_sums(batches):
+    """How many rows there are, and what their whole numbers add up to."""
+    import pyarrow
+    import pyarrow.compute
+
+    rows, sums = 0, {}
+    for batch in batches:
+        rows += batch.num_rows
+        for field, column in zip(batch.schema, batch.columns):
+            if pyarrow.types.is_integer(field.type):
+                sums[field.name] = sums.get(field.name, 0) + pyarrow.compute.sum(column).as_py()
+    print(rows, *(sums[name] for name in sorted(sums)))
+
+
+def upload():
+    """A plain multipart upload of a file that is there: parts of 10 MiB, several at once."""
+    store = bucket()
+    with open(f"{DATA}/uploaded.parquet", "rb") as file, store.open_output_stream("floodmark/peers/uploaded.parquet", buffer_size=10 << 20) as out:
+        while chunk := file.read(10 << 20):
+            out.write(chunk)
+
+
+def bucket():
+    import pyarrow.fs
+
+    return pyarrow.fs.S3FileSystem(access_key=os.environ["STORE_KEY"], secret_key=os.environ["STORE_SECRET"],
+                                   endpoint_override=os.environ["STORE"], scheme="http", region="us-east-1", background_writes=True)
+
+
 def adbc_pg_to_parquet():
     import adbc_driver_postgresql.dbapi
     import pyarrow.parquet

@@ -75,6 +75,34 @@ class Server:
         return total / TICKS
 
 
+class Store:
+    """The S3 server of the tests."""
+
+    def __init__(self):
+        script = HERE.parents[1] / "tests/services/s3"
+        self.port, self.key, self.secret, *_ = subprocess.run([script], capture_output=True, text=True, check=True).stdout.split()
+
+    def files(self):
+        import pyarrow.fs
+
+        store = pyarrow.fs.S3FileSystem(access_key=self.key, secret_key=self.secret, endpoint_override=f"127.0.0.1:{self.port}", scheme="http", region="us-east-1")
+        below = pyarrow.fs.FileSelector("floodmark/peers", recursive=True, allow_not_found=True)
+        return store, [file for file in store.get_file_info(below) if file.is_file]
+
+    def clear(self):
+        store, files = self.files()
+        for file in files:
+            store.delete_file(file.path)
+
+    def download(self, path):
+        """The one Parquet file that is there."""
+        store, files = self.files()
+        [file] = [file for file in files if file.path.endswith(".parquet")]
+        with store.open_input_stream(file.path) as found:
+            path.write_bytes(found.read())
+        return path
+
+
 def high_water(pid):
     """The most memory that a process has had, in MiB."""
     try:
@@ -246,6 +274,28 @@ def works(options, server, data, out):
         *([other("Sling", "sling_pg_to_parquet", 1, fresh)] if options.slow else []),
     ], same_lines, "psql COPY binary > /dev/null")
 
+    def prepared():
+        fresh()
+        floodmark_project(project, f"erp: {erp}\n{lake}", whole)
+
+    whole_numbers = ["l_linenumber", "l_orderkey", "l_partkey", "l_suppkey"]
+    told = server.psql(f"SELECT concat_ws(' ', count(*), {', '.join(f'sum({name})' for name in whole_numbers)}) FROM lineitem")
+
+    def same_sums(contender):
+        found = (out / "told").read_text().strip()
+        return "" if found == told else f"other sums: {found} instead of {told}"
+
+    def telling(contender):
+        contender.stdout = str(out / "told")
+        return contender
+
+    yield Work("pg_to_arrow", "PostgreSQL → Arrow in memory, lineitem, and nothing else", [
+        Contender("psql COPY binary > /dev/null", [*psql, "COPY (SELECT * FROM lineitem) TO STDOUT (FORMAT binary)"], env, fresh),
+        telling(Contender("floodmark's source", [str(options.parts), "--scan", str(project), "erp", "lineitem"], env, prepared)),
+        telling(other("ConnectorX", "connectorx_pg_to_arrow", 2, fresh)),
+        telling(other("ADBC", "adbc_pg_to_arrow", 1, fresh)),
+    ], same_sums, "psql COPY binary > /dev/null")
+
     create = "DROP TABLE IF EXISTS loaded; CREATE TABLE loaded (LIKE lineitem)"
     ready = data / "lineitem.copy"
 
@@ -398,11 +448,15 @@ def works(options, server, data, out):
 
     nightly_job = ("job: load\nsources:\n  bookings: { connection: erp, table: bookings, incremental: { cursor: updated_at } }\ntarget:\n  connection: dw\n"
                    "  outputs: { bookings: { from: bookings, mode: merge, key: [o_orderkey] } }\n")
-    where = {"floodmark": "of_floodmark", "Sling": "of_sling", "dlt": "of_dlt"}
+    where = {"floodmark": "of_floodmark", "Sling": "of_sling", "dlt": "of_dlt", "ingestr": "of_ingestr"}
+    ingestr = [options.ingestr, "ingest", "--source-uri", server.uri, "--source-table", "public.bookings", "--dest-uri", server.uri,
+               "--dest-table", "of_ingestr.bookings", "--incremental-strategy", "merge", "--incremental-key", "updated_at",
+               "--primary-key", "o_orderkey", "--progress", "log", "--yes"]
     incremental = [
         Contender("floodmark", [binary, "run", "--project", str(nightly / "project")], env),
         other("Sling", "sling_incremental", 1, NIGHTLY=str(nightly)),
         other("dlt", "dlt_incremental", 1, NIGHTLY=str(nightly)),
+        Contender("ingestr", ingestr, {**env, "DISABLE_TELEMETRY": "true"}),
     ]
 
     def first_night():
@@ -474,6 +528,32 @@ def works(options, server, data, out):
         other("Polars", "polars_mapping", 2, fresh),
     ], same_mapping, "DuckDB")
 
+    store = Store()
+    env |= {"STORE_KEY": store.key, "STORE_SECRET": store.secret, "STORE": f"127.0.0.1:{store.port}"}
+    s3 = (f"lake: {{ kind: s3, bucket: floodmark, prefix: peers, endpoint: \"http://127.0.0.1:{store.port}\", allow_http: true, region: us-east-1, "
+          "access_key_id: \"${env:STORE_KEY}\", secret_access_key: \"${env:STORE_SECRET}\" }\n")
+    files = f"data: {{ kind: files, root: {data} }}\n"
+    copied = "job: load\nsources:\n  lineitem: { connection: data, file: lineitem.parquet }\ntarget:\n  connection: lake\n  outputs: { lineitem: { from: lineitem, mode: replace } }\n"
+
+    def emptied_bucket():
+        fresh()
+        store.clear()
+
+    def stored_lines(contender):
+        if contender.startswith("floodmark, into a folder"):
+            return same_lines(contender)
+        path = store.download(out / "downloaded.parquet")
+        return "" if sums_of(path)[0] == source else "other values"
+
+    floodmark(files + lake, copied).before()
+    subprocess.run([binary, "run", "--project", str(project)], check=True, stdout=subprocess.DEVNULL)
+    shutil.copy(next((project / "out/lineitem/current").glob("*.parquet")), data / "uploaded.parquet")
+    yield Work("to_s3", "Parquet → Parquet zstd in a bucket of a local S3 server, lineitem; and what of it is the upload", [
+        other("pyarrow, multipart upload of the ready file", "upload", 2, emptied_bucket),
+        floodmark(files + lake, copied, name="floodmark, into a folder"),
+        floodmark(files + s3, copied, before=emptied_bucket, name="floodmark, into the bucket"),
+    ], stored_lines, "pyarrow, multipart upload of the ready file")
+
     (data / "ten.csv").write_text("id,amount\n" + "".join(f"{row},{row}.50\n" for row in range(10)))
     ten = "job: load\nsources:\n  ten: { connection: data, file: ten.csv, columns: { id: int, amount: \"decimal(18,2)\" } }\ntarget:\n  connection: lake\n  outputs: { ten: { from: ten, mode: replace } }\n"
 
@@ -532,6 +612,8 @@ def prepare(options, server, data):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--floodmark", type=Path, required=True)
+    parser.add_argument("--parts", type=Path, required=True, help="the benchmark of the parts, which reads a table and nothing else")
+    parser.add_argument("--ingestr", required=True, help="the program, which has an environment of its own")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=1)
     parser.add_argument("--rounds", type=int, default=3)

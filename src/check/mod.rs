@@ -1,8 +1,8 @@
 //! Checks: what must hold, over the whole result, before anything is published.
 //!
 //! Checks of rows become columns of the checked relation's own query, so that rows are sorted out while they stream
-//! into the spool; checks of all rows together are queries over the spool. A finding names places and counts, never
-//! values.
+//! into the spool, or to the one who reads them ([`sieve`]); checks of all rows together are queries over the spool. A finding names places and
+//! counts, never values.
 
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use arrow::{
 };
 use datafusion::prelude::SessionContext;
 
+pub mod sieve;
 mod validate;
 
 use crate::{
@@ -91,6 +92,11 @@ impl Check {
             self.query.iter().flat_map(|query| query.reads.iter().filter(|read| **read != self.on).cloned()),
         );
         reads
+    }
+
+    /// Whether each row meets it or not, whatever the others are.
+    pub fn is_of_rows(&self) -> bool {
+        self.condition(0, &Schema::empty()).is_ok_and(|condition| condition.is_some())
     }
 
     /// The condition that a good row meets, if this is a check of rows.
@@ -216,7 +222,7 @@ impl Check {
 /// # Errors
 ///
 /// If a name cannot be quoted.
-pub fn row_query(on: &str, checks: &[&Check], schema: &Schema) -> Result<Option<String>> {
+pub fn row_query(on: &str, checks: &[Check], schema: &Schema) -> Result<Option<String>> {
     let (mut columns, mut joins) = (Vec::new(), Vec::new());
     for (index, check) in checks.iter().enumerate() {
         let Some(condition) = check.condition(index, schema)? else { continue };
@@ -298,16 +304,16 @@ pub fn quarantine_batch(rows: impl IntoIterator<Item = [String; 5]>) -> Result<R
 
 /// Sorts the rows of a relation out while they stream by.
 #[derive(Debug)]
-pub struct Sorter<'a> {
-    checks: Vec<&'a Check>,
+pub struct Sorter {
+    checks: Vec<Check>,
     found: Vec<u64>,
     details: Vec<Vec<String>>,
     rows: u64,
 }
 
-impl<'a> Sorter<'a> {
+impl Sorter {
     /// For these checks, in the order of the query's flags.
-    pub fn new(checks: Vec<&'a Check>) -> Self {
+    pub fn new(checks: Vec<Check>) -> Self {
         let count = checks.len();
         Self { checks, found: vec![0; count], details: vec![Vec::new(); count], rows: 0 }
     }
@@ -366,15 +372,12 @@ impl<'a> Sorter<'a> {
     }
 
     /// What the checks found.
-    pub fn reports(self) -> Vec<CheckReport> {
-        let rows = self.rows;
+    pub fn reports(&self) -> Vec<CheckReport> {
         self.checks
             .iter()
-            .zip(self.found.iter().zip(self.details))
-            .filter(|(check, _)| {
-                check.condition(0, &Schema::empty()).is_ok_and(|condition| condition.is_some())
-            })
-            .map(|(check, (found, details))| check.report(*found, rows, details))
+            .zip(self.found.iter().zip(&self.details))
+            .filter(|(check, _)| check.is_of_rows())
+            .map(|(check, (found, details))| check.report(*found, self.rows, details.clone()))
             .collect()
     }
 }

@@ -71,7 +71,7 @@ impl Check {
             }
         }
         let Some(query) = &self.query else {
-            let sql = match row_query(&self.on, &[self], schema) {
+            let sql = match row_query(&self.on, std::slice::from_ref(self), schema) {
                 Ok(None) => self.counting(chrono::DateTime::default()),
                 row => row,
             };

@@ -1,6 +1,6 @@
 //! `state`: what a target remembers of a job, and how to set it right. Each change is a commit of its own, without rows.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use arrow::{array::AsArray, datatypes::Int64Type};
 use chrono::{SecondsFormat, Utc};
@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::{
     check::lot,
-    connector::{Attempt, CommitOutcome, Connection, Target, spec::Mode},
+    connector::{Attempt, CommitOutcome, Connection, Held, Target, spec::Mode},
     error::{Error, Result},
     names::JobId,
     project::{JobDocument, Project},
@@ -72,7 +72,7 @@ impl<'a> Opened<'a> {
             seq: record.seq,
             incarnation: record.incarnation,
             outputs: 0,
-            held: BTreeMap::new(),
+            held: Held::unknown(),
             scratch: Scratch::new(&self.project.limits)?,
         };
         let load = self.target()?.begin(id, &attempt, base).await?;

@@ -8,8 +8,9 @@ use std::{fmt, sync::Arc};
 
 use arrow::{
     array::{
-        ArrayRef, BinaryBuilder, BooleanBuilder, Date32Builder, Decimal128Builder, Float64Builder,
-        Int64Builder, StringBuilder, Time64MicrosecondBuilder, TimestampMicrosecondBuilder,
+        ArrayRef, ArrowPrimitiveType, BinaryBuilder, BooleanBuilder, Date32Builder, Decimal128Builder,
+        Float64Builder, Int64Builder, PrimitiveBuilder, StringBuilder, Time64MicrosecondBuilder,
+        TimestampMicrosecondBuilder,
     },
     datatypes::{DataType, Field, Schema},
 };
@@ -230,6 +231,37 @@ impl ColumnBuilder {
         }
     }
 
+    /// Appends what each text says, and a null where there is none; how many bytes that were.
+    ///
+    /// # Errors
+    ///
+    /// The first [`Misfit`]: what stood before it is appended, and nobody knows how much that is.
+    pub fn texts<'t>(&mut self, texts: impl Iterator<Item = Option<&'t str>>) -> Result<usize, Misfit> {
+        let (rules, format) = (&self.rules, self.format.as_deref());
+        let mut bytes = 0;
+        let texts = texts.inspect(|text| bytes += text.map_or(0, str::len));
+        match &mut self.kind {
+            Kind::Text(builder) => texts.for_each(|text| builder.append_option(text)),
+            Kind::Int(builder) => append_all(builder, texts, |text| int(text, rules))?,
+            Kind::Decimal(builder, precision, scale) => {
+                let (precision, scale) = (*precision, *scale);
+                append_all(builder, texts, |text| {
+                    decimal(text, rules.decimal, rules.thousands, precision, scale)
+                })?;
+            }
+            Kind::Date(builder) => append_all(builder, texts, |text| date(text, format))?,
+            _ => {
+                for text in texts {
+                    match text {
+                        Some(text) => self.text(text)?,
+                        None => self.null(),
+                    }
+                }
+            }
+        }
+        Ok(bytes)
+    }
+
     /// Appends what `text` says.
     ///
     /// # Errors
@@ -240,18 +272,7 @@ impl ColumnBuilder {
         let format = self.format.as_deref();
         match &mut self.kind {
             Kind::Text(builder) => builder.append_value(text),
-            Kind::Int(builder) => {
-                let exact = decimal(text, rules.decimal, rules.thousands, 19, 0).map_err(|why| {
-                    if why.0.contains("decimal places") {
-                        Misfit("is not a whole number".to_owned())
-                    } else {
-                        why
-                    }
-                })?;
-                builder.append_value(
-                    i64::try_from(exact).map_err(|_| Misfit("is too large for an int".to_owned()))?,
-                );
-            }
+            Kind::Int(builder) => builder.append_value(int(text, rules)?),
             Kind::Decimal(builder, precision, scale) => {
                 builder.append_value(decimal(text, rules.decimal, rules.thousands, *precision, *scale)?);
             }
@@ -509,6 +530,27 @@ fn short_decimal(text: &[u8], mark: u8, precision: u8, scale: i8) -> Option<i128
     }
     let value = i128::from(value);
     Some(if negative { -value } else { value })
+}
+
+fn append_all<'t, T: ArrowPrimitiveType>(
+    builder: &mut PrimitiveBuilder<T>,
+    texts: impl Iterator<Item = Option<&'t str>>,
+    value: impl Fn(&str) -> Result<T::Native, Misfit>,
+) -> Result<(), Misfit> {
+    for text in texts {
+        match text {
+            Some(text) => builder.append_value(value(text)?),
+            None => builder.append_null(),
+        }
+    }
+    Ok(())
+}
+
+fn int(text: &str, rules: &TextRules) -> Result<i64, Misfit> {
+    let exact = decimal(text, rules.decimal, rules.thousands, 19, 0).map_err(|why| {
+        if why.0.contains("decimal places") { Misfit("is not a whole number".to_owned()) } else { why }
+    })?;
+    i64::try_from(exact).map_err(|_| Misfit("is too large for an int".to_owned()))
 }
 
 fn float(text: &str, rules: &TextRules) -> Result<f64, Misfit> {

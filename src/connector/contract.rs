@@ -3,10 +3,7 @@
 //! A connector builds a [`World`] of its own kind beside its code and calls [`source`]; for its writing side it calls
 //! [`target`] with a way to open it. Nothing here knows what stands behind them.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 use arrow::{
     array::{AsArray, RecordBatch},
@@ -21,7 +18,7 @@ use proptest::{prelude::*, test_runner::TestRunner};
 use uuid::Uuid;
 
 use super::{
-    Attempt, CommitOutcome, Connection, Load, Marks, RunTime, Snapshot, Staged,
+    Attempt, CommitOutcome, Connection, Held, Load, Marks, RunTime, Snapshot, Staged,
     scan::{POSITION_COLUMN, Scan, with_position},
     spec::{BadRows, Contract, GONE, Mode, OutputSpec, Read, StreamSpec},
     tap::Tap,
@@ -559,7 +556,7 @@ impl Release {
             seq: seq + 1,
             incarnation: base.as_ref().map_or_else(Uuid::new_v4, |base| base.incarnation),
             outputs,
-            held: BTreeMap::new(),
+            held: Held::unknown(),
             scratch: Scratch::new(&limits).unwrap(),
         };
         let load = target.begin(&job, &attempt, base.as_ref()).await?;

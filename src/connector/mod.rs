@@ -12,6 +12,7 @@ use chrono::{DateTime, Utc};
 use datafusion::physical_plan::SendableRecordBatchStream;
 use indexmap::IndexMap;
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::watch;
 use url::Url;
 
 use crate::{
@@ -519,10 +520,34 @@ pub struct Attempt {
     pub incarnation: uuid::Uuid,
     /// How many outputs it stages: with the last one, a target that can may begin to publish.
     pub outputs: usize,
-    /// How many rows outputs held when the run began, as far as they were counted.
-    pub held: BTreeMap<String, u64>,
+    /// How many rows outputs held when the run began.
+    pub held: Held,
     /// Where rows may be put in the meantime.
     pub scratch: Scratch,
+}
+
+/// How many rows outputs held when the run began, which is counted while it goes on.
+#[derive(Debug, Clone)]
+pub struct Held(watch::Receiver<Option<BTreeMap<String, u64>>>);
+
+impl Held {
+    /// To be told by who counts. Nobody waits for one that is dropped.
+    pub fn counting() -> (watch::Sender<Option<BTreeMap<String, u64>>>, Self) {
+        let (counts, told) = watch::channel(None);
+        (counts, Self(told))
+    }
+
+    /// Nobody counts.
+    pub fn unknown() -> Self {
+        Self::counting().1
+    }
+
+    /// The rows of one output, once they are counted; `None` if they are not.
+    pub async fn of(&self, output: &str) -> Option<u64> {
+        let mut told = self.0.clone();
+        let counts = told.wait_for(Option::is_some).await.ok()?;
+        counts.as_ref()?.get(output).copied()
+    }
 }
 
 /// What staging one output came to. Nothing of it is visible yet.

@@ -67,6 +67,33 @@ impl<'a> RowBuilder<'a> {
         self.rows >= BATCH_ROWS || self.bytes >= self.scan.batch_bytes
     }
 
+    /// Room for rows and their bytes before the batch should be sent.
+    pub fn room(&self) -> (usize, usize) {
+        (BATCH_ROWS.saturating_sub(self.rows), self.scan.batch_bytes.saturating_sub(self.bytes))
+    }
+
+    /// Whether rows are built column by column: nobody wants to know where each stands.
+    pub fn takes_columns(&self) -> bool {
+        self.positions.is_none() && self.missing().is_none()
+    }
+
+    /// Appends so many rows, column by column; `append` gives the bytes of their values. False if a value does not fit: then none of the rows is in
+    /// the batch, and the batch must be sent before the next row.
+    pub fn columns(
+        &mut self,
+        rows: usize,
+        mut append: impl FnMut(usize, &mut ColumnBuilder) -> Result<usize, Misfit>,
+    ) -> bool {
+        let mut bytes = 0;
+        for (index, _, builder) in &mut self.columns {
+            let Some(Ok(more)) = index.map(|index| append(index, builder)) else { return false };
+            bytes += more;
+        }
+        self.rows += rows;
+        self.bytes += bytes;
+        true
+    }
+
     /// Appends one row. If a value does not fit, the row is not in the batch, and the batch must be sent before
     /// the next row.
     ///

@@ -168,7 +168,7 @@ pub struct Stream {
     pub schema: SchemaRef,
     /// Whether a run sees its window only.
     pub partial: bool,
-    /// Whether its rows are written down because several read them, or checks look at all of them.
+    /// Whether its rows are written down because several read them, or checks look at all of them together.
     pub spool: bool,
     /// Control totals.
     pub totals: Option<TotalsSpec>,
@@ -444,8 +444,10 @@ impl Planner<'_> {
         self.done()?;
         for (name, stream) in &mut streams {
             let count = readers.get(name).copied().unwrap_or_default();
-            stream.spool = count > 1 || checks.iter().any(|check| check.on == *name);
-            if count == 0 && !checks.iter().any(|check| check.on == *name) {
+            stream.spool = is_written_down(name, count, &checks);
+            // Checks look at all rows.
+            stream.selective &= !is_checked(name, &checks);
+            if count == 0 && !is_checked(name, &checks) {
                 self.warnings.push(
                     Problem::new(format!("source `{name}` is read by no model and no output"))
                         .at(self.document.key_place(&["sources", name]))
@@ -455,7 +457,7 @@ impl Planner<'_> {
         }
         for (name, model) in &mut models {
             let count = readers.get(name).copied().unwrap_or_default();
-            model.spool = count > 1 || checks.iter().any(|check| check.on == *name);
+            model.spool = is_written_down(name, count, &checks);
         }
         let mapping_fp = fingerprint(&self, &selects, &params, &streams, &checks);
         Ok(Plan {
@@ -1041,6 +1043,22 @@ impl Planner<'_> {
         }
         Ok(outputs)
     }
+}
+
+fn is_checked(relation: &str, checks: &[Check]) -> bool {
+    checks.iter().any(|check| check.on == relation)
+}
+
+/// Whether a relation with so many readers is written down once: several read it, or its rows are checked together. Rows that are checked one by
+/// one are sorted out on the way to the one who reads them.
+fn is_written_down(relation: &str, readers: usize, checks: &[Check]) -> bool {
+    let passes_on = || {
+        let of_rows = checks.iter().filter(|check| check.on == relation).all(Check::is_of_rows);
+        readers == 1
+            && of_rows
+            && !checks.iter().any(|check| check.reads().iter().any(|read| read == relation))
+    };
+    readers > 1 || is_checked(relation, checks) && !passes_on()
 }
 
 /// A stream as a table of a session, of about so many rows if that is known.

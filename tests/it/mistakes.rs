@@ -351,3 +351,58 @@ fn mistakes_on_the_command_line() {
         assert!(!told.contains("secret"), "{told}");
     }
 }
+
+/// Rows are checked while they are read, and all of them are, also those that their reader leaves.
+#[test]
+fn checks_of_rows_look_at_rows_that_nobody_wants() {
+    let lines: String = (1..=50).map(|id| format!("{id},ada,{}.00\n", id - 10)).collect();
+    let checks = "checks:\n  orders:\n    - { expression: \"amount > 0\", on_fail: quarantine }\ntarget:\n";
+    let folder = Folder::with(&[
+        ("data/orders.csv", &format!("id,customer,amount\n{lines}")),
+        ("jobs/load.yaml", &job("target:\n", checks)),
+    ]);
+    for (sql, rows) in [
+        ("SELECT id, customer, amount FROM orders LIMIT 3\n", 3),
+        ("SELECT id, customer, amount FROM orders WHERE 1 = 0\n", 0),
+        ("SELECT a.id, a.customer, b.amount FROM orders AS a JOIN orders AS b ON a.id = b.id\n", 40),
+        ("SELECT id, customer, amount FROM orders ORDER BY id\n", 40),
+    ] {
+        folder.write("sql/mappings/load/clean.sql", sql.as_bytes());
+        let (code, documents) = folder.run(&["--full-refresh"]);
+        let expected = if rows == 0 { 3 } else { 0 };
+        assert_eq!(code, expected, "{sql}");
+        let run = &documents[0];
+        assert_eq!(run["checks"][0]["found"], 10, "{sql}: {run}");
+        if rows > 0 {
+            assert_eq!(run["outputs"]["orders"]["rows"], rows, "{sql}: {run}");
+            assert_eq!(run["sources"]["orders"]["counts"]["extracted"], 50, "{sql}: {run}");
+            assert_eq!(run["sources"]["orders"]["counts"]["rejected"], 10, "{sql}: {run}");
+            assert_eq!(run["quarantined"], 10, "{sql}: {run}");
+        }
+    }
+}
+
+/// What checks find says more than what an output makes of the same rows; and one refusal tells of all.
+#[test]
+fn a_failed_check_is_told_rather_than_what_came_of_it() {
+    let csv = "id,customer,amount\n1,ada,1.50\n,grace,-2.25\n,alan,3.00\n";
+    let checked = |more: &str| {
+        job(
+            "target:\n",
+            &format!(
+                "checks:\n  clean:\n    - {{ not_null: id }}\n    - {{ range: {{ column: amount, min: \"0\" }} }}\n{more}target:\n"
+            ),
+        )
+    };
+    answer(
+        "null_key_that_is_checked",
+        &["run"],
+        &[("data/orders.csv", csv), ("jobs/load.yaml", &checked(""))],
+    );
+    let together = "  orders:\n    - { row_count: { min: 4 } }\n";
+    answer(
+        "checks_of_rows_and_of_all_together",
+        &["run"],
+        &[("data/orders.csv", csv), ("jobs/load.yaml", &checked(together))],
+    );
+}

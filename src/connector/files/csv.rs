@@ -271,12 +271,27 @@ pub(super) struct Slice<'a> {
     plain: Option<&'a str>,
     at: usize,
     lines: u64,
-    /// The fields of the record at hand, if it was read without a copy: where they are, and whether they stood in quotes.
-    spans: Vec<(usize, usize, bool)>,
+    /// The fields of the record at hand, if it was read without a copy; or of a block of records, one after the other.
+    spans: Vec<Span>,
     record: Record,
     is_copied: bool,
     /// Where the record at hand begins and ends, and the lines before it.
     place: (usize, usize, u64),
+}
+
+/// Where a field stands in its text, and whether it stood in quotes, which are not part of it.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    start: u32,
+    end: u32,
+    is_quoted: bool,
+}
+
+/// A place between two records of a [`Slice`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mark {
+    at: usize,
+    lines: u64,
 }
 
 impl<'a> Slice<'a> {
@@ -285,7 +300,8 @@ impl<'a> Slice<'a> {
             && !dialect.trim
             && dialect.escape.is_none_or(|escape| Some(escape) == dialect.quote)
             && memchr::memchr_iter(b'\r', text).all(|at| text.get(at + 1) == Some(&b'\n'));
-        let plain = if keeps_rules { std::str::from_utf8(text).ok() } else { None };
+        let is_short = u32::try_from(text.len()).is_ok();
+        let plain = if keeps_rules && is_short { std::str::from_utf8(text).ok() } else { None };
         let record = Record::default();
         Self {
             text,
@@ -327,8 +343,48 @@ impl<'a> Slice<'a> {
             let (field, quoted) = self.record.field(index)?;
             return Some((std::str::from_utf8(field).ok()?, quoted));
         }
-        let (start, end, quoted) = *self.spans.get(index)?;
-        Some((self.plain?.get(start..end)?, quoted))
+        self.spans.get(index).and_then(|span| self.text_of(*span))
+    }
+
+    fn text_of(&self, span: Span) -> Option<(&'a str, bool)> {
+        Some((self.plain?.get(span.start as usize..span.end as usize)?, span.is_quoted))
+    }
+
+    /// Where the next record begins.
+    pub(super) fn mark(&self) -> Mark {
+        Mark { at: self.at, lines: self.lines }
+    }
+
+    /// Goes back to where a record began.
+    pub(super) fn rewind(&mut self, to: Mark) {
+        (self.at, self.lines) = (to.at, to.lines);
+    }
+
+    /// Reads records of so many fields that need no copy, at most so many of them and, but for the first, so many bytes: how many. It ends before
+    /// a record that is none of these, which [`next`](Self::next) reads.
+    pub(super) fn block(&mut self, fields: usize, rows: usize, bytes: usize) -> usize {
+        self.spans.clear();
+        let (begin, mut count) = (self.at, 0);
+        while self.plain.is_some() && count < rows && self.at - begin < bytes {
+            let (before, mark) = (self.spans.len(), self.mark());
+            let is_read = self.next_plain();
+            if is_read && self.place.0 == self.place.1 {
+                self.spans.truncate(before);
+            } else if is_read && self.spans.len() - before == fields {
+                count += 1;
+            } else {
+                self.spans.truncate(before);
+                self.rewind(mark);
+                break;
+            }
+        }
+        count
+    }
+
+    /// One field of each record of the block that was read last, of records of so many fields.
+    pub(super) fn column(&self, index: usize, fields: usize) -> impl Iterator<Item = (&'a str, bool)> {
+        let spans = self.spans.chunks_exact(fields).filter_map(move |record| record.get(index));
+        spans.filter_map(|span| self.text_of(*span))
     }
 
     /// Reads the next record, and skips empty lines and comments. [`Next::End`] also if the last one goes on behind the text.
@@ -338,6 +394,7 @@ impl<'a> Slice<'a> {
     /// If nobody knows where the rows behind it begin, with the lines before it.
     pub(super) fn next(&mut self) -> Result<Next, (u64, String)> {
         loop {
+            self.spans.clear();
             if self.plain.is_some() && self.next_plain() {
                 if self.place.0 == self.place.1 {
                     continue;
@@ -365,12 +422,14 @@ impl<'a> Slice<'a> {
         }
     }
 
-    /// Reads a record that needs no copy; false if it does, or has no end in the text, and then nothing was read.
+    /// Reads a record that needs no copy, and adds its fields; false if it does, or has no end in the text, and then nothing was read.
     fn next_plain(&mut self) -> bool {
         let (text, dialect) = (self.text, &self.dialect);
         let marks = [dialect.delimiter, b'\n', dialect.quote.unwrap_or(b'\n')];
         let (mut at, mut lines) = (self.at, 0);
-        self.spans.clear();
+        // A text that is longer is not plain.
+        let short = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
+        let span = |start, end, is_quoted| Span { start: short(start), end: short(end), is_quoted };
         let end = loop {
             if dialect.quote.is_some() && text.get(at) == dialect.quote.as_ref() {
                 let quote = dialect.quote.unwrap_or_default();
@@ -378,7 +437,7 @@ impl<'a> Slice<'a> {
                 let Some(length) = memchr::memchr(quote, field) else { return false };
                 let (start, end) = (at + 1, at + 1 + length);
                 lines += memchr::memchr_iter(b'\n', field.get(..length).unwrap_or_default()).count() as u64;
-                self.spans.push((start, end, true));
+                self.spans.push(span(start, end, true));
                 match text.get(end + 1..) {
                     Some([b'\n', ..]) => break (end + 1, 1),
                     Some([b'\r', b'\n', ..]) => break (end + 1, 2),
@@ -390,13 +449,13 @@ impl<'a> Slice<'a> {
             let Some(found) = first_of(text, at, marks) else { return false };
             match text.get(found) {
                 Some(byte) if *byte == dialect.delimiter => {
-                    self.spans.push((at, found, false));
+                    self.spans.push(span(at, found, false));
                     at = found + 1;
                 }
                 Some(b'\n') => {
                     let is_two = found > at && text.get(found - 1) == Some(&b'\r');
                     let end = found - usize::from(is_two);
-                    self.spans.push((at, end, false));
+                    self.spans.push(span(at, end, false));
                     break (end, 1 + usize::from(is_two));
                 }
                 _ => return false,
@@ -570,14 +629,25 @@ mod tests {
         assert_eq!(found, [Ok(vec!["a".to_owned(), "it's; ".to_owned(), "b".to_owned()])]);
     }
 
-    /// The same, read in pieces side by side.
-    fn in_pieces(text: &[u8], dialect: Dialect, piece_bytes: usize) -> Vec<Result<Vec<String>, String>> {
+    /// The same, read in pieces side by side; records of two fields in blocks, if so.
+    fn in_pieces(
+        text: &[u8],
+        dialect: Dialect,
+        piece_bytes: usize,
+        in_blocks: bool,
+    ) -> Vec<Result<Vec<String>, String>> {
         use super::super::chunks::{Parsed, Piece, Shape, Start, read};
         let input = TextReader::new(Box::new(Cursor::new(text.to_vec())), encoding_rs::UTF_8);
         let shape = Shape { lines: 0, quote: dialect.quote, in_order: false, piece_bytes };
         let parse = move |piece: &Piece, _| {
             let (mut records, mut found) = (Slice::new(&piece.text, dialect, piece.is_last), Vec::new());
             loop {
+                while in_blocks && records.block(2, 3, 20) > 0 {
+                    let [first, second] = [0, 1].map(|index| records.column(index, 2));
+                    let both =
+                        first.zip(second).map(|(first, second)| [first.0, second.0].map(str::to_owned));
+                    found.extend(both.map(|fields| Ok(fields.to_vec())));
+                }
                 let next = records.next();
                 let line = records.place().1;
                 match next {
@@ -610,11 +680,11 @@ mod tests {
     proptest! {
         #[test]
         fn side_by_side_is_as_one_by_one(
-            text in prop::collection::vec(prop::sample::select(b"ab,,\"\"\"\r\n\n\n\xc3\xa4".to_vec()), 0..120), piece in 1_usize..40, odd: bool,
+            text in prop::collection::vec(prop::sample::select(b"ab,,\"\"\"\r\n\n\n\xc3\xa4".to_vec()), 0..120), piece in 1_usize..40, odd: bool, in_blocks: bool,
         ) {
             let odd_one = Dialect { escape: Some(b'b'), comment: Some(b'a'), trim: true, ..PLAIN };
             let dialect = if odd { odd_one } else { PLAIN };
-            prop_assert_eq!(in_pieces(&text, dialect, piece), records(&text, dialect, 7));
+            prop_assert_eq!(in_pieces(&text, dialect, piece, in_blocks), records(&text, dialect, 7));
         }
 
         #[test]

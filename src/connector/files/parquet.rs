@@ -15,10 +15,15 @@ use ::parquet::{
     arrow::{
         ArrowSchemaConverter, ArrowWriter, ProjectionMask,
         arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder},
-        arrow_writer::{ArrowColumnWriter, ArrowLeafColumn, ArrowRowGroupWriterFactory, compute_leaves},
+        arrow_writer::{ArrowColumnWriter, ArrowLeafColumn, compute_leaves},
     },
-    basic::{Compression, ZstdLevel},
-    file::{metadata::ParquetMetaData, properties::WriterProperties, writer::SerializedFileWriter},
+    basic::{Compression, Encoding, PageType, ZstdLevel},
+    file::{
+        metadata::{ColumnChunkMetaData, PageEncodingStats, ParquetMetaData},
+        properties::{WriterProperties, WriterPropertiesBuilder},
+        writer::SerializedFileWriter,
+    },
+    schema::types::ColumnPath,
 };
 use arrow::{
     array::{Array, ArrayRef, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder, new_null_array},
@@ -267,14 +272,35 @@ pub(super) fn data_file(
     })
 }
 
+/// How files are written; of columns in `many` a dictionary would hold too many values.
+fn properties(many: &[ColumnPath]) -> WriterProperties {
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).unwrap_or_default()))
+        .set_created_by(concat!("floodmark ", env!("CARGO_PKG_VERSION")).to_owned());
+    let without = |properties: WriterPropertiesBuilder, column: &ColumnPath| {
+        properties.set_column_dictionary_enabled(column.clone(), false)
+    };
+    many.iter().fold(properties, without).build()
+}
+
+/// Whether a dictionary was begun for a column, and given up because it held too many values.
+fn outgrew_dictionary(column: &ColumnChunkMetaData) -> bool {
+    let plain_data = |page: &PageEncodingStats| {
+        matches!(page.page_type, PageType::DATA_PAGE | PageType::DATA_PAGE_V2)
+            && page.encoding == Encoding::PLAIN
+    };
+    column.dictionary_page_offset().is_some()
+        && column.page_encoding_stats().is_some_and(|pages| pages.iter().any(plain_data))
+}
+
 /// A Parquet file under construction.
 struct Writer {
     file: SerializedFileWriter<Sink>,
-    factory: ArrowRowGroupWriterFactory,
+    /// Columns for which no dictionary is tried in the next row group: that of the last one held too many values.
+    many: Vec<ColumnPath>,
     columns: Vec<ArrowColumnWriter>,
     schema: SchemaRef,
     group_rows: usize,
-    groups: usize,
     limits: (usize, usize),
     /// What the open row group has.
     memory: Share,
@@ -284,18 +310,14 @@ impl Writer {
     fn new(connection: &FilesConnection, path: &str, schema: SchemaRef, memory: &Share) -> Result<Self> {
         let sink = connection.place.new_file(path, memory)?;
         let limits = (connection.row_group_rows, connection.row_group_bytes);
-        let properties = WriterProperties::builder()
-            .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).unwrap_or_default()))
-            .set_created_by(concat!("floodmark ", env!("CARGO_PKG_VERSION")).to_owned())
-            .build();
         ArrowSchemaConverter::new().convert(&schema).map_err(|error| {
             Error::configuration("a column cannot be written as Parquet").note(error.to_string())
         })?;
         let writer =
-            ArrowWriter::try_new(sink, Arc::clone(&schema), Some(properties)).map_err(failed(path))?;
-        let (file, factory) = writer.into_serialized_writer().map_err(failed(path))?;
-        let memory = memory.another();
-        Ok(Self { file, factory, columns: Vec::new(), schema, group_rows: 0, groups: 0, limits, memory })
+            ArrowWriter::try_new(sink, Arc::clone(&schema), Some(properties(&[]))).map_err(failed(path))?;
+        let (file, _) = writer.into_serialized_writer().map_err(failed(path))?;
+        let (memory, many) = (memory.another(), Vec::new());
+        Ok(Self { file, many, columns: Vec::new(), schema, group_rows: 0, limits, memory })
     }
 
     /// Writes all that come, and finishes the file: its rows and bytes.
@@ -328,7 +350,16 @@ impl Writer {
     /// Writes batches, the columns side by side.
     fn write(&mut self, batches: &[RecordBatch]) -> ::parquet::errors::Result<()> {
         if self.columns.is_empty() {
-            self.columns = self.factory.create_column_writers(self.groups)?;
+            #[expect(
+                deprecated,
+                reason = "its successor takes its properties from the file, for all row groups"
+            )]
+            let columns = ::parquet::arrow::arrow_writer::get_column_writers(
+                self.file.schema_descr(),
+                &Arc::new(properties(&self.many)),
+                &self.schema,
+            )?;
+            self.columns = columns;
         }
         let mut leaves: Vec<Vec<ArrowLeafColumn>> = Vec::new();
         for batch in batches {
@@ -379,8 +410,9 @@ impl Writer {
         for chunk in chunks {
             chunk.append_to_row_group(&mut group)?;
         }
-        group.close()?;
-        self.groups += 1;
+        let written = group.close()?;
+        let outgrown = written.columns().iter().filter(|column| outgrew_dictionary(column));
+        self.many.extend(outgrown.map(|column| column.column_path().clone()));
         self.group_rows = 0;
         self.memory.free();
         Ok(())

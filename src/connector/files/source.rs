@@ -587,7 +587,30 @@ impl CsvRows {
         let mut batch = self.batch()?;
         let mut records = csv::Slice::new(&piece.text, self.dialect, piece.is_last);
         let mut found = Vec::new();
+        // Rows are read in blocks, column by column; those of a block in which something does not fit, one by one.
+        let (fields, in_blocks, mut singly) = (self.names.len(), batch.takes_columns(), 0_usize);
         loop {
+            if in_blocks && singly == 0 {
+                let (rows, bytes) = batch.room();
+                let mark = records.mark();
+                let count = records.block(fields, rows.min(BLOCK_ROWS), bytes);
+                let fit = batch.columns(count, |index, builder| {
+                    let texts = records.column(index, fields);
+                    builder.texts(texts.map(|(text, quoted)| value(text, quoted, &self.format)))
+                });
+                if count > 0 && fit {
+                    if batch.is_full() {
+                        found.push(Part::Rows(batch.finish()?));
+                    }
+                    continue;
+                }
+                if !fit {
+                    found.push(Part::Rows(batch.finish()?));
+                    records.rewind(mark);
+                }
+                singly = count.max(1);
+            }
+            singly = singly.saturating_sub(1);
             let next = records.next();
             let (byte, line) = records.place();
             let field = |index| {
@@ -640,6 +663,9 @@ impl CsvRows {
         Ok(Parsed { found, lines, taken })
     }
 }
+
+/// Rows of a block, of which each column is parsed at once: so few that their fields stay where they are quickly found again.
+const BLOCK_ROWS: usize = 256;
 
 /// The columns of a header line, or the declared ones where a file has none.
 fn header(

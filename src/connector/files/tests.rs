@@ -11,23 +11,28 @@ use std::{
 };
 
 use arrow::{
-    array::{Int64Array, RecordBatch, StringArray},
-    datatypes::{DataType, Field, Schema},
+    array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray},
+    datatypes::{DataType, Field, Int64Type, Schema},
+    util::display::array_value_to_string,
 };
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use futures::StreamExt;
+use proptest::{prelude::*, test_runner::TestRunner};
 use serde_json::json;
 
 use crate::{
     connector::{
-        Connection, Connector, Marks, Options, RunTime,
+        Bounds, Connection, Connector, Marks, Options, RunTime, Source,
         contract::{self, Row, World, made_at, orders},
-        scan::Scan,
+        scan::{Scan, with_position},
         services,
-        spec::{Read, StreamSpec},
+        spec::{BadRows, Format, Read, StreamSpec},
+        tap::{Reject, Tap},
     },
     error::ErrorKind,
     runtime::Limits,
     spool::Scratch,
+    watermark::Window,
 };
 
 fn bucket(prefix: &str) -> Arc<dyn Connection> {
@@ -233,7 +238,7 @@ async fn a_row_group_is_closed_when_there_is_no_more_memory_for_it() {
                 format!("{number:016x}")
             };
             let texts = (0..1024).map(|_| Some((0..64).map(|_| text()).collect::<String>()));
-            let column: Arc<dyn arrow::array::Array> = Arc::new(texts.collect::<StringArray>());
+            let column: ArrayRef = Arc::new(texts.collect::<StringArray>());
             Ok(RecordBatch::try_new(Arc::clone(&schema), vec![column]).unwrap())
         })
         .collect();
@@ -254,4 +259,114 @@ async fn a_row_group_is_closed_when_there_is_no_more_memory_for_it() {
         assert_eq!((count, read), (32 * 1024, 32 * 1024));
         assert_eq!(scratch.environment.memory_pool.reserved(), 0);
     }
+}
+
+/// What a CSV file holds: its rows as text, what could not be read, and how many values became null. With places it is read row by row.
+async fn read_csv(
+    source: &dyn Source,
+    stream: &StreamSpec,
+    with_places: bool,
+) -> (Vec<String>, Vec<Reject>, u64) {
+    let schema = source.describe(stream).await.unwrap();
+    let snapshot = source.snapshot(std::slice::from_ref(stream), &Bounds::default()).await.unwrap();
+    let asked = if with_places { with_position(&schema) } else { Arc::clone(&schema) };
+    // Batches of some hundred rows.
+    let scan = Scan { batch_bytes: 8 << 10, ..Scan::new(stream.clone(), asked, Window::Whole) };
+    let tap = Arc::new(Tap::default());
+    let mut rows = source.scan(&snapshot, &scan, Arc::clone(&tap)).unwrap();
+    let mut found = Vec::new();
+    while let Some(batch) = rows.next().await {
+        let batch = batch.unwrap();
+        for row in 0..batch.num_rows() {
+            let values = batch.columns().iter().take(schema.fields().len());
+            let values = values
+                .map(|values| array_value_to_string(values, row).unwrap() + &values.is_null(row).to_string());
+            found.push(values.collect::<Vec<_>>().join("|"));
+        }
+    }
+    (found, tap.rejects(), tap.nulled().values().sum())
+}
+
+/// Column by column or row by row: the same rows, the same refusals, at the same places.
+#[test]
+fn a_block_of_rows_is_read_as_its_rows_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let connection = open(folder.path());
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+    let number = prop_oneof![20 => "-?[0-9]{1,9}", 1 => "[0-9]{18,20}", 1 => "", 1 => "x"];
+    let amount =
+        prop_oneof![20 => "-?[0-9]{1,6}\\.[0-9]{0,2}", 1 => "1e3|\\+7|[0-9]\\.[0-9]{3}|n/a", 1 => ""];
+    let day = prop_oneof![20 => "20[0-9]{2}-0[1-9]-[0-2][1-8]", 1 => "2026-02-30|1.2.2026", 1 => ""];
+    let text = prop_oneof![20 => "[a-zä ]{0,12}", 2 => "\"[a-z,\n]{0,8}\"", 1 => "\"a\"\"b\"", 1 => "\"\"", 1 => "n/a", 1 => "a,b"];
+    let flag = prop_oneof![10 => "true|false|yes", 1 => ""];
+    let line = (number, amount, day, text, flag).prop_map(|(a, b, c, d, e)| format!("{a},{b},{c},{d},{e}\n"));
+    // Mostly long stretches in which everything fits.
+    let plain = (0_i64..1 << 40).prop_map(|n| format!("{n},{}.50,2026-10-31,of {n},true\n", n % 1000));
+    let line = prop_oneof![60 => plain, 1 => line];
+    let columns =
+        [("id", "int"), ("amount", "decimal(12,2)"), ("day", "date"), ("text", "string"), ("flag", "bool")];
+    let mut config = ProptestConfig::with_cases(48);
+    config.failure_persistence = None;
+    let outcome = TestRunner::new(config).run(
+        &(proptest::collection::vec(line, 0..1500), any::<bool>()),
+        |(lines, nulls)| {
+            fs::write(folder.path().join("rows.csv"), format!("id,amount,day,text,flag\n{}", lines.concat()))
+                .unwrap();
+            let mut stream = StreamSpec::whole("rows", Read::File("rows.csv".to_owned()));
+            stream.columns =
+                columns.map(|(name, kind)| (name.to_owned(), kind.to_owned())).into_iter().collect();
+            stream.format = Some(Format { nulls: vec!["n/a".to_owned()], ..Format::default() });
+            (stream.bad_rows, stream.max_bad_rows) = (BadRows::Quarantine, u64::MAX);
+            if nulls {
+                stream.unfit_as_null = vec!["amount".to_owned()];
+            }
+            let source = connection.source().unwrap();
+            let (together, one_by_one) = runtime.block_on(async {
+                (read_csv(source, &stream, false).await, read_csv(source, &stream, true).await)
+            });
+            prop_assert_eq!(together.0.len() + together.1.len(), lines.len());
+            prop_assert_eq!(together, one_by_one);
+            Ok(())
+        },
+    );
+    outcome.unwrap();
+}
+
+/// A column that a dictionary does not help is written without one from the second row group on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dictionary_that_was_outgrown_is_not_tried_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lines.parquet");
+    let schema = Arc::new(Schema::new(vec![
+        Field::new("id", DataType::Int64, false),
+        Field::new("kind", DataType::Utf8, false),
+    ]));
+    let rows = i64::try_from(super::ROW_GROUP_ROWS).unwrap() * 3;
+    let batch = |start: i64| {
+        let ids = start..(start + 100_000).min(rows);
+        let kinds = ids.clone().map(|id| Some(if id % 3 == 0 { "new" } else { "paid" }));
+        let columns: Vec<ArrayRef> =
+            vec![Arc::new(kinds.collect::<StringArray>()), Arc::new(ids.collect::<Int64Array>())];
+        Ok(RecordBatch::try_new(Arc::clone(&schema), columns.into_iter().rev().collect()).unwrap())
+    };
+    let batches: Vec<_> = (0..rows).step_by(100_000).map(batch).collect();
+    let limits = Limits { memory_bytes: 1 << 30, spill: folder.path().join("spill") };
+    let stream = RecordBatchStreamAdapter::new(Arc::clone(&schema), futures::stream::iter(batches));
+    super::write_parquet(&path, Box::pin(stream), &Scratch::new(&limits).unwrap()).await.unwrap();
+    let reader = ::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(
+        fs::File::open(&path).unwrap(),
+    );
+    let reader = reader.unwrap();
+    let has_dictionary = |group: usize, column: usize| {
+        reader.metadata().row_group(group).column(column).dictionary_page_offset().is_some()
+    };
+    assert_eq!(reader.metadata().num_row_groups(), 3);
+    assert_eq!([0, 1, 2].map(|group| has_dictionary(group, 0)), [true, false, false]);
+    assert_eq!([0, 1, 2].map(|group| has_dictionary(group, 1)), [true, true, true]);
+    let sum: i64 = reader
+        .build()
+        .unwrap()
+        .map(|batch| arrow::compute::sum(batch.unwrap().column(0).as_primitive::<Int64Type>()).unwrap())
+        .sum();
+    assert_eq!(sum, rows * (rows - 1) / 2);
 }

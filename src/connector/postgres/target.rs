@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     connector::{
-        Attempt, CommitOutcome, Current, Load, Staged, Target,
+        Attempt, CommitOutcome, Current, Held, Load, Staged, Target,
         evolve::evolve,
         quarantined_schema,
         spec::{GONE, Guarantee, Mode, OutputSpec},
@@ -108,6 +108,9 @@ impl Target for Arc<PostgresConnection> {
     async fn current(&self, _: &JobId, output: &str) -> Result<Option<Current>> {
         let session = self.transaction("READ ONLY").await?;
         let Some(table) = Table::of(self, &session, output).await? else { return Ok(None) };
+        // Beside what the run does meanwhile, which is to have the other processors.
+        let alone = "SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL jit = off";
+        session.batch_execute(alone).await.map_err(|error| self.error("set up", &error))?;
         let rows = count(self, &session, &format!("SELECT count(*) FROM {}", table_name(output)?)).await?;
         Ok(Some(Current { schema: table.schema(None), rows }))
     }
@@ -487,9 +490,7 @@ impl PostgresLoad {
         let create = format!("CREATE TEMP TABLE {table} ({})", columns.join(", "));
         self.session.batch_execute(&create).await.map_err(failed)?;
         let written = vec![As::Staged; columns.len()];
-        let count = self.copy(output, table, &written, rows).await?;
-        self.session.batch_execute(&format!("ANALYZE {table}")).await.map_err(failed)?;
-        Ok(count)
+        self.copy(output, table, &written, rows).await
     }
 
     /// Copies rows straight into an output, inside the transaction that publishes: this begins it.
@@ -506,10 +507,10 @@ impl PostgresLoad {
             execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}", this.settings()?)).await?;
             self.publishing = true;
         }
-        let (into, rows_before) = match &stage.current {
+        let into = match &stage.current {
             None => {
                 create(this, session, stage, &stage.table).await?;
-                (stage.table.clone(), 0)
+                stage.table.clone()
             }
             Some(current) => {
                 let name = table_name(&output.name)?;
@@ -517,8 +518,7 @@ impl PostgresLoad {
                 if Table::of(this, session, &output.name).await?.as_ref() != Some(current) {
                     return Err(reshaped(output));
                 }
-                let before = count(this, session, &format!("SELECT count(*) FROM {name}")).await?;
-                (name, before)
+                name
             }
         };
         let columns = quoted_list(stage.model.fields().iter().map(|field| field.name().as_str()))?;
@@ -526,6 +526,14 @@ impl PostgresLoad {
         if stage.current.is_none() && output.mode == Mode::Merge {
             refuse_staged_keys(this, session, stage).await?;
         }
+        let rows_before = match (&stage.current, self.attempt.held.of(&output.name).await) {
+            (None, _) => 0,
+            (_, Some(held)) => held,
+            (_, None) => {
+                let held = count(this, session, &format!("SELECT count(*) FROM {into}")).await?;
+                held.checked_sub(inserted).ok_or_else(|| changed(output))?
+            }
+        };
         let rows_after = rows_before + inserted;
         Ok(Staged { rows: inserted, inserted, rows_before, rows_after, ..Staged::default() })
     }
@@ -601,6 +609,10 @@ impl Load for PostgresLoad {
                     self.settle_stages().await?;
                     return Ok(self.stages.last().map(|stage| stage.staged.clone()).unwrap_or_default());
                 }
+                // What is joined is planned by what is there.
+                let analyze = format!("ANALYZE {}", stage.table);
+                let analyzed = self.session.batch_execute(&analyze).await;
+                analyzed.map_err(|error| self.connection.error("stage in", &error))?;
                 // Others may write there meanwhile: what is counted is counted at one moment.
                 let moment = async |sql: &str| {
                     let done = self.session.batch_execute(sql).await;
@@ -716,8 +728,7 @@ impl PostgresLoad {
             return Err(overtaken(job));
         }
         for stage in &mut self.stages {
-            let held = self.attempt.held.get(&stage.output.name).copied();
-            apply(this, session, stage, held).await?;
+            apply(this, session, stage, &self.attempt.held).await?;
         }
         Ok(())
     }
@@ -829,12 +840,19 @@ async fn refuse_staged_keys(this: &PostgresConnection, session: &Session, stage:
         false => stage.value(column),
     };
     let key = output.key.iter().map(value).collect::<Result<Vec<_>>>()?;
-    let nulls = key.iter().map(|value| format!("{value} IS NULL")).collect::<Vec<_>>().join(" OR ");
-    let null_keys = count(this, session, &format!("SELECT count(*) FROM {table} AS s WHERE {nulls}")).await?;
-    let key = key.join(", ");
-    let sql =
-        format!("SELECT count(*) FROM (SELECT 1 FROM {table} AS s GROUP BY {key} HAVING count(*) > 1) AS k");
-    refuse_keys(output, null_keys, count(this, session, &sql).await?)
+    let names = (0..key.len()).map(|at| format!("k{at}")).collect::<Vec<_>>();
+    let values = key.iter().zip(&names).map(|(value, name)| format!("{value} AS {name}")).collect::<Vec<_>>();
+    let nulls = names.iter().map(|name| format!("{name} IS NULL")).collect::<Vec<_>>();
+    let sql = format!(
+        "SELECT coalesce(sum(n) FILTER (WHERE {}), 0)::bigint, count(*) FILTER (WHERE n > 1)
+             FROM (SELECT {}, count(*) AS n FROM {table} AS s GROUP BY {}) AS k",
+        nulls.join(" OR "),
+        values.join(", "),
+        (1..=key.len()).map(|at| at.to_string()).collect::<Vec<_>>().join(", "),
+    );
+    let row = session.query_one(&sql, &[]).await.map_err(|error| this.error("count in", &error))?;
+    let number = |index: usize| u64::try_from(row.get::<_, i64>(index)).unwrap_or_default();
+    refuse_keys(output, number(0), number(1))
 }
 
 /// Refuses values that the output's own type would cut or round: a cast does that without a word.
@@ -921,12 +939,7 @@ async fn declare_key(this: &PostgresConnection, session: &Session, output: &Outp
 }
 
 /// Applies one stage, and checks that it changes what was announced.
-async fn apply(
-    this: &PostgresConnection,
-    session: &Session,
-    stage: &mut Stage,
-    held: Option<u64>,
-) -> Result<()> {
+async fn apply(this: &PostgresConnection, session: &Session, stage: &mut Stage, held: &Held) -> Result<()> {
     let output = &stage.output;
     let failed =
         |error: tokio_postgres::Error| this.error(&format!("write output `{}` to", output.name), &error);
@@ -1032,7 +1045,8 @@ async fn apply(
             false => rows,
         };
         // Where rows go, what was counted when the run began is too old.
-        let rows_after = match held.filter(|_| !output.marked) {
+        let held = if output.marked { None } else { held.of(&output.name).await };
+        let rows_after = match held {
             Some(held) => held + inserted,
             None => count(this, session, &format!("SELECT count(*) FROM {name}")).await?,
         };
