@@ -130,7 +130,7 @@ fn instructions() -> bool {
         let told = String::from_utf8_lossy(&done.stderr).into_owned();
         assert!(done.status.success(), "{told}");
         fs::remove_file(folder.path().join(format!("jobs/{name}.yaml"))).unwrap();
-        let line = told.lines().find(|line| line.contains("I   refs:")).unwrap();
+        let line = told.lines().find(|line| line.contains("I ") && line.contains("refs:")).unwrap();
         line.split("refs:").nth(1).unwrap().trim().replace(',', "").parse().unwrap()
     };
     for (file, rows) in [("ten", 10), ("few", FEW), ("many", MANY)] {

@@ -65,7 +65,7 @@ pub struct Extract<'a> {
 pub enum Joins {
     /// In memory: the fastest, and it cannot spill.
     Hashed,
-    /// Sorted first, which spills.
+    /// Sorted first, which spills; and what is checked is written down, since it may be read more than once.
     Sorted,
 }
 
@@ -235,9 +235,10 @@ impl Extract<'_> {
         self.plan.checks.iter().filter(|check| check.on == relation).cloned().collect()
     }
 
-    /// Whether rows may be checked while they are read: by a run, which reads each relation as its plan says.
+    /// Whether rows may be checked while they are read: by a run, which reads each relation as its plan says; and not if that was tried, and one
+    /// was read more than once.
     fn sifts(&self) -> bool {
-        self.reading == Reading::New
+        self.reading == Reading::New && self.joins == Joins::Hashed
     }
 
     /// The rows of the quarantine that go through the job now, if it is asked to replay any.

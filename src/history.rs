@@ -89,7 +89,7 @@ pub async fn of_target(
     Ok(())
 }
 
-/// Counts the rows that outputs hold, for whoever waits for `counts`, and refuses what the last release is no longer true of. What is worth a
+/// Counts the rows that outputs hold, each for whoever waits for it in `counts`, and refuses what the last release is no longer true of. What is worth a
 /// word is given back.
 ///
 /// # Errors
@@ -100,14 +100,16 @@ pub async fn of_outputs(
     target: &dyn Target,
     base: Option<&LoadRecord>,
     full_refresh: bool,
-    counts: watch::Sender<Option<BTreeMap<String, u64>>>,
+    counts: watch::Sender<BTreeMap<String, u64>>,
 ) -> Result<Vec<String>> {
-    let (mut held, mut warnings) = (BTreeMap::new(), Vec::new());
+    let mut warnings = Vec::new();
     for output in &plan.outputs {
         let name = &output.spec.name;
         let Some(before) = base.and_then(|base| base.outputs.get(name)) else { continue };
         let rows = target.current(&plan.id, name).await?.map(|current| current.rows);
-        held.extend(rows.map(|rows| (name.clone(), rows)));
+        if let Some(rows) = rows {
+            counts.send_modify(|counts| counts.extend([(name.clone(), rows)]));
+        }
         let found = rows.unwrap_or(0);
         if found > before.rows_after {
             warnings.push(format!(
@@ -115,10 +117,6 @@ pub async fn of_outputs(
                 before.rows_after
             ));
         } else if found < before.rows_after && !full_refresh && !output.spec.mode.replaces_all() {
-            let newest = target.last_record(&plan.id).await?;
-            if newest.as_ref().map(|newest| newest.seq) != base.map(|base| base.seq) {
-                return Err(overtaken(&plan.id));
-            }
             let what = if rows.is_none() { "is gone".to_owned() } else { format!("holds {found} rows") };
             return Err(Error::data(format!(
                 "output `{name}` {what}, and the last release left {}",
@@ -128,8 +126,19 @@ pub async fn of_outputs(
             .hint(format!("{ANEW} `floodmark state adopt {}` takes it as it is.", plan.id.job)));
         }
     }
-    counts.send_replace(Some(held));
     Ok(warnings)
+}
+
+/// Refuses a run that another one has overtaken since it began: what it found missing was that one's doing. The load must be let go by then: it may
+/// hold what the target is asked for.
+///
+/// # Errors
+///
+/// If there is a newer release, or the target cannot be asked.
+pub async fn is_newest(plan: &Plan, target: &dyn Target, base: Option<&LoadRecord>) -> Result<()> {
+    let newest = target.last_record(&plan.id).await?;
+    let same = newest.as_ref().map(|newest| newest.seq) == base.map(|base| base.seq);
+    if same { Ok(()) } else { Err(overtaken(&plan.id)) }
 }
 
 /// The marks to go on from.

@@ -21,7 +21,7 @@ use indexmap::IndexMap;
 use tracing::info;
 
 use crate::{
-    check::{Check, READABLE, quarantine_batch, quarantine_schema, sieve::Sieve, whole},
+    check::{Check, READABLE, quarantine_batch, quarantine_schema, whole},
     connector::{Attempt, Load, Marks, Staged, spec::Mode, tap::Tap},
     dimension::Sides,
     error::{Error, ErrorKind, Result},
@@ -82,12 +82,15 @@ impl Release<'_> {
             Err(error) => Err(error),
         };
         // Of rows that are not as they should be, their own checks tell more than what an output makes of them.
-        let tells = written.as_ref().map_or_else(|error| error.kind() == ErrorKind::Data, |_| true);
-        if tells && !sieves.iter().any(Sieve::has_failed) {
+        if written.as_ref().map_or_else(|error| error.kind() == ErrorKind::Data, |_| true) {
             let before = record.checks.len();
-            for sieve in sieves {
+            // Who reads another one's rows comes first, and asks for all of them.
+            for sieve in sieves.into_iter().rev() {
                 let name = sieve.name().to_owned();
-                let (reports, set_aside) = sieve.finish().await?;
+                let (reports, set_aside) = match sieve.finish().await {
+                    Ok(found) => found,
+                    Err(error) => return Err(written.err().unwrap_or(error)),
+                };
                 row_rejects.insert(name, set_aside);
                 record.checks.extend(reports);
             }

@@ -312,7 +312,10 @@ impl Seat {
         let stream = plan.streams.get(on);
         let schema = match (stream, plan.models.get(on)) {
             // Where rows are looked at once more, they bring their places with them.
-            (Some(stream), _) if stream.spool && stream.schema.field_with_name(POSITION_COLUMN).is_err() => {
+            (Some(stream), _)
+                if (stream.spool || plan.checks.iter().any(|check| check.on == on))
+                    && stream.schema.field_with_name(POSITION_COLUMN).is_err() =>
+            {
                 with_position(&stream.schema)
             }
             (Some(stream), _) => Arc::clone(&stream.schema),

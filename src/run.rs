@@ -617,13 +617,22 @@ impl Conductor {
             joins,
             overtakes,
         };
-        let staged =
-            self.unless_stopped(both(counted, Box::pin(release.stage(&connections, &marks, record))));
-        let (warnings, staged) = match staged.await {
-            Ok((warnings, staged)) => (warnings, Ok(staged)),
-            Err(error) => (Vec::new(), Err(error)),
+        let side_by_side = both(counted, Box::pin(release.stage(&connections, &marks, record)));
+        let ended = self.unless_stopped(async { Ok(side_by_side.await) }).await;
+        let staged = match ended {
+            Ok((Ok(warnings), Some(staged))) => {
+                record.warnings.splice(at..at, warnings);
+                staged
+            }
+            Ok((Ok(_), None)) => Err(Error::bug("nothing was staged")),
+            Ok((Err(missing), _)) => {
+                record.outputs.clear();
+                release.load.discard().await?;
+                history::is_newest(&plan, target, base.as_ref()).await?;
+                return Err(missing);
+            }
+            Err(interrupted) => Err(interrupted),
         };
-        record.warnings.splice(at..at, warnings);
         let load_record = match staged {
             Ok(Some(load_record)) => load_record,
             Ok(None) => {
@@ -631,6 +640,8 @@ impl Conductor {
                 return Ok(Outcome::NothingNew);
             }
             Err(error) => {
+                // Nothing of it is there.
+                record.outputs.clear();
                 release.load.discard().await?;
                 return Err(error);
             }
@@ -723,17 +734,15 @@ struct Unsettled {
     report: RunRecord,
 }
 
-/// What two pieces of work come to, side by side. What the first one refuses ends the second, and is told rather than what that refuses.
+/// What two pieces of work come to, side by side. What the first one refuses ends the second.
 async fn both<A, B>(
     first: impl Future<Output = Result<A>>,
-    second: impl Future<Output = Result<B>> + Unpin,
-) -> Result<(A, B)> {
+    second: impl Future<Output = B> + Unpin,
+) -> (Result<A>, Option<B>) {
     match select(pin!(first), second).await {
-        Either::Left((first, second)) => Ok((first?, second.await?)),
-        Either::Right((second, first)) => {
-            let first = first.await?;
-            Ok((first, second?))
-        }
+        Either::Left((Err(error), _)) => (Err(error), None),
+        Either::Left((first, second)) => (first, Some(second.await)),
+        Either::Right((second, first)) => (first.await, Some(second)),
     }
 }
 

@@ -267,6 +267,7 @@ def works(options, server, data, out):
     yield Work("pg_to_parquet", "PostgreSQL → Parquet zstd, lineitem", [
         Contender("psql COPY binary > /dev/null", [*psql, "COPY (SELECT * FROM lineitem) TO STDOUT (FORMAT binary)"], env),
         floodmark(f"erp: {erp}\n{lake}", whole),
+        floodmark(f"erp: {erp.replace('disable }', 'disable, readers: 1 }')}\n{lake}", whole, name="floodmark, one session"),
         other("DuckDB, 1 thread", "duckdb_pg_to_parquet", 1, fresh),
         other("DuckDB, 2 threads", "duckdb_pg_to_parquet", 2, fresh),
         other("ConnectorX + pyarrow", "connectorx_pg_to_parquet", 2, fresh),

@@ -94,6 +94,13 @@ impl Check {
         reads
     }
 
+    /// Whether it looks at its own relation beside the row at hand.
+    pub fn reads_itself(&self) -> bool {
+        let by_key = self.spec.references.as_ref().and_then(|references| references.r#in.split_once('.'));
+        by_key.is_some_and(|(relation, _)| relation == self.on)
+            || self.query.as_ref().is_some_and(|query| query.reads.contains(&self.on))
+    }
+
     /// Whether each row meets it or not, whatever the others are.
     pub fn is_of_rows(&self) -> bool {
         self.condition(0, &Schema::empty()).is_ok_and(|condition| condition.is_some())

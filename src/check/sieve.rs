@@ -1,7 +1,7 @@
 //! Checks of rows, made while the rows pass to the one who reads them.
 //!
 //! Every row is checked, also those that the reader did not ask for: what is left is read when it has ended. Until then nothing is
-//! known of a check, and nothing that was made of the rows may be published.
+//! known of a check, and nothing that was made of the rows may be published. Rows pass once: who asks for them a second time is refused.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -22,7 +22,7 @@ use futures::{StreamExt, stream::poll_fn};
 
 use super::{Check, Sorter, quarantine_batch};
 use crate::{
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     record::run::CheckReport,
     session,
     spool::SpoolWriter,
@@ -48,7 +48,8 @@ struct Passing {
     is_read: bool,
     /// Whether its reader has ended, and is given nothing more.
     is_left: bool,
-    has_failed: bool,
+    /// Why rows could not be read or checked: nothing is known of the checks then.
+    failed: Option<Error>,
 }
 
 /// The rows with their flags.
@@ -76,7 +77,7 @@ impl Sieve {
         let rows = Rows::Waiting(rows.create_physical_plan().await?, task);
         let sorter = Sorter::new(checks);
         let passing =
-            Passing { rows, sorter, aside, set_aside: 0, is_read: false, is_left: false, has_failed: false };
+            Passing { rows, sorter, aside, set_aside: 0, is_read: false, is_left: false, failed: None };
         Ok(Self { name: name.into(), schema, passing: Arc::new(Mutex::new(passing)) })
     }
 
@@ -95,16 +96,11 @@ impl Sieve {
         &self.name
     }
 
-    /// Whether rows could not be read or checked: nothing is known of the checks then.
-    pub fn has_failed(&self) -> bool {
-        self.passing().has_failed
-    }
-
-    /// Checks what is left; then what the checks found, and how many rows were set aside.
+    /// Checks what is left; then what the checks found, and how many rows were set aside. One that is read by another is finished after it.
     ///
     /// # Errors
     ///
-    /// If rows cannot be read or checked.
+    /// If rows cannot be read or checked, or could not be before.
     pub async fn finish(self) -> Result<(Vec<CheckReport>, u64)> {
         // What a reader has left running would take the wake-ups that are for us.
         self.passing().is_left = true;
@@ -112,7 +108,10 @@ impl Sieve {
             drop(batch?);
         }
         let passing = self.passing();
-        Ok((passing.sorter.reports(), passing.set_aside))
+        match &passing.failed {
+            Some(error) => Err(error.clone()),
+            None => Ok((passing.sorter.reports(), passing.set_aside)),
+        }
     }
 
     fn passing(&self) -> MutexGuard<'_, Passing> {
@@ -135,8 +134,10 @@ impl Passing {
         };
         polled.map(|batch| {
             let passed = batch.map(|batch| self.sort(&batch?, schema));
-            self.has_failed |= matches!(passed, Some(Err(_)));
-            if self.has_failed || passed.is_none() {
+            if let Some(Err(error)) = &passed {
+                self.failed = Some(error.clone());
+            }
+            if !matches!(passed, Some(Ok(_))) {
                 // Sources are let go as soon as they are read.
                 self.rows = Rows::Ended;
             }
@@ -170,9 +171,9 @@ impl PartitionStream for Sieve {
         let sieve = self.clone();
         let again = std::mem::replace(&mut self.passing().is_read, true);
         let again = again.then(|| {
-            let error =
-                Error::bug(format!("`{}` is read more than once, and was not written down", self.name));
-            Err(error.into())
+            // Where a plan cannot tell, as in a join that does not fit into the memory. The next try writes all down.
+            let why = format!("`{}` is read more than once, and was not written down", self.name);
+            Err(Error::new(ErrorKind::Memory, why).into())
         });
         let rows = poll_fn(move |waker| {
             let mut passing = sieve.passing();

@@ -528,12 +528,12 @@ pub struct Attempt {
 
 /// How many rows outputs held when the run began, which is counted while it goes on.
 #[derive(Debug, Clone)]
-pub struct Held(watch::Receiver<Option<BTreeMap<String, u64>>>);
+pub struct Held(watch::Receiver<BTreeMap<String, u64>>);
 
 impl Held {
     /// To be told by who counts. Nobody waits for one that is dropped.
-    pub fn counting() -> (watch::Sender<Option<BTreeMap<String, u64>>>, Self) {
-        let (counts, told) = watch::channel(None);
+    pub fn counting() -> (watch::Sender<BTreeMap<String, u64>>, Self) {
+        let (counts, told) = watch::channel(BTreeMap::new());
         (counts, Self(told))
     }
 
@@ -545,8 +545,8 @@ impl Held {
     /// The rows of one output, once they are counted; `None` if they are not.
     pub async fn of(&self, output: &str) -> Option<u64> {
         let mut told = self.0.clone();
-        let counts = told.wait_for(Option::is_some).await.ok()?;
-        counts.as_ref()?.get(output).copied()
+        let counts = told.wait_for(|counts| counts.contains_key(output)).await.ok()?;
+        counts.get(output).copied()
     }
 }
 

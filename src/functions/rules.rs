@@ -12,7 +12,7 @@ use datafusion::{
     error::DataFusionError,
     logical_expr::{
         BinaryExpr, Expr, ExprSchemable, LogicalPlan, Operator,
-        expr::{Between, Cast, InList},
+        expr::{Between, Cast, InList, SetComparison},
         expr_rewriter::NamePreserver,
         utils::merge_schema,
     },
@@ -54,6 +54,9 @@ impl AnalyzerRule for Comparable {
                             refuse_mixed(expr, low, &schema)?;
                             refuse_mixed(expr, high, &schema)?;
                         }
+                        Expr::SetComparison(SetComparison { expr, subquery, .. }) => {
+                            refuse_captured(expr, &subquery.subquery)?;
+                        }
                         Expr::InList(InList { expr, list, .. }) => {
                             for value in list {
                                 refuse_mixed(expr, value, &schema)?;
@@ -67,6 +70,25 @@ impl AnalyzerRule for Comparable {
         })?;
         Ok(plan)
     }
+}
+
+/// DataFusion makes a condition of the subquery of `x >= ALL (SELECT x FROM t)`, and takes a column outside for the one of the same name
+/// inside.
+fn refuse_captured(expr: &Expr, subquery: &LogicalPlan) -> DataFusionResult<()> {
+    let inside = |column: &&Column| {
+        let known = |relation| subquery.schema().iter().any(|(qualifier, _)| qualifier == Some(relation));
+        column.relation.as_ref().is_some_and(known)
+    };
+    let Some(column) = expr.column_refs().into_iter().find(inside) else { return Ok(()) };
+    let text = format!(
+        "`{}` is compared with a subquery that reads a relation of the same name",
+        column.flat_name()
+    );
+    let diagnostic = Diagnostic::new_error(text.clone(), span_of(expr)).with_help(
+        "Give the one in the subquery another name, and use it: `SELECT o.x FROM orders AS o`.",
+        None,
+    );
+    Err(DataFusionError::Plan(text).with_diagnostic(diagnostic))
 }
 
 fn refuse_mixed(left: &Expr, right: &Expr, schema: &DFSchema) -> DataFusionResult<()> {

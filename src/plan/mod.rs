@@ -377,8 +377,10 @@ impl Planner<'_> {
             let Some(select) = selects.get(&name) else { continue };
             match typed(&context, select).await {
                 Ok(logical) => {
+                    // Who goes round reads again each time.
+                    let times = if is_recursive(&logical) { 2 } else { 1 };
                     for table in scanned(&logical) {
-                        *readers.entry(table).or_default() += 1;
+                        *readers.entry(table).or_default() += times;
                     }
                     for (what, span) in rules::floats_of_money(&logical) {
                         let place = span.map(|span| {
@@ -440,6 +442,12 @@ impl Planner<'_> {
             .chain(models.iter().map(|(name, model)| (name.clone(), Arc::clone(&model.schema))))
             .collect();
         let checks = self.checks(&context, &relations, &params, &mut readers).await?;
+        // A check that looks at its own relation once more has it made twice.
+        for model in
+            checks.iter().filter(|check| check.reads_itself()).filter_map(|check| models.get(&check.on))
+        {
+            model.select.reads.iter().for_each(|read| *readers.entry(read.clone()).or_default() += 1);
+        }
         let outputs = self.outputs(&relations, &streams, &models, &mut readers)?;
         self.done()?;
         for (name, stream) in &mut streams {
@@ -921,7 +929,8 @@ impl Planner<'_> {
                     continue;
                 }
                 for other in check.reads() {
-                    *readers.entry(other).or_default() += 1;
+                    // A query may look at it as often as it likes.
+                    *readers.entry(other).or_default() += if check.query.is_some() { 2 } else { 1 };
                 }
                 checks.push(check);
             }
@@ -1083,6 +1092,16 @@ pub async fn typed(context: &SessionContext, select: &sql::Select) -> Result<Log
     session::plan_of(context, select.for_datafusion(), &select.file)
         .await
         .map_err(|error| sql::problem(&error, &select.file))
+}
+
+fn is_recursive(plan: &LogicalPlan) -> bool {
+    let mut found = false;
+    // The visitor fails nowhere.
+    drop(plan.apply_with_subqueries(|node| {
+        found |= matches!(node, LogicalPlan::RecursiveQuery(_));
+        Ok(TreeNodeRecursion::Continue)
+    }));
+    found
 }
 
 /// The tables that a plan scans, as often as it does.

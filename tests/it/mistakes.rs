@@ -138,6 +138,10 @@ fn mistakes_in_sql() {
         ),
         ("number_compared_with_a_word", "SELECT id, customer, amount FROM orders WHERE amount > 'lots'\n"),
         ("word_in_a_list_of_numbers", "SELECT id, customer, amount FROM orders WHERE id IN (1, 'two')\n"),
+        (
+            "same_name_in_a_subquery_of_all",
+            "SELECT id, customer, amount FROM orders WHERE amount >= ALL (SELECT amount FROM orders WHERE id < 10)\n",
+        ),
         ("untyped_null", "SELECT id, NULL AS customer, amount FROM orders\n"),
     ] {
         answer(name, &["run"], &[("sql/mappings/load/clean.sql", sql)]);
@@ -352,33 +356,88 @@ fn mistakes_on_the_command_line() {
     }
 }
 
-/// Rows are checked while they are read, and all of them are, also those that their reader leaves.
+/// Rows are checked while they are read, and all of them are, also those that their reader leaves: of more batches than one, and where one
+/// checked relation reads another.
 #[test]
 fn checks_of_rows_look_at_rows_that_nobody_wants() {
-    let lines: String = (1..=50).map(|id| format!("{id},ada,{}.00\n", id - 10)).collect();
-    let checks = "checks:\n  orders:\n    - { expression: \"amount > 0\", on_fail: quarantine }\ntarget:\n";
-    let folder = Folder::with(&[
-        ("data/orders.csv", &format!("id,customer,amount\n{lines}")),
-        ("jobs/load.yaml", &job("target:\n", checks)),
-    ]);
+    const ROWS: i64 = 40_000;
+    let lines: String = (1..=ROWS).map(|id| format!("{id},ada,{}.00\n", id % 1000)).collect();
+    let folder = Folder::with(&[("data/orders.csv", &format!("id,customer,amount\n{lines}"))]);
     for (sql, rows) in [
         ("SELECT id, customer, amount FROM orders LIMIT 3\n", 3),
         ("SELECT id, customer, amount FROM orders WHERE 1 = 0\n", 0),
-        ("SELECT a.id, a.customer, b.amount FROM orders AS a JOIN orders AS b ON a.id = b.id\n", 40),
-        ("SELECT id, customer, amount FROM orders ORDER BY id\n", 40),
+        ("SELECT a.id, a.customer, b.amount FROM orders AS a JOIN orders AS b ON a.id = b.id\n", ROWS - 40),
+        ("SELECT id, customer, amount FROM orders ORDER BY id\n", ROWS - 40),
     ] {
         folder.write("sql/mappings/load/clean.sql", sql.as_bytes());
-        let (code, documents) = folder.run(&["--full-refresh"]);
-        let expected = if rows == 0 { 3 } else { 0 };
-        assert_eq!(code, expected, "{sql}");
-        let run = &documents[0];
-        assert_eq!(run["checks"][0]["found"], 10, "{sql}: {run}");
-        if rows > 0 {
-            assert_eq!(run["outputs"]["orders"]["rows"], rows, "{sql}: {run}");
-            assert_eq!(run["sources"]["orders"]["counts"]["extracted"], 50, "{sql}: {run}");
-            assert_eq!(run["sources"]["orders"]["counts"]["rejected"], 10, "{sql}: {run}");
-            assert_eq!(run["quarantined"], 10, "{sql}: {run}");
+        for of_both in [false, true] {
+            // Of the second one a row in a thousand that is left is set aside, too, as far as the model has any.
+            let (mut checks, kept) = (
+                "checks:\n  orders:\n    - { expression: \"amount > 0\", on_fail: quarantine }\n".to_owned(),
+                rows,
+            );
+            let mut kept = kept;
+            let mut aside = [ROWS / 1000, 0];
+            if of_both {
+                checks +=
+                    "  clean:\n    - { range: { column: amount, max: \"998\" }, on_fail: quarantine }\n";
+                aside[1] = if rows > 3 { ROWS / 1000 } else { 0 };
+                kept -= aside[1];
+            }
+            folder.write("jobs/load.yaml", job("target:\n", &(checks + "target:\n")).as_bytes());
+            let (code, documents) = folder.run(&["--full-refresh"]);
+            // An empty result is refused by its guard, and a refused run says what its checks found.
+            assert_eq!(code, if rows == 0 { 3 } else { 0 }, "{sql}");
+            let run = &documents[0];
+            let found = |check: usize| run["checks"][check]["found"].as_i64();
+            assert_eq!(found(0), Some(aside[0]), "{sql}: {run}");
+            assert_eq!(found(1), of_both.then_some(aside[1]), "{sql}: {run}");
+            assert_eq!(run["outputs"]["orders"]["rows"].as_i64(), (rows > 0).then_some(kept), "{sql}: {run}");
+            if rows > 0 {
+                assert_eq!(run["sources"]["orders"]["counts"]["extracted"], ROWS, "{sql}: {run}");
+                assert_eq!(run["sources"]["orders"]["counts"]["rejected"], aside[0], "{sql}: {run}");
+                assert_eq!(run["quarantined"], aside[0] + aside[1], "{sql}: {run}");
+            }
         }
+    }
+}
+
+/// A relation that its one reader looks at more than once, in ways that only show when it is read, is written down after all.
+#[test]
+fn a_checked_relation_may_be_read_more_than_once() {
+    let lines: String = (1..=20).map(|id| format!("{id},ada,{id}.00\n")).collect();
+    let checks = "checks:\n  orders: [ { not_null: id }, { range: { column: amount, max: \"18\" }, on_fail: quarantine } ]\n";
+    for (sql, more, rows) in [
+        (
+            "SELECT id, customer, amount FROM orders WHERE amount >= ALL (SELECT o.amount FROM orders AS o WHERE o.id < 10)\n",
+            "",
+            10,
+        ),
+        (
+            "WITH RECURSIVE up AS (SELECT 1 AS id UNION ALL SELECT orders.id FROM orders JOIN up ON orders.id = up.id + 1) SELECT id, 'x' AS customer, cast(1 AS decimal(18, 2)) AS amount FROM up\n",
+            "",
+            18,
+        ),
+        (
+            "SELECT id, customer, amount FROM orders\n",
+            "  clean: [ { references: { column: id, in: clean.id } } ]\n",
+            18,
+        ),
+        (
+            "SELECT id, customer, amount FROM orders\n",
+            "  clean: [ { expression: \"id <= (SELECT max(id) FROM clean)\" } ]\n",
+            18,
+        ),
+    ] {
+        let folder = Folder::with(&[
+            ("data/orders.csv", &format!("id,customer,amount\n{lines}")),
+            ("sql/mappings/load/clean.sql", sql),
+            ("jobs/load.yaml", &job("target:\n", &format!("{checks}{more}target:\n"))),
+        ]);
+        let (code, documents) = folder.run(&[]);
+        assert_eq!(code, 0, "{sql}{more}");
+        assert_eq!(documents[0]["outputs"]["orders"]["rows"], rows, "{sql}{more}: {}", documents[0]);
+        assert_eq!(documents[0]["quarantined"], 2, "{sql}{more}: {}", documents[0]);
     }
 }
 

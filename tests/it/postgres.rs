@@ -507,3 +507,31 @@ fn a_source_that_is_another_database_is_refused_until_it_is_adopted() {
         client.batch_execute(&format!("DROP DATABASE {name} WITH (FORCE)")).unwrap();
     });
 }
+
+/// A merge is applied before it is known what checks of rows find, and what the table held: neither is published if one of them refuses.
+#[test]
+fn a_merge_that_is_applied_early_is_taken_back_whatever_refuses_it() {
+    let shop = Shop::new();
+    shop.from.execute("INSERT INTO orders SELECT i, 'hedy', 1, NULL, '2026-01-01T09:00Z' FROM generate_series(10, 20000) AS i");
+    assert_eq!(shop.run(&FIRST).0, 0);
+    let before = shop.holds("SELECT (count(*), sum(amount)) FROM orders");
+    let change = "INSERT INTO orders VALUES (50000, NULL, 5, NULL, '2026-01-02T08:00Z'); UPDATE orders SET amount = 9, changed_at = '2026-01-02T08:00Z' WHERE id < 100";
+    shop.from.execute(change);
+    // A check that must hold.
+    let (code, told) = shop.run(&SECOND);
+    assert_eq!(code, 3, "{told}");
+    assert!(told["errors"][0].as_str().unwrap().contains("not_null customer"), "{told}");
+    assert_eq!(told["outputs"], serde_json::json!({}), "nothing of it is there: {told}");
+    assert_eq!(shop.holds("SELECT (count(*), sum(amount)) FROM orders"), before);
+    shop.from.execute("UPDATE orders SET customer = 'joan' WHERE id = 50000");
+    // Rows that somebody removed: told at once, and as what it is.
+    shop.to.execute("DELETE FROM orders WHERE id = 15000");
+    let before = shop.holds("SELECT (count(*), sum(amount)) FROM orders");
+    let (code, told) = shop.run(&SECOND);
+    assert_eq!(code, 3, "{told}");
+    assert!(told["errors"][0].as_str().unwrap().contains("and the last release left"), "{told}");
+    assert_eq!(shop.holds("SELECT (count(*), sum(amount)) FROM orders"), before);
+    shop.to.execute("INSERT INTO orders VALUES (15000, 'hedy', 1, NULL)");
+    let (code, told) = shop.run(&SECOND);
+    assert_eq!((code, &told["outputs"]["orders"]["inserted"]), (0, &serde_json::json!(2)), "{told}");
+}

@@ -296,7 +296,7 @@ fn outgrew_dictionary(column: &ColumnChunkMetaData) -> bool {
 /// A Parquet file under construction.
 struct Writer {
     file: SerializedFileWriter<Sink>,
-    /// Columns for which no dictionary is tried in the next row group: that of the last one held too many values.
+    /// Columns for which no dictionary is tried any more: that of an earlier row group held too many values.
     many: Vec<ColumnPath>,
     columns: Vec<ArrowColumnWriter>,
     schema: SchemaRef,

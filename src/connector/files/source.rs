@@ -588,9 +588,10 @@ impl CsvRows {
         let mut records = csv::Slice::new(&piece.text, self.dialect, piece.is_last);
         let mut found = Vec::new();
         // Rows are read in blocks, column by column; those of a block in which something does not fit, one by one.
-        let (fields, in_blocks, mut singly) = (self.names.len(), batch.takes_columns(), 0_usize);
+        let (fields, in_blocks, mut singly, mut unfit) =
+            (self.names.len(), batch.takes_columns(), 0_usize, 0);
         loop {
-            if in_blocks && singly == 0 {
+            if in_blocks && singly == 0 && unfit < UNFIT_BLOCKS {
                 let (rows, bytes) = batch.room();
                 let mark = records.mark();
                 let count = records.block(fields, rows.min(BLOCK_ROWS), bytes);
@@ -607,6 +608,7 @@ impl CsvRows {
                 if !fit {
                     found.push(Part::Rows(batch.finish()?));
                     records.rewind(mark);
+                    unfit += 1;
                 }
                 singly = count.max(1);
             }
@@ -666,6 +668,9 @@ impl CsvRows {
 
 /// Rows of a block, of which each column is parsed at once: so few that their fields stay where they are quickly found again.
 const BLOCK_ROWS: usize = 256;
+
+/// Blocks of a piece that were read in vain before the rest of it is read row by row.
+const UNFIT_BLOCKS: usize = 8;
 
 /// The columns of a header line, or the declared ones where a file has none.
 fn header(

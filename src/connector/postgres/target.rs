@@ -526,13 +526,15 @@ impl PostgresLoad {
         if stage.current.is_none() && output.mode == Mode::Merge {
             refuse_staged_keys(this, session, stage).await?;
         }
-        let rows_before = match (&stage.current, self.attempt.held.of(&output.name).await) {
-            (None, _) => 0,
-            (_, Some(held)) => held,
-            (_, None) => {
-                let held = count(this, session, &format!("SELECT count(*) FROM {into}")).await?;
-                held.checked_sub(inserted).ok_or_else(|| changed(output))?
-            }
+        let rows_before = match &stage.current {
+            None => 0,
+            Some(_) => match self.attempt.held.of(&output.name).await {
+                Some(held) => held,
+                None => {
+                    let held = count(this, session, &format!("SELECT count(*) FROM {into}")).await?;
+                    held.checked_sub(inserted).ok_or_else(|| changed(output))?
+                }
+            },
         };
         let rows_after = rows_before + inserted;
         Ok(Staged { rows: inserted, inserted, rows_before, rows_after, ..Staged::default() })
@@ -606,6 +608,10 @@ impl Load for PostgresLoad {
                     refuse_staged_keys(&self.connection, &self.session, &stage).await?;
                     fits(&self.connection, &self.session, &stage).await?;
                     self.stages.push(stage);
+                    // One whose columns change could not be counted any more.
+                    for stage in &self.stages {
+                        self.attempt.held.of(&stage.output.name).await;
+                    }
                     self.settle_stages().await?;
                     return Ok(self.stages.last().map(|stage| stage.staged.clone()).unwrap_or_default());
                 }
