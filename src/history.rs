@@ -25,7 +25,6 @@ use tokio::sync::watch;
 use crate::{
     connector::{Marks, Target},
     error::{Error, Result},
-    load::overtaken,
     plan::Plan,
     record::LoadRecord,
     state::Seen,
@@ -129,16 +128,14 @@ pub async fn of_outputs(
     Ok(warnings)
 }
 
-/// Refuses a run that another one has overtaken since it began: what it found missing was that one's doing. The load must be let go by then: it may
-/// hold what the target is asked for.
+/// Whether another run has overtaken this one since it began. Its load must be let go by then: it may hold what the target is asked for.
 ///
 /// # Errors
 ///
-/// If there is a newer release, or the target cannot be asked.
-pub async fn is_newest(plan: &Plan, target: &dyn Target, base: Option<&LoadRecord>) -> Result<()> {
+/// If the target cannot be asked.
+pub async fn is_overtaken(plan: &Plan, target: &dyn Target, base: Option<&LoadRecord>) -> Result<bool> {
     let newest = target.last_record(&plan.id).await?;
-    let same = newest.as_ref().map(|newest| newest.seq) == base.map(|base| base.seq);
-    if same { Ok(()) } else { Err(overtaken(&plan.id)) }
+    Ok(newest.map(|newest| newest.seq) != base.map(|base| base.seq))
 }
 
 /// The marks to go on from.

@@ -35,6 +35,7 @@ use crate::{
     extract::{Extract, Joins, Reading},
     history,
     lease::{Lease, Leased},
+    load,
     plan::{self, Backfill, Plan, Promised, Request},
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::{
@@ -628,8 +629,10 @@ impl Conductor {
             Ok((Err(missing), _)) => {
                 record.outputs.clear();
                 release.load.discard().await?;
-                history::is_newest(&plan, target, base.as_ref()).await?;
-                return Err(missing);
+                // Rows that are missing may be another run's doing.
+                let overtaken = missing.kind() == ErrorKind::Data
+                    && history::is_overtaken(&plan, target, base.as_ref()).await?;
+                return Err(if overtaken { load::overtaken(&plan.id) } else { missing });
             }
             Err(interrupted) => Err(interrupted),
         };

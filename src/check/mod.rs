@@ -94,11 +94,10 @@ impl Check {
         reads
     }
 
-    /// Whether it looks at its own relation beside the row at hand.
+    /// Whether it looks at its own relation for each row of it.
     pub fn reads_itself(&self) -> bool {
-        let by_key = self.spec.references.as_ref().and_then(|references| references.r#in.split_once('.'));
-        by_key.is_some_and(|(relation, _)| relation == self.on)
-            || self.query.as_ref().is_some_and(|query| query.reads.contains(&self.on))
+        let other = self.spec.references.as_ref().and_then(|references| references.r#in.split_once('.'));
+        other.is_some_and(|(relation, _)| relation == self.on)
     }
 
     /// Whether each row meets it or not, whatever the others are.

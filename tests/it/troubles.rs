@@ -137,7 +137,7 @@ fn who_waited_for_a_lock_in_vain_publishes_its_stage_once_more() {
 #[test]
 fn a_server_that_answers_nobody_any_more_is_given_up_and_one_that_works_is_waited_for() {
     let server = private_postgres("silent");
-    let options = "lock_timeout_ms: 600000, silence_ms: 50, connect_timeout_ms: 200";
+    let options = "lock_timeout_ms: 600000, silence_ms: 50, connect_timeout_ms: 5000";
     let mut ledger = Ledger::at(server, "append", "incremental: { cursor: id }", "retries: 0", options);
     ledger.arrive(true);
     ledger.run();
