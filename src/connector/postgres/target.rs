@@ -609,7 +609,7 @@ impl Load for PostgresLoad {
                     fits(&self.connection, &self.session, &stage).await?;
                     self.stages.push(stage);
                     // One whose columns change could not be counted any more.
-                    for stage in &self.stages {
+                    for stage in self.stages.iter().filter(|stage| !stage.is_merged_as_it_is()) {
                         self.attempt.held.of(&stage.output.name).await;
                     }
                     self.settle_stages().await?;
