@@ -5,22 +5,16 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
 };
 
-use arrow::datatypes::Schema;
-use datafusion::{
-    datasource::ViewTable,
-    logical_expr::LogicalPlanBuilder,
-    prelude::{DataFrame, SessionContext},
-};
-use futures::StreamExt;
+use datafusion::{datasource::ViewTable, logical_expr::LogicalPlanBuilder, prelude::SessionContext};
 use indexmap::IndexMap;
 use tracing::{info, warn};
 
 use crate::{
     check::{
-        Check, Sorter, quarantine_batch, quarantine_schema, row_query,
+        Check, quarantine_schema, row_query,
         sieve::{Aside, Sieve},
     },
     connector::{
@@ -415,19 +409,10 @@ impl Extract<'_> {
         aside: &Aside,
         record: &mut RunRecord,
     ) -> Result<u64> {
-        let schema = self.relation_schema(name)?;
-        let mut rows = self.flagged(context, name, &checks, &schema).await?.execute_stream().await?;
-        let mut sorter = Sorter::new(checks);
-        let mut spool = SpoolWriter::new(name, Arc::clone(&schema), self.scratch);
-        let mut count = 0;
-        while let Some(batch) = rows.next().await {
-            let (kept, set_aside) = sorter.sort(&batch?)?;
-            count += set_aside.len() as u64;
-            aside.lock().unwrap_or_else(PoisonError::into_inner).push(&quarantine_batch(set_aside)?)?;
-            spool.push(&session::conformed(&kept, &schema)?)?;
-        }
-        record.checks.extend(sorter.reports());
-        let spool: Spool = spool.finish()?;
+        let sieve = self.sieve(context, name, checks, aside).await?;
+        let spool = Spool::of(name, sieve.rows(), self.scratch).await?;
+        let (reports, count) = sieve.finish().await?;
+        record.checks.extend(reports);
         info!(relation = name, rows = spool.rows(), set_aside = count, "written down");
         context.deregister_table(name)?;
         context.register_table(name, spool.table()?)?;
@@ -442,24 +427,23 @@ impl Extract<'_> {
         checks: Vec<Check>,
         aside: &Aside,
     ) -> Result<Sieve> {
-        let schema = self.relation_schema(name)?;
-        let rows = self.flagged(context, name, &checks, &schema).await?;
-        let sieve = Sieve::new(name, schema, rows, checks, Arc::clone(aside)).await?;
+        let sieve = self.sieve(context, name, checks, aside).await?;
         context.deregister_table(name)?;
         context.register_table(name, sieve.table()?)?;
         Ok(sieve)
     }
 
-    /// The rows of a relation, with one column more for each check of rows.
-    async fn flagged(
+    /// What sorts the rows of a relation out, as it is registered now.
+    async fn sieve(
         &self,
         context: &SessionContext,
         name: &str,
-        checks: &[Check],
-        schema: &Schema,
-    ) -> Result<DataFrame> {
-        let sql = row_query(name, checks, schema)?.unwrap_or(format!("SELECT * FROM {}", quoted(name)?));
-        Ok(context.sql(&sql).await?)
+        checks: Vec<Check>,
+        aside: &Aside,
+    ) -> Result<Sieve> {
+        let schema = self.relation_schema(name)?;
+        let sql = row_query(name, &checks, &schema)?.unwrap_or(format!("SELECT * FROM {}", quoted(name)?));
+        Sieve::new(name, schema, context.sql(&sql).await?, checks, Arc::clone(aside)).await
     }
 
     fn relation_schema(&self, name: &str) -> Result<arrow::datatypes::SchemaRef> {

@@ -1,4 +1,4 @@
-//! Checks of rows, made while the rows pass to the one who reads them.
+//! Checks of rows, made while the rows pass: to the one who reads them, or into a spool.
 //!
 //! Every row is checked, also those that the reader did not ask for: what is left is read when it has ended. Until then nothing is
 //! known of a check, and nothing that was made of the rows may be published. Rows pass once: who asks for them a second time is refused.
@@ -91,6 +91,24 @@ impl Sieve {
         Ok(Arc::new(StreamingTable::try_new(Arc::clone(&self.schema), vec![partition])?))
     }
 
+    /// The rows that pass, once; then they are to be [`finish`](Self::finish)ed.
+    pub fn rows(&self) -> SendableRecordBatchStream {
+        let sieve = self.clone();
+        let again = std::mem::replace(&mut self.passing().is_read, true);
+        let again = again.then(|| {
+            // Where a plan cannot tell, as in a join that does not fit into the memory. The next try writes all down.
+            let why = format!("`{}` is read more than once, and was not written down", self.name);
+            Err(Error::new(ErrorKind::Memory, why).into())
+        });
+        let rows = poll_fn(move |waker| {
+            let mut passing = sieve.passing();
+            if passing.is_left { Poll::Ready(None) } else { passing.poll(&sieve.schema, waker) }
+        });
+        let rows = rows.map(|batch| Ok(batch?));
+        let rows = futures::stream::iter(again).chain(rows);
+        Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), rows))
+    }
+
     /// The relation.
     pub fn name(&self) -> &str {
         &self.name
@@ -168,19 +186,6 @@ impl PartitionStream for Sieve {
     }
 
     fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let sieve = self.clone();
-        let again = std::mem::replace(&mut self.passing().is_read, true);
-        let again = again.then(|| {
-            // Where a plan cannot tell, as in a join that does not fit into the memory. The next try writes all down.
-            let why = format!("`{}` is read more than once, and was not written down", self.name);
-            Err(Error::new(ErrorKind::Memory, why).into())
-        });
-        let rows = poll_fn(move |waker| {
-            let mut passing = sieve.passing();
-            if passing.is_left { Poll::Ready(None) } else { passing.poll(&sieve.schema, waker) }
-        });
-        let rows = rows.map(|batch| Ok(batch?));
-        let rows = futures::stream::iter(again).chain(rows);
-        Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), rows))
+        self.rows()
     }
 }
