@@ -97,8 +97,7 @@ fn instructions() -> bool {
     );
     let files = "data: { kind: files, root: data }\nlake: { kind: files, root: out }\n";
     fs::write(folder.path().join("connections.yaml"), files.to_owned() + &erp).unwrap();
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/services/valgrind");
-    let found = Command::new(script).output().unwrap();
+    let found = Command::new("tests/services/valgrind").output().unwrap();
     assert!(found.status.success(), "{}", String::from_utf8_lossy(&found.stderr));
     let valgrind = String::from_utf8(found.stdout).unwrap().trim().to_owned();
     let job = |name: &str, from: &str, to: &str, sql: &str, file: &str| {

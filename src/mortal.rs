@@ -289,7 +289,7 @@ fn copy(from: &Path, to: &Path) {
 fn example() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for part in ["floodmark.yaml", "connections.yaml", "jobs", "sql", "fixtures"] {
-        copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join(part), &folder.path().join(part));
+        copy(Path::new(part), &folder.path().join(part));
     }
     folder
 }

@@ -13,7 +13,7 @@ impl Folder {
     pub(crate) fn example() -> Self {
         let folder = Self(tempfile::tempdir().unwrap());
         for part in ["floodmark.yaml", "connections.yaml", "jobs", "sql", "fixtures"] {
-            copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join(part), &folder.path().join(part));
+            copy(Path::new(part), &folder.path().join(part));
         }
         folder
     }
@@ -21,7 +21,7 @@ impl Folder {
     /// The example of a whole platform, copied.
     pub(crate) fn platform() -> Self {
         let folder = Self(tempfile::tempdir().unwrap());
-        copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/platform"), folder.path());
+        copy(Path::new("examples/platform"), folder.path());
         folder
     }
 

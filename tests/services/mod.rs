@@ -28,7 +28,8 @@ pub struct Postgres {
 
 /// What the script `name` prints: the server that it started, or found.
 fn service<const N: usize>(name: &str, arguments: &[&str]) -> [String; N] {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/services").join(name);
+    // From where cargo starts tests and benchmarks, not where they were built: several checkouts may share a target folder.
+    let script = Path::new("tests/services").join(name);
     let output = Command::new(script).args(arguments).output().unwrap();
     assert!(output.status.success(), "no {name}: {}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).unwrap();
@@ -48,11 +49,10 @@ pub fn faults() -> &'static Path {
     let (_, library) = LIBRARY.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
         let library = folder.path().join("faults.so");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/services/faults.c");
         let made = Command::new("cc")
             .args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"])
             .arg(&library)
-            .arg(source)
+            .arg("tests/services/faults.c")
             .arg("-ldl")
             .output()
             .unwrap();
