@@ -47,6 +47,10 @@ use tokio::runtime::Runtime;
 #[expect(unreachable_pub, dead_code, reason = "shared with the tests, which use the rest")]
 mod services;
 
+/// As the binary has it.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 const ROWS: i64 = 200_000;
 
 /// Rows as lines of orders have them: numbers, money, dates, few and many different texts.

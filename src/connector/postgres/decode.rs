@@ -83,6 +83,49 @@ fn fixed<const N: usize>(value: &[u8]) -> Result<[u8; N], Misfit> {
     value.try_into().map_err(|_| torn())
 }
 
+/// Reads numbers of so many bytes.
+fn number<const N: usize, T>(from: impl Fn([u8; N]) -> T) -> impl Fn(&[u8]) -> Result<T, Misfit> {
+    move |value| fixed(value).map(&from)
+}
+
+/// Appends each value by `push`, and which of them are none.
+fn each<'v>(
+    valid: &mut NullBufferBuilder,
+    values: impl Iterator<Item = Option<&'v [u8]>>,
+    mut push: impl FnMut(Option<&[u8]>) -> Result<(), Misfit>,
+) -> Result<(), Misfit> {
+    let mut run = 0;
+    for value in values {
+        push(value)?;
+        if value.is_some() {
+            run += 1;
+        } else {
+            valid.append_n_non_nulls(std::mem::take(&mut run));
+            valid.append_null();
+        }
+    }
+    valid.append_n_non_nulls(run);
+    Ok(())
+}
+
+/// Appends what `read` makes of each value, and a zero for each null.
+fn numbers<'v, T: Default>(
+    into: &mut Vec<T>,
+    valid: &mut NullBufferBuilder,
+    values: impl Iterator<Item = Option<&'v [u8]>>,
+    read: impl Fn(&[u8]) -> Result<T, Misfit>,
+) -> Result<(), Misfit> {
+    each(valid, values, |value| {
+        into.push(value.map(&read).transpose()?.unwrap_or_default());
+        Ok(())
+    })
+}
+
+/// The offsets of a column count to 2 GiB.
+fn fits(values: &[u8]) -> Result<(), Misfit> {
+    i32::try_from(values.len()).map(drop).map_err(|_| Misfit("makes a batch of more than 2 GiB".to_owned()))
+}
+
 /// Values under construction.
 enum Data {
     Bool(BooleanBufferBuilder),
@@ -169,6 +212,11 @@ impl Column {
         Self { wire: Wire::Text, data: Data::Parsed(Box::new(builder)), valid: NullBufferBuilder::new(0) }
     }
 
+    /// Whether values can be taken back.
+    pub(super) fn takes_blocks(&self) -> bool {
+        !matches!(self.data, Data::Parsed(_))
+    }
+
     fn len(&self) -> usize {
         self.valid.len()
     }
@@ -179,83 +227,91 @@ impl Column {
     ///
     /// A [`Misfit`], and nothing is appended.
     pub(super) fn append(&mut self, value: Option<&[u8]>) -> Result<(), Misfit> {
-        if let Data::Parsed(builder) = &mut self.data {
-            match value {
-                None => builder.null(),
-                Some(value) => builder.text(text(value)?)?,
+        let length = self.len();
+        self.append_all(std::iter::once(value)).inspect_err(|_| self.truncate(length)).map(drop)
+    }
+
+    /// Appends values and nulls; how many bytes they are.
+    ///
+    /// # Errors
+    ///
+    /// The first [`Misfit`]: what stood before it is appended, and [`Self::truncate`] takes it back.
+    pub(super) fn append_all<'v>(
+        &mut self,
+        values: impl Iterator<Item = Option<&'v [u8]>>,
+    ) -> Result<usize, Misfit> {
+        let mut bytes = 0;
+        let values = values.inspect(|value| bytes += value.map_or(0, <[u8]>::len));
+        let valid = &mut self.valid;
+        match (&self.wire, &mut self.data) {
+            (Wire::Int2, Data::I16(into)) => numbers(into, valid, values, number(i16::from_be_bytes))?,
+            (Wire::Int4, Data::I32(into)) => numbers(into, valid, values, number(i32::from_be_bytes))?,
+            (Wire::Int8, Data::I64(into)) => numbers(into, valid, values, number(i64::from_be_bytes))?,
+            (Wire::UInt4, Data::U32(into)) => numbers(into, valid, values, number(u32::from_be_bytes))?,
+            (Wire::UInt8, Data::U64(into)) => numbers(into, valid, values, number(u64::from_be_bytes))?,
+            (Wire::Float4, Data::F32(into)) => numbers(into, valid, values, number(f32::from_be_bytes))?,
+            (Wire::Float8, Data::F64(into)) => numbers(into, valid, values, number(f64::from_be_bytes))?,
+            (Wire::Money { .. }, Data::I128(into)) => {
+                numbers(into, valid, values, number(|cents| i64::from_be_bytes(cents).into()))?;
             }
-        } else {
-            match value {
-                None => self.push_null(),
-                Some(value) => {
-                    let length = self.len();
-                    if let Err(why) = self.push(value) {
-                        self.truncate(length);
-                        return Err(why);
+            (Wire::Decimal { precision, scale }, Data::I128(into)) => {
+                numbers(into, valid, values, |of| decimal(of, *precision, *scale))?;
+            }
+            (Wire::Decimal256 { precision, scale }, Data::I256(into)) => {
+                numbers(into, valid, values, |of| Numeric::read(of)?.decimal256(*precision, *scale))?;
+            }
+            (Wire::Date, Data::I32(into)) => numbers(into, valid, values, date)?,
+            (Wire::Time, Data::I64(into)) => numbers(into, valid, values, time)?,
+            (Wire::Timestamp | Wire::TimestampTz, Data::I64(into)) => {
+                numbers(into, valid, values, timestamp)?;
+            }
+            (Wire::TimestampIn(zone), Data::I64(into)) => {
+                numbers(into, valid, values, |of| {
+                    let local = DateTime::from_timestamp_micros(timestamp(of)?)
+                        .ok_or_else(|| Misfit("is too far away for a time zone".to_owned()))?;
+                    in_zone(&local.naive_utc(), *zone)
+                })?;
+            }
+            (Wire::Interval, Data::Interval(into)) => numbers(into, valid, values, interval)?,
+            (Wire::Text | Wire::Bytea, Data::Bytes { offsets, values: into }) => {
+                each(valid, values, |value| {
+                    into.extend_from_slice(value.unwrap_or_default());
+                    offsets.push(end(into.len()));
+                    Ok(())
+                })?;
+                fits(into)?;
+            }
+            _ => {
+                for value in values {
+                    match value {
+                        Some(of) => self.push(of)?,
+                        None => self.push_null()?,
                     }
+                    self.valid.append(value.is_some());
                 }
             }
         }
-        self.valid.append(value.is_some());
+        Ok(bytes)
+    }
+
+    /// Appends a null of a kind that is more than a number.
+    fn push_null(&mut self) -> Result<(), Misfit> {
+        match &mut self.data {
+            Data::Bool(into) => into.append(false),
+            Data::Bytes { offsets, values } => offsets.push(end(values.len())),
+            Data::List { offsets, items } => offsets.push(end(items.len())),
+            Data::Struct(parts) => parts.iter_mut().try_for_each(|part| part.append(None))?,
+            Data::Parsed(builder) => builder.null(),
+            _ => return Err(torn()),
+        }
         Ok(())
     }
 
-    fn push_null(&mut self) {
-        match &mut self.data {
-            Data::Bool(values) => values.append(false),
-            Data::I16(values) => values.push(0),
-            Data::I32(values) => values.push(0),
-            Data::I64(values) => values.push(0),
-            Data::U32(values) => values.push(0),
-            Data::U64(values) => values.push(0),
-            Data::F32(values) => values.push(0.0),
-            Data::F64(values) => values.push(0.0),
-            Data::I128(values) => values.push(0),
-            Data::I256(values) => values.push(i256::ZERO),
-            Data::Bytes { offsets, values } => offsets.push(end(values.len())),
-            Data::Interval(values) => values.push(IntervalMonthDayNano::ZERO),
-            Data::List { offsets, items } => offsets.push(end(items.len())),
-            Data::Struct(parts) => {
-                for part in parts {
-                    part.push_null();
-                    part.valid.append(false);
-                }
-            }
-            Data::Parsed(builder) => builder.null(),
-        }
-    }
-
+    /// Appends a value of a kind that is more than a number.
     fn push(&mut self, value: &[u8]) -> Result<(), Misfit> {
         match (&self.wire, &mut self.data) {
-            (Wire::Bool, Data::Bool(values)) => values.append(fixed::<1>(value)? != [0]),
-            (Wire::Int2, Data::I16(values)) => values.push(i16::from_be_bytes(fixed(value)?)),
-            (Wire::Int4, Data::I32(values)) => values.push(i32::from_be_bytes(fixed(value)?)),
-            (Wire::Int8, Data::I64(values)) => values.push(i64::from_be_bytes(fixed(value)?)),
-            (Wire::UInt4, Data::U32(values)) => values.push(u32::from_be_bytes(fixed(value)?)),
-            (Wire::UInt8, Data::U64(values)) => values.push(u64::from_be_bytes(fixed(value)?)),
-            (Wire::Float4, Data::F32(values)) => values.push(f32::from_be_bytes(fixed(value)?)),
-            (Wire::Float8, Data::F64(values)) => values.push(f64::from_be_bytes(fixed(value)?)),
-            (Wire::Money { .. }, Data::I128(values)) => {
-                values.push(i64::from_be_bytes(fixed(value)?).into());
-            }
-            (Wire::Decimal { precision, scale }, Data::I128(values)) => {
-                values.push(match short_numeric(value, *precision, *scale) {
-                    Some(short) => short,
-                    None => Numeric::read(value)?.decimal(*precision, *scale)?,
-                });
-            }
-            (Wire::Decimal256 { precision, scale }, Data::I256(values)) => {
-                values.push(Numeric::read(value)?.decimal256(*precision, *scale)?);
-            }
-            (Wire::Date, Data::I32(values)) => values.push(date(value)?),
-            (Wire::Time, Data::I64(values)) => values.push(time(i64::from_be_bytes(fixed(value)?))?),
-            (Wire::Timestamp | Wire::TimestampTz, Data::I64(values)) => values.push(timestamp(value)?),
-            (Wire::TimestampIn(zone), Data::I64(values)) => {
-                let local = DateTime::from_timestamp_micros(timestamp(value)?)
-                    .ok_or_else(|| Misfit("is too far away for a time zone".to_owned()))?;
-                values.push(in_zone(&local.naive_utc(), *zone)?);
-            }
-            (Wire::Interval, Data::Interval(values)) => values.push(interval(value)?),
+            (_, Data::Parsed(builder)) => builder.text(text(value)?)?,
+            (Wire::Bool, Data::Bool(into)) => into.append(fixed::<1>(value)? != [0]),
             (Wire::TimeTz, Data::Struct(parts)) => {
                 let mut bytes = Bytes(value);
                 let (clock, west) = (bytes.take(8).ok_or_else(torn)?, bytes.i32().ok_or_else(torn)?);
@@ -287,18 +343,13 @@ impl Column {
                 }
             }
             (Wire::Range(_), Data::Struct(parts)) => range(value, parts)?,
-            (_, Data::Bytes { offsets, values }) => {
-                match &self.wire {
-                    Wire::Text | Wire::Bytea => values.extend_from_slice(value),
-                    Wire::Jsonb => match value {
-                        [1, json @ ..] => values.extend_from_slice(json),
-                        _ => return Err(torn()),
-                    },
-                    other => values.extend_from_slice(shown(other, value)?.as_bytes()),
+            (wire, Data::Bytes { offsets, values }) => {
+                match (wire, value) {
+                    (Wire::Jsonb, [1, json @ ..]) => values.extend_from_slice(json),
+                    (Wire::Jsonb, _) => return Err(torn()),
+                    _ => values.extend_from_slice(shown(wire, value)?.as_bytes()),
                 }
-                if i32::try_from(values.len()).is_err() {
-                    return misfit("makes a batch of more than 2 GiB");
-                }
+                fits(values)?;
                 offsets.push(end(values.len()));
             }
             _ => return Err(torn()),
@@ -306,7 +357,8 @@ impl Column {
         Ok(())
     }
 
-    fn truncate(&mut self, length: usize) {
+    /// Takes back what stands behind `length` values.
+    pub(super) fn truncate(&mut self, length: usize) {
         self.valid.truncate(length);
         match &mut self.data {
             Data::Bool(values) => values.truncate(length),
@@ -329,7 +381,7 @@ impl Column {
                 items.truncate(last(offsets));
             }
             Data::Struct(parts) => parts.iter_mut().for_each(|part| part.truncate(length)),
-            // It appends nothing on a misfit, and is never part of another column.
+            // It appends nothing on a misfit, is never part of another column, and takes values one by one.
             Data::Parsed(_) => {}
         }
     }
@@ -429,11 +481,11 @@ fn date(value: &[u8]) -> Result<i32, Misfit> {
     }
 }
 
-fn time(micros: i64) -> Result<i64, Misfit> {
-    if micros == DAY_MICROS {
-        return misfit("is 24:00:00, which no other system knows");
+fn time(value: &[u8]) -> Result<i64, Misfit> {
+    match i64::from_be_bytes(fixed(value)?) {
+        DAY_MICROS => misfit("is 24:00:00, which no other system knows"),
+        micros => Ok(micros),
     }
-    Ok(micros)
 }
 
 fn timestamp(value: &[u8]) -> Result<i64, Misfit> {
@@ -498,7 +550,7 @@ fn range(value: &[u8], parts: &mut [Column]) -> Result<(), Misfit> {
 
 /// What most numbers are: at most four groups of four digits, which the column holds as they are. `None` of everything else, which
 /// [`Numeric`] reads.
-fn short_numeric(value: &[u8], precision: u8, scale: i8) -> Option<i128> {
+fn short_numeric(value: &[u8], precision: u8, scale: i8) -> Option<i64> {
     let mut bytes = Bytes(value);
     let (count, weight, sign, _) = (bytes.i16()?, bytes.i16()?, bytes.u16()?, bytes.i16()?);
     if !(0..=4).contains(&count) || bytes.0.len() != 2 * usize::try_from(count).ok()? || sign & !0x4000 != 0 {
@@ -516,8 +568,16 @@ fn short_numeric(value: &[u8], precision: u8, scale: i8) -> Option<i128> {
         true => short.is_multiple_of(power).then(|| short / power)?,
     };
     let limit = POWERS.get(usize::from(precision)).or(POWERS.last())?;
-    let short = i128::from((short < *limit).then_some(short)?);
+    let short = i64::try_from((short < *limit).then_some(short)?).ok()?;
     Some(if sign == 0 { short } else { -short })
+}
+
+#[inline]
+fn decimal(value: &[u8], precision: u8, scale: i8) -> Result<i128, Misfit> {
+    match short_numeric(value, precision, scale) {
+        Some(short) => Ok(short.into()),
+        None => Numeric::read(value)?.decimal(precision, scale),
+    }
 }
 
 /// A number as the wire has it.
@@ -736,7 +796,7 @@ mod unit {
         ) {
             let bytes = wire(&groups, weight, sign, 4);
             if let Some(short) = short_numeric(&bytes, precision, scale) {
-                prop_assert_eq!(Numeric::read(&bytes).and_then(|number| number.decimal(precision, scale)), Ok(short));
+                prop_assert_eq!(Numeric::read(&bytes).and_then(|number| number.decimal(precision, scale)), Ok(short.into()));
             }
         }
     }
@@ -776,11 +836,13 @@ mod unit {
     }
 
     proptest! {
-        /// Whatever bytes come, a column takes them or says why not, and is as it was.
+        /// Whatever bytes come, a column takes them or says why not, and is as it was; together as one by one.
         #[test]
         fn no_bytes_make_a_column_panic(
             kind in 0_usize..20,
-            values in prop::collection::vec(prop::option::of(prop::collection::vec(any::<u8>(), 0..40)), 0..8),
+            values in prop::collection::vec(prop::option::of(prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..40), prop::collection::vec(any::<u8>(), 4), prop::collection::vec(any::<u8>(), 8),
+            ]), 0..12),
         ) {
             let part = |wire: Wire| Box::new(Attribute { name: "x".to_owned(), wire, type_name: None });
             let wires = [
@@ -790,13 +852,18 @@ mod unit {
                 Wire::List(part(Wire::Int4)), Wire::Struct(vec![*part(Wire::Int8), *part(Wire::Text)]),
                 Wire::Range(part(Wire::Date)), Wire::Multirange(part(Wire::Int4)), Wire::Money { scale: 2 },
             ];
-            let mut column = Column::new(wires[kind].clone(), 4);
-            let mut taken = 0;
-            for value in &values {
-                taken += usize::from(column.append(value.as_deref()).is_ok());
-            }
+            let new = || Column::new(wires[kind].clone(), 4);
+            let (mut column, mut together) = (new(), new());
+            let all = || values.iter().map(|value| value.as_deref());
+            let fitting: Vec<_> = all().filter(|value| column.append(*value).is_ok()).collect();
+            let (some, rest) = fitting.split_at(fitting.len() / 2);
+            prop_assert!(together.append_all(some.iter().copied()).is_ok());
+            prop_assert_eq!(together.append_all(all()).is_ok(), fitting.len() == values.len());
+            together.truncate(some.len());
+            prop_assert!(together.append_all(rest.iter().copied()).is_ok());
             if let Ok(array) = column.finish() {
-                prop_assert_eq!(array.len(), taken);
+                prop_assert_eq!(array.len(), fitting.len());
+                prop_assert_eq!(&array, &together.finish().unwrap());
             }
         }
     }

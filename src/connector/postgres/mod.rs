@@ -19,9 +19,14 @@ use futures::{FutureExt, future::BoxFuture};
 use schemars::JsonSchema;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
-use tokio_postgres::{Client, Config, NoTls, config::SslMode, error::SqlState};
+use tokio_postgres::{
+    Client, Config, NoTls,
+    config::{SslMode, SslNegotiation},
+    error::SqlState,
+};
 use url::Url;
 
+use self::frames::{Joining, Plain};
 use super::{CatalogTable, Connection, Connector, Identity, Source, Target};
 use crate::{
     error::{Error, ErrorKind, Result, without_values},
@@ -32,6 +37,7 @@ mod bounds;
 mod decode;
 mod encode;
 mod filter;
+mod frames;
 #[cfg(test)]
 mod late;
 mod source;
@@ -215,6 +221,11 @@ impl PostgresConnection {
         self.options.sslmode.unwrap_or(default)
     }
 
+    /// Whether the library opens the connection without asking us: then its rows are not joined.
+    fn is_bare(&self) -> bool {
+        self.is_socket() && self.tls() == TlsMode::Disable
+    }
+
     /// Where it is, without secrets.
     fn place(&self) -> String {
         let database = self.options.database.as_deref().or(self.options.user.as_deref()).unwrap_or_default();
@@ -237,10 +248,11 @@ impl PostgresConnection {
             .connect_timeout(self.patience())
             .keepalives_idle(Duration::from_secs(30))
             .tcp_user_timeout(Duration::from_secs(60))
-            .ssl_mode(match self.tls() {
-                TlsMode::Disable => SslMode::Disable,
-                TlsMode::VerifyFull | TlsMode::Require => SslMode::Require,
-            });
+            .ssl_mode(if self.is_bare() { SslMode::Disable } else { SslMode::Require });
+        if self.tls() == TlsMode::Disable {
+            // Nothing is negotiated: the socket is joined as it is.
+            config.ssl_negotiation(SslNegotiation::Direct);
+        }
         if let Some(password) = &options.password {
             config.password(password.expose_secret());
         }
@@ -251,13 +263,14 @@ impl PostgresConnection {
     async fn open(&self) -> Result<std::result::Result<Opened, Unopened>> {
         let config = self.config()?;
         match self.tls() {
-            TlsMode::Disable => Ok(self.in_time(config.connect(NoTls)).await),
+            TlsMode::Disable if self.is_bare() => Ok(self.in_time(config.connect(NoTls)).await),
+            TlsMode::Disable => Ok(self.in_time(config.connect(Plain)).await),
             mode => {
                 let roots = self.options.sslrootcert.as_ref().map(|path| self.base.join(path));
                 let tls = tls::connector(mode == TlsMode::VerifyFull, roots.as_deref()).map_err(|error| {
                     error.while_doing(format!("connection `{}`: cannot prepare TLS", self.name))
                 })?;
-                Ok(self.in_time(config.connect(tls)).await)
+                Ok(self.in_time(config.connect(Joining(tls))).await)
             }
         }
     }

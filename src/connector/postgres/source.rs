@@ -474,8 +474,14 @@ struct Reader<'a> {
     number: u64,
     /// The part of the table that is read: the condition for it.
     part: &'a str,
-    /// The fields of one row, as ranges of its bytes.
-    fields: Vec<Option<std::ops::Range<usize>>>,
+    /// How many fields a row has.
+    width: usize,
+    /// The fields of the row at hand, and of the rows behind it that are taken with it.
+    fields: Vec<Span>,
+    /// Whether rows may be taken together: nobody asks where one of them stands.
+    in_blocks: bool,
+    /// How many rows are taken one by one, because one of them does not fit.
+    singly: usize,
 }
 
 /// The first bytes of a binary COPY.
@@ -679,9 +685,9 @@ async fn read_part(
             left.extend_from_slice(&frame);
             &left[..]
         };
-        let mut bytes = Bytes(whole);
+        let mut at = 0;
         if !begun {
-            let mut head = bytes;
+            let mut head = Bytes(whole);
             if let (Some(signature), Some(_), Some(more)) =
                 (head.take(SIGNATURE.len()), head.i32(), head.i32())
             {
@@ -692,18 +698,16 @@ async fn read_part(
                     )));
                 }
                 if head.take(usize::try_from(more).unwrap_or_default()).is_some() {
-                    (bytes, begun) = (head, true);
+                    (at, begun) = (whole.len() - head.0.len(), true);
                 }
             }
         }
         while begun && !ended {
-            let mut row = bytes;
-            match reader.split(&mut row)? {
+            match reader.take(this, whole, at)? {
                 Step::More => break,
-                Step::End => (bytes, ended) = (row, true),
-                Step::Row => {
-                    reader.row(this, bytes.0)?;
-                    bytes = row;
+                Step::End => ended = true,
+                Step::Rows { end } => {
+                    at = end;
                     if reader.is_full()
                         && let Some(batch) = reader.flush()?
                         && !out.send(batch).await
@@ -713,7 +717,7 @@ async fn read_part(
                 }
             }
         }
-        let rest = bytes.0.to_vec();
+        let rest = whole.get(at..).unwrap_or_default().to_vec();
         left = rest;
     }
     if !ended {
@@ -728,13 +732,28 @@ async fn read_part(
     Ok(true)
 }
 
+/// What stands at a place of a frame.
 enum Step {
-    /// The fields of a row are known.
-    Row,
-    /// The rest of the row is in the next frame.
+    /// One row or more, and where they end.
+    Rows { end: usize },
+    /// A row whose rest is in the next frame.
     More,
-    /// There are no more rows.
+    /// The end of all rows.
     End,
+}
+
+/// Where a value stands in a frame, as the wire has it: a null has the length -1.
+#[derive(Clone, Copy)]
+struct Span {
+    start: u32,
+    length: i32,
+}
+
+impl Span {
+    fn of<'b>(&self, frame: &'b [u8]) -> Option<&'b [u8]> {
+        let (start, length) = (usize::try_from(self.start).ok()?, usize::try_from(self.length).ok()?);
+        frame.get(start..)?.get(..length)
+    }
 }
 
 impl<'a> Reader<'a> {
@@ -776,6 +795,8 @@ impl<'a> Reader<'a> {
         }
         let wants_place = with_position || stream.bad_rows == crate::connector::spec::BadRows::Quarantine;
         let place = (shape.is_table && wants_place).then_some(given.len() + cursor.len());
+        let width = given.len() + cursor.len() + usize::from(place.is_some());
+        let in_blocks = cursor.is_empty() && !with_position && columns.iter().all(Column::takes_blocks);
         Ok(Self {
             scan,
             tap,
@@ -789,45 +810,96 @@ impl<'a> Reader<'a> {
             uneven: false,
             number: 0,
             part,
+            width,
             fields: Vec::new(),
+            in_blocks,
+            singly: 0,
         })
     }
 
-    /// Finds the fields of the next row, and moves behind it.
-    fn split(&mut self, bytes: &mut Bytes<'_>) -> Result<Step> {
-        let all = bytes.0.len();
-        let expected = self.given.len() + self.cursor.len() + usize::from(self.place.is_some());
+    /// Takes the rows that begin at `at`: all that are whole, column by column, or if one of them does not fit the first.
+    fn take(&mut self, this: &PostgresConnection, frame: &[u8], at: usize) -> Result<Step> {
+        self.fields.clear();
+        let first = match self.split(frame, at)? {
+            Step::Rows { end } => end,
+            other => return Ok(other),
+        };
+        if self.in_blocks && self.singly == 0 {
+            let (mut rows, mut last) = (1, first);
+            while self.count + rows < BATCH_ROWS
+                && let Step::Rows { end } = self.split(frame, last)?
+            {
+                (rows, last) = (rows + 1, end);
+            }
+            if self.block(frame, rows) {
+                return Ok(Step::Rows { end: last });
+            }
+            self.singly = rows;
+        }
+        self.singly = self.singly.saturating_sub(1);
+        self.row(this, frame)?;
+        Ok(Step::Rows { end: first })
+    }
+
+    /// Finds the fields of the row that begins at `at`.
+    fn split(&mut self, frame: &[u8], at: usize) -> Result<Step> {
+        let mut bytes = Bytes(frame.get(at..).unwrap_or_default());
         let Some(count) = bytes.i16() else { return Ok(Step::More) };
         if count == -1 {
             return Ok(Step::End);
         }
-        if usize::try_from(count) != Ok(expected) {
+        if usize::try_from(count) != Ok(self.width) {
             return Err(Error::failed(format!(
-                "source `{}`: the server sent a row of {count} fields, and {expected} were asked for",
-                self.scan.stream.name
+                "source `{}`: the server sent a row of {count} fields, and {} were asked for",
+                self.scan.stream.name, self.width
             )));
         }
-        self.fields.clear();
         for _ in 0..count {
-            let Some(value) = bytes.value() else { return Ok(Step::More) };
-            let end = all - bytes.0.len();
-            self.fields.push(value.map(|value| end - value.len()..end));
+            let Some(length) = bytes.i32() else { return Ok(Step::More) };
+            let start = frame.len() - bytes.0.len();
+            if length != -1 && usize::try_from(length).ok().and_then(|length| bytes.take(length)).is_none() {
+                return Ok(Step::More);
+            }
+            let start = u32::try_from(start).map_err(|_| {
+                let source = &self.scan.stream.name;
+                Error::data(format!("source `{source}`: the server sent a row of more than 4 GiB"))
+            })?;
+            self.fields.push(Span { start, length });
         }
-        Ok(Step::Row)
+        Ok(Step::Rows { end: frame.len() - bytes.0.len() })
     }
 
-    fn field<'b>(&self, row: &'b [u8], index: usize) -> Option<&'b [u8]> {
-        self.fields.get(index).cloned().flatten().and_then(|range| row.get(range))
+    /// Takes so many rows, column by column; false if one of them does not fit, and then none is taken.
+    fn block(&mut self, frame: &[u8], rows: usize) -> bool {
+        let mut bytes = 0;
+        for (index, column) in self.columns.iter_mut().enumerate() {
+            let fields = self.fields.get(index..rows * self.width).unwrap_or_default();
+            match column.append_all(fields.iter().step_by(self.width).map(|field| field.of(frame))) {
+                Ok(more) => bytes += more,
+                Err(_) => {
+                    self.columns.iter_mut().for_each(|column| column.truncate(self.count));
+                    return false;
+                }
+            }
+        }
+        self.count += rows;
+        self.number += rows as u64;
+        self.bytes += bytes;
+        true
+    }
+
+    fn field<'b>(&self, frame: &'b [u8], index: usize) -> Option<&'b [u8]> {
+        self.fields.get(index)?.of(frame)
     }
 
     /// Where the row stands.
-    fn position(&self, this: &PostgresConnection, row: &[u8]) -> String {
+    fn position(&self, this: &PostgresConnection, frame: &[u8]) -> String {
         let name = match &self.scan.stream.read {
             Read::Table(table) => format!("{} {table}", this.name),
             _ => format!("{} {}", this.name, self.scan.stream.name),
         };
         let place =
-            self.place.and_then(|index| self.field(row, index)).and_then(|tid| tid.split_at_checked(4));
+            self.place.and_then(|index| self.field(frame, index)).and_then(|tid| tid.split_at_checked(4));
         match place {
             Some(([a, b, c, d], [e, f])) => {
                 format!(
@@ -841,12 +913,12 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Takes one row, or leaves it out.
-    fn row(&mut self, this: &PostgresConnection, row: &[u8]) -> Result<()> {
+    /// Takes the row at hand, or leaves it out.
+    fn row(&mut self, this: &PostgresConnection, frame: &[u8]) -> Result<()> {
         self.number += 1;
         let stream = &self.scan.stream;
         if !self.cursor.is_empty() {
-            match self.cursor_position(row) {
+            match self.cursor_position(frame) {
                 Ok(Some(at)) if !self.scan.window.holds(&at) => return Ok(()),
                 Ok(Some(_)) => {}
                 Ok(None) => match stream.cursor.as_ref().map(|cursor| cursor.on_null).unwrap_or_default() {
@@ -859,22 +931,24 @@ impl<'a> Reader<'a> {
                         return Err(Error::data(format!(
                             "source `{}`: {}: the cursor is null",
                             stream.name,
-                            self.position(this, row)
+                            self.position(this, frame)
                         ))
                         .hint("Say what to do with such rows: `on_null: include` or `on_null: exclude`."));
                     }
                 },
                 Err((column, why)) => {
                     // A cursor that cannot be read cannot be placed in a window: never skipped in silence.
-                    let position = self.position(this, row);
-                    return self.tap.reject(stream, position, format!("`{column}` {why}"), || self.json(row));
+                    let position = self.position(this, frame);
+                    return self
+                        .tap
+                        .reject(stream, position, format!("`{column}` {why}"), || self.json(frame));
                 }
             }
         }
         let (mut bad, mut nulled) = (None, Vec::new());
         let mut bytes = 0;
         for (index, column) in self.columns.iter_mut().enumerate() {
-            let value = self.fields.get(index).cloned().flatten().and_then(|range| row.get(range));
+            let value = self.fields.get(index).and_then(|field| field.of(frame));
             bytes += value.map_or(0, <[u8]>::len);
             let Err(why) = column.append(value) else { continue };
             let unfit = self.given.get(index).filter(|given| stream.unfit_as_null.contains(&given.name));
@@ -889,12 +963,12 @@ impl<'a> Reader<'a> {
             // The columns before it have one value too many, which the flush leaves out.
             self.uneven = true;
             let name = self.given.get(index).map(|column| column.name.as_str()).unwrap_or_default();
-            let position = self.position(this, row);
-            return self.tap.reject(stream, position, format!("`{name}` {why}"), || self.json(row));
+            let position = self.position(this, frame);
+            return self.tap.reject(stream, position, format!("`{name}` {why}"), || self.json(frame));
         }
         nulled.into_iter().for_each(|column| self.tap.null(column));
         if self.positions.is_some() {
-            let position = self.position(this, row);
+            let position = self.position(this, frame);
             if let Some(positions) = &mut self.positions {
                 positions.append_value(position);
             }
@@ -904,23 +978,23 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    fn cursor_position(&self, row: &[u8]) -> Result<Option<Position>, (String, Misfit)> {
+    fn cursor_position(&self, frame: &[u8]) -> Result<Option<Position>, (String, Misfit)> {
         let mut values = Vec::with_capacity(self.cursor.len());
         for (index, column) in &self.cursor {
-            let Some(value) = self.field(row, *index) else { return Ok(None) };
+            let Some(value) = self.field(frame, *index) else { return Ok(None) };
             values.push(column.cursor_value(value).map_err(|why| (column.name.clone(), why))?);
         }
         Ok(Some(Position(values)))
     }
 
     /// The row as JSON, for the quarantine.
-    fn json(&self, row: &[u8]) -> String {
+    fn json(&self, frame: &[u8]) -> String {
         let object: serde_json::Map<String, serde_json::Value> = self
             .given
             .iter()
             .enumerate()
             .map(|(index, column)| {
-                let value = self.field(row, index).map(|value| column.show(value));
+                let value = self.field(frame, index).map(|value| column.show(value));
                 (column.name.clone(), value.into())
             })
             .collect();

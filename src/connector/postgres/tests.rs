@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arrow::{
     array::{AsArray, RecordBatch},
     datatypes::{Int32Type, SchemaRef},
-    util::display::{ArrayFormatter, FormatOptions},
+    util::display::{ArrayFormatter, FormatOptions, array_value_to_string},
 };
 use indexmap::IndexMap;
 
@@ -13,9 +13,9 @@ use crate::{
     connector::{
         Bounds, Connection, Connector, Options,
         contract::{self, Row, World, everything, made_at, orders},
-        scan::{OpenSource, OpenSources, Scan, ScanTable},
+        scan::{OpenSource, OpenSources, Scan, ScanTable, with_position},
         spec::{BadRows, CursorSpec, Mode, OnNull, Read, StreamSpec},
-        tap::Tap,
+        tap::{Reject, Tap},
     },
     error::{Error, ErrorKind, Result},
     runtime::Limits,
@@ -395,6 +395,60 @@ async fn what_cannot_be_carried_is_refused_with_column_and_row() {
             client.query_one(&format!("SELECT v::text FROM {name} WHERE v IS NOT NULL"), &[]).unwrap().get(0)
         });
         assert_eq!(shown, expected, "{written}");
+    }
+}
+
+/// The rows of `facts` as text, those that were set aside, and how many values became null. With places they are taken one by one.
+async fn taken(
+    connection: &dyn Connection,
+    stream: &StreamSpec,
+    with_places: bool,
+) -> (Vec<String>, Vec<Reject>, u64) {
+    let source = connection.source().unwrap();
+    let schema = source.describe(stream).await.unwrap();
+    let bounds = Bounds { windows: [(stream.name.clone(), Window::Whole)].into(), ..Bounds::default() };
+    let snapshot = source.snapshot(std::slice::from_ref(stream), &bounds).await.unwrap();
+    let asked = if with_places { with_position(&schema) } else { Arc::clone(&schema) };
+    let scan = Scan { batch_bytes: 8 << 10, ..Scan::new(stream.clone(), asked, Window::Whole) };
+    let tap = Arc::new(Tap::default());
+    let rows = source.scan(&snapshot, &scan, Arc::clone(&tap)).unwrap();
+    let batches: Vec<RecordBatch> = futures::TryStreamExt::try_collect(rows).await.unwrap();
+    let mut found = Vec::new();
+    for batch in &batches {
+        let columns = &batch.columns()[..schema.fields().len()];
+        let row = |row: usize| {
+            columns.iter().map(|column| array_value_to_string(column, row).unwrap() + "|").collect()
+        };
+        found.extend((0..batch.num_rows()).map(row));
+    }
+    (found, tap.rejects(), tap.nulled().values().sum())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_are_taken_together_are_what_they_are_one_by_one() {
+    let schema = with_types();
+    // Rows that do not fit: the first and the last, alone, three in a row, in one column and in another.
+    schema.execute(
+        "CREATE TABLE facts (id int, amount numeric(12,2), day date, name text, pair point2, several int[], active boolean);
+         INSERT INTO facts SELECT n, CASE WHEN n IN (1, 4000) OR n % 997 < 3 THEN 'NaN' ELSE n * 1.01 END,
+             CASE WHEN n % 701 = 0 THEN 'infinity' ELSE '2026-01-01'::date + n % 365 END, CASE WHEN n % 5 > 0 THEN repeat('ä', n % 40) END,
+             CASE WHEN n % 3 > 0 THEN ROW(n, n)::point2 END, CASE WHEN n = 2500 THEN '{{1},{2}}' ELSE ARRAY[n, NULL] END, n % 2 = 0
+         FROM generate_series(1, 4000) AS n;
+         INSERT INTO facts (id, name) VALUES (4001, repeat('long', 50000)), (4002, NULL)",
+    );
+    let connection = open(&schema.name);
+    for unfit_as_null in [vec![], vec!["amount".to_owned()]] {
+        let few = unfit_as_null.is_empty();
+        let stream = StreamSpec {
+            bad_rows: BadRows::Quarantine,
+            max_bad_rows: u64::MAX,
+            unfit_as_null,
+            ..table("facts")
+        };
+        let (rows, rejects, nulled) = taken(&*connection, &stream, false).await;
+        assert_eq!(rows.len() + rejects.len(), 4002);
+        assert_eq!((rejects.len(), nulled), if few { (21, 0) } else { (6, 15) });
+        assert_eq!((rows, rejects, nulled), taken(&*connection, &stream, true).await);
     }
 }
 
