@@ -60,7 +60,7 @@ pub static CONNECTOR: Connector = Connector {
 };
 
 /// Rows after which a row group is closed, unless an option says otherwise.
-const ROW_GROUP_ROWS: usize = 1 << 20;
+const ROW_GROUP_ROWS: usize = 1 << 18;
 
 /// Encoded bytes after which a row group is closed, unless an option says otherwise.
 const ROW_GROUP_BYTES: usize = 48 << 20;
@@ -93,7 +93,7 @@ pub(super) fn reader(name: &str, shown: &str, folder: std::path::PathBuf) -> Arc
 struct FilesOptions {
     /// The folder, relative to the project's. As a target it is created.
     root: String,
-    /// Rows after which a Parquet row group is closed. Unless set, 1048576.
+    /// Rows after which a Parquet row group is closed. Unless set, 262144.
     row_group_rows: Option<usize>,
     /// Encoded bytes after which a Parquet row group is closed. Unless set, 48 MiB.
     row_group_bytes: Option<usize>,

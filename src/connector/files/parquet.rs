@@ -26,9 +26,11 @@ use ::parquet::{
     schema::types::ColumnPath,
 };
 use arrow::{
-    array::{Array, ArrayRef, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder, new_null_array},
-    compute::concat_batches,
-    datatypes::SchemaRef,
+    array::{
+        Array, ArrayRef, AsArray, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder, new_null_array,
+    },
+    compute::{cast, concat_batches},
+    datatypes::{DataType, Int64Type, SchemaRef},
     util::display::{ArrayFormatter, FormatOptions},
 };
 use datafusion::physical_plan::SendableRecordBatchStream;
@@ -272,15 +274,33 @@ pub(super) fn data_file(
     })
 }
 
-/// How files are written; of columns in `many` a dictionary would hold too many values.
-fn properties(many: &[ColumnPath]) -> WriterProperties {
+/// How files are written; of columns in `many` a dictionary would hold too many values, and those in `rising` are told best by what they rise.
+fn properties(many: &[ColumnPath], rising: &[ColumnPath]) -> WriterProperties {
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).unwrap_or_default()))
         .set_created_by(concat!("floodmark ", env!("CARGO_PKG_VERSION")).to_owned());
     let without = |properties: WriterPropertiesBuilder, column: &ColumnPath| {
         properties.set_column_dictionary_enabled(column.clone(), false)
     };
-    many.iter().fold(properties, without).build()
+    let by_difference = |properties: WriterPropertiesBuilder, column: &ColumnPath| {
+        without(properties, column).set_column_encoding(column.clone(), Encoding::DELTA_BINARY_PACKED)
+    };
+    rising.iter().fold(many.iter().fold(properties, without), by_difference).build()
+}
+
+/// Whether the whole numbers or times of a column rise from row to row, or nearly, and stay for a few rows at most: keys and the time of events do.
+/// Their dictionary would hold so many that it helps less than it costs.
+fn rises(column: &dyn Array) -> bool {
+    let is_time =
+        matches!(column.data_type(), DataType::Timestamp(..) | DataType::Date32 | DataType::Time64(_));
+    let is_number = is_time || column.data_type().is_integer();
+    let Some(Ok(numbers)) = is_number.then(|| cast(column, &DataType::Int64)) else { return false };
+    let numbers: Vec<i64> = numbers.as_primitive::<Int64Type>().iter().flatten().collect();
+    let steps = numbers.iter().zip(numbers.iter().skip(1));
+    let (rises, falls) = steps.fold((0, 0), |(rises, falls), (one, next)| {
+        (rises + usize::from(one < next), falls + usize::from(one > next))
+    });
+    rises > numbers.len() / FEW_ROWS && falls <= numbers.len() / 100
 }
 
 /// Whether a dictionary was begun for a column, and given up because it held too many values.
@@ -313,8 +333,8 @@ impl Writer {
         ArrowSchemaConverter::new().convert(&schema).map_err(|error| {
             Error::configuration("a column cannot be written as Parquet").note(error.to_string())
         })?;
-        let writer =
-            ArrowWriter::try_new(sink, Arc::clone(&schema), Some(properties(&[]))).map_err(failed(path))?;
+        let writer = ArrowWriter::try_new(sink, Arc::clone(&schema), Some(properties(&[], &[])))
+            .map_err(failed(path))?;
         let (file, _) = writer.into_serialized_writer().map_err(failed(path))?;
         let (memory, many) = (memory.another(), Vec::new());
         Ok(Self { file, many, columns: Vec::new(), schema, group_rows: 0, limits, memory })
@@ -350,13 +370,16 @@ impl Writer {
     /// Writes batches, the columns side by side.
     fn write(&mut self, batches: &[RecordBatch]) -> ::parquet::errors::Result<()> {
         if self.columns.is_empty() {
+            let rising = self.schema.fields().iter().zip(0..);
+            let rising = rising.filter(|(_, at)| batches.iter().all(|batch| rises(batch.column(*at))));
+            let rising: Vec<_> = rising.map(|(field, _)| ColumnPath::from(field.name().as_str())).collect();
             #[expect(
                 deprecated,
                 reason = "its successor takes its properties from the file, for all row groups"
             )]
             let columns = ::parquet::arrow::arrow_writer::get_column_writers(
                 self.file.schema_descr(),
-                &Arc::new(properties(&self.many)),
+                &Arc::new(properties(&self.many, &rising)),
                 &self.schema,
             )?;
             self.columns = columns;
@@ -433,6 +456,9 @@ fn failed(path: &str) -> impl Fn(::parquet::errors::ParquetError) -> Error {
 
 /// Bytes that a row group has at least before it is closed for want of memory: many small ones would cost more than they save.
 const LEAST_GROUP: usize = 1 << 20;
+
+/// For how many rows a value of a column that rises may stay on average.
+const FEW_ROWS: usize = 8;
 
 /// Bytes of rows that are encoded in one go, more or less.
 const STEP_BYTES: usize = 2 << 20;

@@ -11,8 +11,8 @@ use std::{
 };
 
 use arrow::{
-    array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray},
-    datatypes::{DataType, Field, Int64Type, Schema},
+    array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray},
+    datatypes::{DataType, Field, Int64Type, Schema, TimeUnit, TimestampMicrosecondType},
     util::display::array_value_to_string,
 };
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
@@ -332,22 +332,33 @@ fn a_block_of_rows_is_read_as_its_rows_are() {
     outcome.unwrap();
 }
 
-/// A column that a dictionary does not help is written without one from the second row group on.
+/// A column that a dictionary does not help is written without one: where it rises at once, else from the second row group on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dictionary_that_was_outgrown_is_not_tried_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("lines.parquet");
     let schema = Arc::new(Schema::new(vec![
-        Field::new("id", DataType::Int64, false),
+        Field::new("code", DataType::Int64, false),
         Field::new("kind", DataType::Utf8, false),
+        Field::new("id", DataType::Int64, false),
+        Field::new("at", DataType::Timestamp(TimeUnit::Microsecond, None), true),
+        Field::new("batch", DataType::Int64, false),
     ]));
     let rows = i64::try_from(super::ROW_GROUP_ROWS).unwrap() * 3;
+    // As many codes as rows, in no order.
+    let code = |id: i64| id * 7_919 % rows;
     let batch = |start: i64| {
         let ids = start..(start + 100_000).min(rows);
         let kinds = ids.clone().map(|id| Some(if id % 3 == 0 { "new" } else { "paid" }));
-        let columns: Vec<ArrayRef> =
-            vec![Arc::new(kinds.collect::<StringArray>()), Arc::new(ids.collect::<Int64Array>())];
-        Ok(RecordBatch::try_new(Arc::clone(&schema), columns.into_iter().rev().collect()).unwrap())
+        let times = ids.clone().map(|id| (id % 10 > 0).then_some(id / 4 * 1_000_000));
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(ids.clone().map(code).collect::<Int64Array>()),
+            Arc::new(kinds.collect::<StringArray>()),
+            Arc::new(ids.clone().collect::<Int64Array>()),
+            Arc::new(times.collect::<TimestampMicrosecondArray>()),
+            Arc::new(ids.map(|id| id / 1000).collect::<Int64Array>()),
+        ];
+        Ok(RecordBatch::try_new(Arc::clone(&schema), columns).unwrap())
     };
     let batches: Vec<_> = (0..rows).step_by(100_000).map(batch).collect();
     let limits = Limits { memory_bytes: 1 << 30, spill: folder.path().join("spill") };
@@ -361,12 +372,27 @@ async fn a_dictionary_that_was_outgrown_is_not_tried_again() {
         reader.metadata().row_group(group).column(column).dictionary_page_offset().is_some()
     };
     assert_eq!(reader.metadata().num_row_groups(), 3);
-    assert_eq!([0, 1, 2].map(|group| has_dictionary(group, 0)), [true, false, false]);
-    assert_eq!([0, 1, 2].map(|group| has_dictionary(group, 1)), [true, true, true]);
-    let sum: i64 = reader
-        .build()
-        .unwrap()
-        .map(|batch| arrow::compute::sum(batch.unwrap().column(0).as_primitive::<Int64Type>()).unwrap())
-        .sum();
-    assert_eq!(sum, rows * (rows - 1) / 2);
+    for (column, expected) in
+        [[true, false, false], [true; 3], [false; 3], [false; 3], [true; 3]].iter().enumerate()
+    {
+        assert_eq!([0, 1, 2].map(|group| has_dictionary(group, column)), *expected, "column {column}");
+    }
+    let mut next = 0;
+    for batch in reader.build().unwrap() {
+        let batch = batch.unwrap();
+        let number = |column: usize| batch.column(column).as_primitive::<Int64Type>();
+        let times = batch.column(3).as_primitive::<TimestampMicrosecondType>();
+        for row in 0..batch.num_rows() {
+            assert_eq!(
+                (number(0).value(row), number(2).value(row), number(4).value(row)),
+                (code(next), next, next / 1000)
+            );
+            assert_eq!(
+                times.is_valid(row).then(|| times.value(row)),
+                (next % 10 > 0).then_some(next / 4 * 1_000_000)
+            );
+            next += 1;
+        }
+    }
+    assert_eq!(next, rows);
 }
