@@ -23,7 +23,7 @@ use std::{
 };
 
 use chrono::SecondsFormat;
-use futures::future::{Either, join_all, select};
+use futures::future::{Either, join_all, maybe_done, select};
 use indexmap::IndexMap;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
@@ -598,6 +598,7 @@ impl Conductor {
         let marks = if anew { Marks::new() } else { history::marks(&plan, base.as_ref(), warnings)? };
         let (counts, held) = Held::counting();
         let counted = history::of_outputs(&plan, target, base.as_ref(), anew, counts);
+        let mut counted = Box::pin(maybe_done(counted));
         let attempt = Attempt {
             id: Uuid::now_v7(),
             run_id: record.run_id,
@@ -607,7 +608,7 @@ impl Conductor {
             held,
             scratch: self.scratch.clone(),
         };
-        let load = target.begin(&plan.id, &attempt, base.as_ref()).await?;
+        let load = beside(&mut counted, target.begin(&plan.id, &attempt, base.as_ref())).await?;
         let mut release = Release {
             plan: &plan,
             base: base.as_ref(),
@@ -617,6 +618,10 @@ impl Conductor {
             request,
             joins,
             overtakes,
+        };
+        let counted = async {
+            counted.as_mut().await;
+            counted.as_mut().take_output().unwrap_or_else(|| Err(Error::bug("the rows were counted before")))
         };
         let side_by_side = both(counted, Box::pin(release.stage(&connections, &marks, record)));
         let ended = self.unless_stopped(async { Ok(side_by_side.await) }).await;
@@ -735,6 +740,14 @@ struct Left {
 struct Unsettled {
     committing: LoadRecord,
     report: RunRecord,
+}
+
+/// What `work` comes to, while the other goes on as far as it gets.
+async fn beside<T>(other: &mut (impl Future + Unpin), work: impl Future<Output = T>) -> T {
+    match select(other, pin!(work)).await {
+        Either::Left((_, work)) => work.await,
+        Either::Right((done, _)) => done,
+    }
 }
 
 /// What two pieces of work come to, side by side. What the first one refuses ends the second.

@@ -99,6 +99,9 @@ pub(super) async fn bounds(
         }
         bounds.follow(stream, since.get(&stream.name), hi, exactness)?;
     }
+    if let Some((session, _)) = opened {
+        this.rest(session).await;
+    }
     Ok(bounds)
 }
 

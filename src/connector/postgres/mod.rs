@@ -8,14 +8,17 @@ use std::{
     fmt,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
-use futures::{FutureExt, future::BoxFuture};
+use futures::{
+    FutureExt,
+    future::{BoxFuture, pending},
+};
 use schemars::JsonSchema;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -73,6 +76,7 @@ pub static CONNECTOR: Connector = Connector {
             is_silent: AtomicBool::new(false),
             heard: AtomicU64::new(0),
             look: tokio::sync::Mutex::default(),
+            idle: Mutex::default(),
         };
         connection.config()?;
         Ok(Arc::new(Arc::new(connection)))
@@ -167,6 +171,8 @@ struct PostgresConnection {
     heard: AtomicU64,
     /// When it was last looked whether the server answers, and whether it did.
     look: tokio::sync::Mutex<Option<(Instant, bool)>>,
+    /// A session that has nothing to do since then: the next step takes it instead of a new one.
+    idle: Mutex<Option<(Session, Instant)>>,
 }
 
 impl fmt::Debug for PostgresConnection {
@@ -199,6 +205,9 @@ enum Unopened {
     /// The server, the network or the library refused.
     Failed(tokio_postgres::Error),
 }
+
+/// How long a session may wait for the next step. What lies between may have forgotten it afterwards.
+const IDLE: Duration = Duration::from_secs(5);
 
 /// What every transaction sets: values as our decoder knows them, and no time-out but our own; a machine of ours that has vanished
 /// holds its locks for a minute and no longer.
@@ -276,16 +285,19 @@ impl PostgresConnection {
     }
 
     /// Waits until the server answers nobody any more: nothing came to any session, and three new ones in a row had no answer.
-    async fn until_silent(&self) {
-        let every = Duration::from_millis(self.options.silence_ms.unwrap_or(60_000).max(10).into());
+    async fn until_silent(this: Weak<Self>, every: Duration) {
         let (mut unanswered, mut heard) = (0, 0);
         while unanswered < 3 {
             runtime::sleep(every).await;
-            let by_now = self.heard.load(Ordering::Relaxed);
-            let answered = by_now != heard || self.answers(every).await;
+            // Whoever has no connection any more waits for nothing.
+            let Some(this) = this.upgrade() else { return pending().await };
+            let by_now = this.heard.load(Ordering::Relaxed);
+            let answered = by_now != heard || this.answers(every).await;
             (unanswered, heard) = (if answered { 0 } else { unanswered + 1 }, by_now);
+            if unanswered == 3 {
+                this.is_silent.store(true, Ordering::Relaxed);
+            }
         }
-        self.is_silent.store(true, Ordering::Relaxed);
     }
 
     /// Whether the server answers anybody. All sessions share one look in that time.
@@ -315,11 +327,12 @@ impl PostgresConnection {
     async fn connect(self: &Arc<Self>) -> Result<Session> {
         let (client, driver) = self.open().await?.map_err(|why| self.unreachable(&why))?;
         self.is_silent.store(false, Ordering::Relaxed);
-        let this = Arc::clone(self);
+        let every = Duration::from_millis(self.options.silence_ms.unwrap_or(60_000).max(10).into());
+        let silent = Self::until_silent(Arc::downgrade(self), every);
         let driver = runtime::spawn(async move {
             tokio::select! {
                 () = driver => {}
-                () = this.until_silent() => {}
+                () = silent => {}
             }
         });
         let session = Session { client, _driver: driver };
@@ -359,13 +372,28 @@ impl PostgresConnection {
 
     /// A session inside a transaction, set up to read or to write.
     async fn transaction(self: &Arc<Self>, how: &str) -> Result<Session> {
+        self.after("begin a transaction in", &format!("BEGIN {how}; {}", self.settings()?)).await
+    }
+
+    /// A session in which `begin` was said, to do something: the idle one, or if it is not there or not well any more a new one.
+    async fn after(self: &Arc<Self>, doing: &str, begin: &str) -> Result<Session> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((session, since)) = idle
+            && since.elapsed() < IDLE
+            && session.batch_execute(begin).await.is_ok()
+        {
+            return Ok(session);
+        }
         let session = self.connect().await?;
-        let settings = self.settings()?;
-        session
-            .batch_execute(&format!("BEGIN {how}; {settings}"))
-            .await
-            .map_err(|error| self.error("begin a transaction in", &error))?;
+        session.batch_execute(begin).await.map_err(|error| self.error(doing, &error))?;
         Ok(session)
+    }
+
+    /// Ends what a session has read, and leaves it to the next step.
+    async fn rest(&self, session: Session) {
+        if session.batch_execute("ROLLBACK").await.is_ok() {
+            *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = Some((session, Instant::now()));
+        }
     }
 
     /// What every transaction sets.

@@ -72,6 +72,7 @@ impl Source for Arc<PostgresConnection> {
     async fn describe(&self, stream: &StreamSpec) -> Result<SchemaRef> {
         let session = self.transaction("READ ONLY").await?;
         let shape = Shape::of(self, &session, stream).await?;
+        self.rest(session).await;
         Ok(Arc::new(Schema::new(shape.columns.iter().map(ColumnShape::field).collect::<Vec<_>>())))
     }
 
@@ -81,7 +82,10 @@ impl Source for Arc<PostgresConnection> {
             "SELECT s.system_identifier::text || '/' || d.oid FROM pg_control_system() AS s, pg_database AS d
             WHERE d.datname = current_database()";
         match session.query_opt(sql, &[]).await {
-            Ok(row) => Ok(row.map(|row| row.get(0))),
+            Ok(row) => {
+                self.rest(session).await;
+                Ok(row.map(|row| row.get(0)))
+            }
             // Some providers do not tell; then nobody can know.
             Err(error)
                 if error.code().is_some_and(|code| {
@@ -545,9 +549,7 @@ impl Shared {
 async fn follow(this: &Arc<PostgresConnection>, lead: &Lead, stream: &StreamSpec) -> Result<Session> {
     let failed =
         |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
-    let session = this.connect().await?;
-    let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}", this.settings()?);
-    session.batch_execute(&begin).await.map_err(|error| failed(&error))?;
+    let session = this.transaction("ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
     let import = format!("SET TRANSACTION SNAPSHOT {}", text(&lead.id));
     session.batch_execute(&import).await.map_err(|error| {
         let told = failed(&error);

@@ -89,7 +89,9 @@ impl Target for Arc<PostgresConnection> {
     async fn last_record(&self, job: &JobId) -> Result<Option<LoadRecord>> {
         // Each statement sees what was committed before it: also what was committed while it waited for the lock.
         let session = self.transaction("ISOLATION LEVEL READ COMMITTED READ ONLY").await?;
-        last_record(self, &session, job).await
+        let last = last_record(self, &session, job).await?;
+        self.rest(session).await;
+        Ok(last)
     }
 
     async fn record_at(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>> {
@@ -108,9 +110,6 @@ impl Target for Arc<PostgresConnection> {
     async fn current(&self, _: &JobId, output: &str) -> Result<Option<Current>> {
         let session = self.transaction("READ ONLY").await?;
         let Some(table) = Table::of(self, &session, output).await? else { return Ok(None) };
-        // Beside what the run does meanwhile, which is to have the other processors.
-        let alone = "SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL jit = off";
-        session.batch_execute(alone).await.map_err(|error| self.error("set up", &error))?;
         let rows = count(self, &session, &format!("SELECT count(*) FROM {}", table_name(output)?)).await?;
         Ok(Some(Current { schema: table.schema(None), rows }))
     }
@@ -147,9 +146,7 @@ impl Target for Arc<PostgresConnection> {
     }
 
     async fn begin(&self, job: &JobId, attempt: &Attempt, _: Option<&LoadRecord>) -> Result<Box<dyn Load>> {
-        let session = self.connect().await?;
-        let settings = self.settings()?.replace("SET LOCAL", "SET");
-        session.batch_execute(&settings).await.map_err(|error| self.error("set up", &error))?;
+        let session = self.after("set up", &self.settings()?.replace("SET LOCAL", "SET")).await?;
         Ok(Box::new(PostgresLoad {
             connection: Self::clone(self),
             job: job.clone(),
