@@ -17,7 +17,7 @@ use ::parquet::{
         arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder},
         arrow_writer::{ArrowColumnWriter, ArrowLeafColumn, compute_leaves},
     },
-    basic::{Compression, Encoding, PageType, ZstdLevel},
+    basic::{Compression, Encoding, PageType, Type as PhysicalType, ZstdLevel},
     file::{
         metadata::{ColumnChunkMetaData, PageEncodingStats, ParquetMetaData},
         properties::{WriterProperties, WriterPropertiesBuilder},
@@ -146,9 +146,14 @@ fn batch_rows(metadata: &ParquetMetaData, mask: &ProjectionMask, batch_bytes: us
     let widest = metadata.row_groups().iter().filter(|group| group.num_rows() > 0).map(|group| {
         let columns = group.columns().iter().enumerate().filter(|(leaf, _)| mask.leaf_included(*leaf));
         let bytes = columns.map(|(_, column)| {
-            // Of a dictionary only the words are in the file.
+            // Of a dictionary only the words are in the file, of what rises only by what.
             let texts = column.unencoded_byte_array_data_bytes().unwrap_or_default();
-            column.uncompressed_size().max(texts)
+            let width = match column.column_type() {
+                PhysicalType::INT32 | PhysicalType::FLOAT => 4,
+                PhysicalType::INT64 | PhysicalType::DOUBLE => 8,
+                _ => 0,
+            };
+            column.uncompressed_size().max(texts).max(column.num_values() * width)
         });
         bytes.sum::<i64>() / group.num_rows()
     });
@@ -288,19 +293,22 @@ fn properties(many: &[ColumnPath], rising: &[ColumnPath]) -> WriterProperties {
     rising.iter().fold(many.iter().fold(properties, without), by_difference).build()
 }
 
-/// Whether the whole numbers or times of a column rise from row to row, or nearly, and stay for a few rows at most: keys and the time of events do.
-/// Their dictionary would hold so many that it helps less than it costs.
+/// Whether the whole numbers or times of a column rise from row to row, and stay for a few rows at most: keys and the time of events do. Their
+/// dictionary would hold so many that it helps less than it costs. Few values tell nothing; and one that falls far makes its whole block wide.
 fn rises(column: &dyn Array) -> bool {
     let is_time =
         matches!(column.data_type(), DataType::Timestamp(..) | DataType::Date32 | DataType::Time64(_));
     let is_number = is_time || column.data_type().is_integer();
-    let Some(Ok(numbers)) = is_number.then(|| cast(column, &DataType::Int64)) else { return false };
+    if !is_number || column.len() - column.null_count() < ENOUGH_ROWS {
+        return false;
+    }
+    let Ok(numbers) = cast(column, &DataType::Int64) else { return false };
     let numbers: Vec<i64> = numbers.as_primitive::<Int64Type>().iter().flatten().collect();
     let steps = numbers.iter().zip(numbers.iter().skip(1));
     let (rises, falls) = steps.fold((0, 0), |(rises, falls), (one, next)| {
         (rises + usize::from(one < next), falls + usize::from(one > next))
     });
-    rises > numbers.len() / FEW_ROWS && falls <= numbers.len() / 100
+    rises > numbers.len() / FEW_ROWS && falls <= numbers.len() / (2 * ENOUGH_ROWS)
 }
 
 /// Whether a dictionary was begun for a column, and given up because it held too many values.
@@ -459,6 +467,9 @@ const LEAST_GROUP: usize = 1 << 20;
 
 /// For how many rows a value of a column that rises may stay on average.
 const FEW_ROWS: usize = 8;
+
+/// Values that tell whether a column rises.
+const ENOUGH_ROWS: usize = 1024;
 
 /// Bytes of rows that are encoded in one go, more or less.
 const STEP_BYTES: usize = 2 << 20;

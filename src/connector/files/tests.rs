@@ -346,7 +346,7 @@ async fn a_dictionary_that_was_outgrown_is_not_tried_again() {
     ]));
     let rows = i64::try_from(super::ROW_GROUP_ROWS).unwrap() * 3;
     // As many codes as rows, in no order.
-    let code = |id: i64| id * 7_919 % rows;
+    let code = |id: i64| id * 486_041 % rows;
     let batch = |start: i64| {
         let ids = start..(start + 100_000).min(rows);
         let kinds = ids.clone().map(|id| Some(if id % 3 == 0 { "new" } else { "paid" }));

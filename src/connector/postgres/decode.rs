@@ -1,7 +1,7 @@
-//! From the frames of a binary COPY to Arrow, one match a field.
+//! From the frames of a binary COPY to Arrow, one match for a column of a frame.
 //!
 //! A [`Column`] takes a value in the form that its [`Wire`] says, exactly or not at all: what does not fit is a [`Misfit`], and the
-//! column is as it was. Text is checked once a batch. Nothing here believes a length that the frame does not have.
+//! column is as it was; of several values, as far as they fitted, and the caller takes them back. Text is checked once a batch. Nothing here believes a length that the frame does not have.
 
 use std::{net::Ipv6Addr, sync::Arc};
 

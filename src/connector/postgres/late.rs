@@ -457,12 +457,12 @@ fn ties_at_the_boundary_come_once() {
 }
 
 /// A user of the server without rights, gone when it is dropped.
-struct Role {
-    name: String,
+pub(super) struct Role {
+    pub(super) name: String,
 }
 
 impl Role {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let this = Self { name: format!("r_{}", uuid::Uuid::now_v7().simple()) };
         let create = format!("CREATE ROLE {} LOGIN PASSWORD 'for-a-test'", this.name);
         postgres().admin("postgres", |client| client.batch_execute(&create).unwrap());

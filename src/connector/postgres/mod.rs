@@ -8,7 +8,7 @@ use std::{
     fmt,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -171,8 +171,8 @@ struct PostgresConnection {
     heard: AtomicU64,
     /// When it was last looked whether the server answers, and whether it did.
     look: tokio::sync::Mutex<Option<(Instant, bool)>>,
-    /// A session that has nothing to do since then: the next step takes it instead of a new one.
-    idle: Mutex<Option<(Session, Instant)>>,
+    /// A session that has nothing to do: the next step takes it instead of a new one.
+    idle: Mutex<Option<Idle>>,
 }
 
 impl fmt::Debug for PostgresConnection {
@@ -185,6 +185,13 @@ impl fmt::Debug for PostgresConnection {
 struct Session {
     client: Client,
     _driver: TaskGuard,
+}
+
+/// A session that has nothing to do.
+struct Idle {
+    session: Session,
+    /// Ends it before long.
+    _end: TaskGuard,
 }
 
 impl std::ops::Deref for Session {
@@ -206,7 +213,7 @@ enum Unopened {
     Failed(tokio_postgres::Error),
 }
 
-/// How long a session may wait for the next step. What lies between may have forgotten it afterwards.
+/// How long a session waits for the next step: a server has few.
 const IDLE: Duration = Duration::from_secs(5);
 
 /// What every transaction sets: values as our decoder knows them, and no time-out but our own; a machine of ours that has vanished
@@ -287,7 +294,7 @@ impl PostgresConnection {
     /// Waits until the server answers nobody any more: nothing came to any session, and three new ones in a row had no answer.
     async fn until_silent(this: Weak<Self>, every: Duration) {
         let (mut unanswered, mut heard) = (0, 0);
-        while unanswered < 3 {
+        loop {
             runtime::sleep(every).await;
             // Whoever has no connection any more waits for nothing.
             let Some(this) = this.upgrade() else { return pending().await };
@@ -295,7 +302,7 @@ impl PostgresConnection {
             let answered = by_now != heard || this.answers(every).await;
             (unanswered, heard) = (if answered { 0 } else { unanswered + 1 }, by_now);
             if unanswered == 3 {
-                this.is_silent.store(true, Ordering::Relaxed);
+                return this.is_silent.store(true, Ordering::Relaxed);
             }
         }
     }
@@ -375,12 +382,11 @@ impl PostgresConnection {
         self.after("begin a transaction in", &format!("BEGIN {how}; {}", self.settings()?)).await
     }
 
-    /// A session in which `begin` was said, to do something: the idle one, or if it is not there or not well any more a new one.
+    /// A session in which `begin` was said, to do something: the idle one, or where there is none, or it is not well any more, a new one.
     async fn after(self: &Arc<Self>, doing: &str, begin: &str) -> Result<Session> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some((session, since)) = idle
-            && since.elapsed() < IDLE
-            && session.batch_execute(begin).await.is_ok()
+        let idle = self.idle().take();
+        if let Some(Idle { session, _end }) = idle
+            && let Some(Ok(())) = runtime::within(self.patience(), session.batch_execute(begin)).await
         {
             return Ok(session);
         }
@@ -390,10 +396,22 @@ impl PostgresConnection {
     }
 
     /// Ends what a session has read, and leaves it to the next step.
-    async fn rest(&self, session: Session) {
-        if session.batch_execute("ROLLBACK").await.is_ok() {
-            *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = Some((session, Instant::now()));
+    async fn rest(self: &Arc<Self>, session: Session) {
+        if session.batch_execute("ROLLBACK").await.is_err() {
+            return;
         }
+        let this = Arc::downgrade(self);
+        let end = runtime::spawn(async move {
+            runtime::sleep(IDLE).await;
+            if let Some(this) = this.upgrade() {
+                this.idle().take();
+            }
+        });
+        *self.idle() = Some(Idle { session, _end: end });
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Option<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What every transaction sets.

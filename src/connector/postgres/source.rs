@@ -549,7 +549,8 @@ impl Shared {
 async fn follow(this: &Arc<PostgresConnection>, lead: &Lead, stream: &StreamSpec) -> Result<Session> {
     let failed =
         |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
-    let session = this.transaction("ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+    let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}", this.settings()?);
+    let session = this.after(&format!("read source `{}` from", stream.name), &begin).await?;
     let import = format!("SET TRANSACTION SNAPSHOT {}", text(&lead.id));
     session.batch_execute(&import).await.map_err(|error| {
         let told = failed(&error);

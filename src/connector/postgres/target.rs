@@ -3,7 +3,7 @@
 //! Rows are staged by binary COPY into temporary tables, which no other session sees. The commit takes the job's lock, compares
 //! the sequence number, locks the outputs against other writers, applies the stages set by set, checks that what changed is what was
 //! announced, writes the record, and commits. Whatever fails before that leaves the database as it was. When the answer to
-//! the COMMIT is lost, a new session waits for the job's lock, which the old one holds as long as it lives, and then reads what is
+//! the COMMIT is lost, another session waits for the job's lock, which the old one holds as long as it lives, and then reads what is
 //! true.
 //!
 //! Rows that are only added, to a table without unique keys whose columns take them as they are or that is still to be made, are copied straight into it:
@@ -76,6 +76,7 @@ impl Target for Arc<PostgresConnection> {
         let current = Table::of(self, &session, &output.name).await?;
         let stage = Stage::new(output, current, Arc::clone(model), String::new())?;
         let is_straight = straight(self, &session, &stage).await?.is_some();
+        self.rest(session).await;
         Ok(Some(match (is_straight, output.mode) {
             (true, _) if stage.current.is_none() => "copied into a new table",
             (true, _) => "copied straight into the table",
@@ -110,7 +111,16 @@ impl Target for Arc<PostgresConnection> {
     async fn current(&self, _: &JobId, output: &str) -> Result<Option<Current>> {
         let session = self.transaction("READ ONLY").await?;
         let Some(table) = Table::of(self, &session, output).await? else { return Ok(None) };
-        let rows = count(self, &session, &format!("SELECT count(*) FROM {}", table_name(output)?)).await?;
+        let name = table_name(output)?;
+        // A large one is counted beside what the run does meanwhile, which is to have the other processors.
+        let alone = format!(
+            "SELECT set_config('max_parallel_workers_per_gather', '0', true)
+             WHERE (SELECT sum(pg_relation_size(relid)) FROM pg_partition_tree({})) > {LARGE_BYTES}",
+            text(&name)
+        );
+        session.batch_execute(&alone).await.map_err(|error| self.error("set up", &error))?;
+        let rows = count(self, &session, &format!("SELECT count(*) FROM {name}")).await?;
+        self.rest(session).await;
         Ok(Some(Current { schema: table.schema(None), rows }))
     }
 
@@ -178,6 +188,9 @@ async fn last_record(
     let row = session.query_opt(sql, &[&job.project, &job.job]).await.map_err(failed)?;
     row.map(|row| LoadRecord::from_json(row.get(0))).transpose()
 }
+
+/// Bytes of a table that is counted within a tenth of a second, by several processes.
+const LARGE_BYTES: u64 = 128 << 20;
 
 /// The number under which a job's commits wait for each other: of the job, and of the schema that its state is in.
 const LOCK_KEY: &str = "hashtextextended($1 || '/' || coalesce(current_schema(), ''), 0)";

@@ -25,6 +25,7 @@ use crate::{
     watermark::Window,
 };
 
+use super::late::Role;
 use crate::connector::services::{Schema, postgres};
 
 fn open(schema: &str) -> Arc<dyn Connection> {
@@ -437,6 +438,7 @@ async fn rows_that_are_taken_together_are_what_they_are_one_by_one() {
          INSERT INTO facts (id, name) VALUES (4001, repeat('long', 50000)), (4002, NULL)",
     );
     let connection = open(&schema.name);
+    let encrypted = open_with(&schema.name, &serde_json::json!({}));
     for unfit_as_null in [vec![], vec!["amount".to_owned()]] {
         let few = unfit_as_null.is_empty();
         let stream = StreamSpec {
@@ -445,10 +447,11 @@ async fn rows_that_are_taken_together_are_what_they_are_one_by_one() {
             unfit_as_null,
             ..table("facts")
         };
-        let (rows, rejects, nulled) = taken(&*connection, &stream, false).await;
-        assert_eq!(rows.len() + rejects.len(), 4002);
-        assert_eq!((rejects.len(), nulled), if few { (21, 0) } else { (6, 15) });
-        assert_eq!((rows, rejects, nulled), taken(&*connection, &stream, true).await);
+        let found = taken(&*connection, &stream, false).await;
+        assert_eq!(found.0.len() + found.1.len(), 4002);
+        assert_eq!((found.1.len(), found.2), if few { (21, 0) } else { (6, 15) });
+        assert_eq!(found, taken(&*connection, &stream, true).await);
+        assert_eq!(found, taken(&*encrypted, &stream, false).await);
     }
 }
 
@@ -505,6 +508,53 @@ async fn tls_is_verified_unless_the_project_says_otherwise() {
                 assert!(error.to_string().contains(why), "{what}: {error}");
             }
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_is_left_to_the_next_step_and_to_nobody_for_long() {
+    let role = Role::new();
+    let schema = Schema::new();
+    schema.execute(&format!(
+        "CREATE TABLE orders (id int); GRANT USAGE ON SCHEMA {} TO {role}; GRANT SELECT ON orders TO {role}",
+        schema.name,
+        role = role.name
+    ));
+    let user = serde_json::json!({ "sslmode": "disable", "user": role.name, "password": "for-a-test" });
+    let connection = open_with(&schema.name, &user);
+    let (source, target) = (connection.source().unwrap(), connection.target().unwrap());
+    let sessions = || -> Vec<(i32, String)> {
+        let sql = "SELECT pid, state FROM pg_stat_activity WHERE usename = $1 ORDER BY backend_start";
+        let rows = schema.with(|client| client.query(sql, &[&role.name]).unwrap());
+        rows.iter().map(|row| (row.get(0), row.get::<_, Option<String>>(1).unwrap_or_default())).collect()
+    };
+    let idle = |pid: i32| (pid, "idle".to_owned());
+    let job = crate::names::JobId { project: "p".to_owned(), job: "j".to_owned() };
+    let stream = table("orders");
+
+    source.describe(&stream).await.unwrap();
+    let [(first, _)] = sessions()[..] else { panic!("{:?}", sessions()) };
+    source.describe(&stream).await.unwrap();
+    target.last_record(&job).await.unwrap();
+    target.current(&job, "orders").await.unwrap();
+    assert_eq!(sessions(), [idle(first)]);
+
+    // One that was lost is not missed.
+    schema.execute(&format!("SELECT pg_terminate_backend({first}, 10000)"));
+    source.describe(&stream).await.unwrap();
+    let [(second, _)] = sessions()[..] else { panic!("{:?}", sessions()) };
+    assert_ne!(second, first);
+
+    // Who holds a snapshot keeps it, and what comes next has another.
+    let snapshot = source.snapshot(&[], &Bounds::default()).await.unwrap();
+    source.describe(&stream).await.unwrap();
+    let found = sessions();
+    assert_eq!((found.len(), &found[0]), (2, &(second, "idle in transaction".to_owned())));
+    drop(snapshot);
+
+    // Nobody comes any more.
+    while !sessions().is_empty() {
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
 }
 
