@@ -90,7 +90,9 @@ pub fn internal(scratch: &Scratch, hash_joins: bool) -> SessionContext {
 }
 
 fn partitioned(scratch: &Scratch, hash_joins: bool, partitions: usize) -> SessionConfig {
-    config(scratch, hash_joins).with_target_partitions(if hash_joins { partitions } else { 2 })
+    let config = config(scratch, hash_joins).with_target_partitions(if hash_joins { partitions } else { 2 });
+    // To part both sides of a join by their keys costs more than it saves where only two could share the work: one side is held whole then.
+    config.with_repartition_joins(!hash_joins || partitions > 2)
 }
 
 /// Whether rows that come in another order give the same rows, in whatever order: no row is chosen by its place, and nothing is
