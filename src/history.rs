@@ -18,17 +18,18 @@
 //! Rows of outputs that the record knows are counted while the run goes on ([`of_outputs`]): that takes as long as a table is large, and a run
 //! as long as it has to.
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use tokio::sync::watch;
+use std::collections::BTreeSet;
 
 use crate::{
-    connector::{Marks, Target},
+    connector::{Counting, Marks, Target},
     error::{Error, Result},
     plan::Plan,
     record::LoadRecord,
     state::Seen,
 };
+
+/// Rows that are counted in less than a tenth of a second. Tests have fewer.
+const MANY_ROWS: u64 = if cfg!(test) { 2 } else { 2_000_000 };
 
 /// How a job is loaded anew.
 const ANEW: &str =
@@ -88,8 +89,8 @@ pub async fn of_target(
     Ok(())
 }
 
-/// Counts the rows that outputs hold, each for whoever waits for it in `counts`, and refuses what the last release is no longer true of. What is worth a
-/// word is given back.
+/// Counts the rows that outputs hold, each for whoever waits for it, and refuses what the last release is no longer true of; many rows when they are
+/// wanted, so that those that are loaded do not wait for a processor. What is worth a word is given back.
 ///
 /// # Errors
 ///
@@ -99,15 +100,25 @@ pub async fn of_outputs(
     target: &dyn Target,
     base: Option<&LoadRecord>,
     full_refresh: bool,
-    counts: watch::Sender<BTreeMap<String, u64>>,
+    counting: Counting,
 ) -> Result<Vec<String>> {
     let mut warnings = Vec::new();
-    for output in &plan.outputs {
+    let known = plan.outputs.iter().filter_map(|output| {
+        let before = base?.outputs.get(&output.spec.name)?;
+        Some((output, before))
+    });
+    let mut outputs: Vec<_> = known.collect();
+    outputs.sort_by_key(|(_, before)| before.rows_after > MANY_ROWS);
+    let mut wanted = false;
+    for (output, before) in outputs {
         let name = &output.spec.name;
-        let Some(before) = base.and_then(|base| base.outputs.get(name)) else { continue };
+        if before.rows_after > MANY_ROWS && !wanted {
+            counting.wanted().await;
+            wanted = true;
+        }
         let rows = target.current(&plan.id, name).await?.map(|current| current.rows);
         if let Some(rows) = rows {
-            counts.send_modify(|counts| counts.extend([(name.clone(), rows)]));
+            counting.tell(name, rows);
         }
         let found = rows.unwrap_or(0);
         if found > before.rows_after {
@@ -186,4 +197,26 @@ pub fn marks(plan: &Plan, base: Option<&LoadRecord>, warnings: &mut Vec<String>)
         }
     }
     Ok(marks)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures::FutureExt;
+
+    use crate::connector::Held;
+
+    #[tokio::test]
+    async fn many_rows_are_counted_when_somebody_wants_to_know() {
+        let (counting, held) = Held::counting();
+        assert!(counting.wanted().now_or_never().is_none());
+        let mut rows = pin!(held.of("lines"));
+        assert!(rows.as_mut().now_or_never().is_none());
+        assert!(counting.wanted().now_or_never().is_some());
+        counting.tell("lines", 3);
+        assert_eq!(rows.await, Some(3));
+        drop(counting);
+        assert_eq!(held.of("others").await, None);
+    }
 }

@@ -596,8 +596,8 @@ impl Conductor {
         }
         let at = warnings.len();
         let marks = if anew { Marks::new() } else { history::marks(&plan, base.as_ref(), warnings)? };
-        let (counts, held) = Held::counting();
-        let counted = history::of_outputs(&plan, target, base.as_ref(), anew, counts);
+        let (counting, held) = Held::counting();
+        let counted = history::of_outputs(&plan, target, base.as_ref(), anew, counting);
         let mut counted = Box::pin(maybe_done(counted));
         let attempt = Attempt {
             id: Uuid::now_v7(),
@@ -623,7 +623,12 @@ impl Conductor {
             counted.as_mut().await;
             counted.as_mut().take_output().unwrap_or_else(|| Err(Error::bug("the rows were counted before")))
         };
-        let side_by_side = both(counted, Box::pin(release.stage(&connections, &marks, record)));
+        let staging = async {
+            let staged = release.stage(&connections, &marks, record).await;
+            attempt.held.want();
+            staged
+        };
+        let side_by_side = both(counted, Box::pin(staging));
         let ended = self.unless_stopped(async { Ok(side_by_side.await) }).await;
         let staged = match ended {
             Ok((Ok(warnings), Some(staged))) => {

@@ -4,7 +4,7 @@
 //! as plain data ([`spec`]), and neither jobs nor runs nor files of SQL. What a connector promises are the
 //! numbered sentences of [`Source`] and [`Target`]; `contract` tests them, for every connector.
 
-use std::{any::Any, collections::BTreeMap, fmt, path::PathBuf, sync::Arc};
+use std::{any::Any, collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
@@ -12,13 +12,14 @@ use chrono::{DateTime, Utc};
 use datafusion::physical_plan::SendableRecordBatchStream;
 use indexmap::IndexMap;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use url::Url;
 
 use crate::{
     error::{Error, Result, nearest, without_values},
     names::JobId,
     record::LoadRecord,
+    runtime,
     spool::Scratch,
     watermark::{Mark, Position, Window},
 };
@@ -528,13 +529,36 @@ pub struct Attempt {
 
 /// How many rows outputs held when the run began, which is counted while it goes on.
 #[derive(Debug, Clone)]
-pub struct Held(watch::Receiver<BTreeMap<String, u64>>);
+pub struct Held {
+    counts: watch::Receiver<BTreeMap<String, u64>>,
+    wanted: Arc<Notify>,
+}
+
+/// What tells [`Held`]. Nobody waits for one that is dropped.
+#[derive(Debug)]
+pub struct Counting {
+    counts: watch::Sender<BTreeMap<String, u64>>,
+    wanted: Arc<Notify>,
+}
+
+impl Counting {
+    /// Tells the rows of one output.
+    pub fn tell(&self, output: &str, rows: u64) {
+        self.counts.send_modify(|counts| counts.extend([(output.to_owned(), rows)]));
+    }
+
+    /// Waits until somebody wants to know, or the run takes long.
+    pub async fn wanted(&self) {
+        runtime::within(Duration::from_secs(1), self.wanted.notified()).await;
+    }
+}
 
 impl Held {
-    /// To be told by who counts. Nobody waits for one that is dropped.
-    pub fn counting() -> (watch::Sender<BTreeMap<String, u64>>, Self) {
+    /// To be told by who counts.
+    pub fn counting() -> (Counting, Self) {
         let (counts, told) = watch::channel(BTreeMap::new());
-        (counts, Self(told))
+        let wanted = Arc::new(Notify::new());
+        (Counting { counts, wanted: Arc::clone(&wanted) }, Self { counts: told, wanted })
     }
 
     /// Nobody counts.
@@ -542,9 +566,15 @@ impl Held {
         Self::counting().1
     }
 
+    /// Says that what is large should be counted now: rows are where the target has them, and it will work alone for a while.
+    pub fn want(&self) {
+        self.wanted.notify_one();
+    }
+
     /// The rows of one output, once they are counted; `None` if they are not.
     pub async fn of(&self, output: &str) -> Option<u64> {
-        let mut told = self.0.clone();
+        self.want();
+        let mut told = self.counts.clone();
         let counts = told.wait_for(|counts| counts.contains_key(output)).await.ok()?;
         counts.get(output).copied()
     }

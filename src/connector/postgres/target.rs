@@ -610,6 +610,7 @@ impl Load for PostgresLoad {
             }
             None => {
                 stage.staged.rows = self.fill(&stage.output.name, &stage.table, rows).await?;
+                self.attempt.held.want();
                 // With the last output the release can be published: what changes shows as it is done.
                 if self.stages.len() + 1 == self.attempt.outputs
                     && stage.is_merged_as_it_is()
