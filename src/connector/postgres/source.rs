@@ -547,10 +547,10 @@ impl Shared {
 
 /// A session that sees the run's snapshot.
 async fn follow(this: &Arc<PostgresConnection>, lead: &Lead, stream: &StreamSpec) -> Result<Session> {
-    let failed =
-        |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
+    let doing = format!("read source `{}` from", stream.name);
+    let failed = |error: &tokio_postgres::Error| this.error(&doing, error);
     let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}", this.settings()?);
-    let session = this.after(&format!("read source `{}` from", stream.name), &begin).await?;
+    let session = this.after(&doing, &begin).await?;
     let import = format!("SET TRANSACTION SNAPSHOT {}", text(&lead.id));
     session.batch_execute(&import).await.map_err(|error| {
         let told = failed(&error);
