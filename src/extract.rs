@@ -30,7 +30,8 @@ use crate::{
     record::{LoadRecord, Settled, run::RunRecord},
     replay::Waiting,
     run::{Conductor, Connections, Counter},
-    runtime, session,
+    runtime,
+    session::Tables,
     spool::{Scratch, Spool, SpoolWriter},
     watermark::{FileVersion, Mark, Position, Window},
 };
@@ -130,8 +131,8 @@ pub struct Bounded {
 /// What was opened: the sources and models of a job in one session.
 #[expect(missing_debug_implementations, reason = "a session has none")]
 pub struct Relations {
-    /// The session, which knows them by their names.
-    pub context: SessionContext,
+    /// Which they are, by their names.
+    pub tables: Tables,
     /// What counts the rows of each source.
     pub taps: IndexMap<String, Arc<Tap>>,
     /// The window of each source.
@@ -169,7 +170,7 @@ impl Extract<'_> {
         // A side of a join that is empty ends it before the other one is read: a window must be read to its end.
         let knows_rows = !plan.models.is_empty()
             && windows.values().all(|bounded: &Bounded| bounded.window == Window::Whole);
-        let context = session::for_joins(self.scratch, plan.as_of, Arc::clone(&open), hashed, partitions);
+        let mut tables = Tables::for_joins(self.scratch, plan.as_of, Arc::clone(&open), hashed, partitions);
         let aside = SpoolWriter::new("set aside", quarantine_schema(), self.scratch);
         let (aside, mut sieves): (Aside, Vec<Sieve>) = (Arc::new(Mutex::new(aside)), Vec::new());
         let waiting = self.waiting(connections, &taps, record).await?;
@@ -184,23 +185,24 @@ impl Extract<'_> {
         let mut row_rejects: HashMap<String, u64> = HashMap::new();
         for (name, stream) in &plan.streams {
             match waits(name) {
-                Some(rows) => context.register_table(name, rows.table()?)?,
+                Some(rows) => tables.add(name, rows.table()?)?,
                 None => {
                     let window = windows.get(name).map_or(Window::Whole, |bounded| bounded.window.clone());
                     let rows = if knows_rows { open.rows(&stream.spec).await? } else { None };
-                    context.register_table(name, scan_table(stream, window, rows, in_order))?
+                    tables.add_source(name, scan_table(stream, window, rows, in_order))?;
                 }
-            };
+            }
             let checks = self.checks_of(name);
             if stream.spool || !(checks.is_empty() || self.sifts()) {
-                let count = self.write_down(&context, name, checks, &aside, record).await;
+                let count = self.write_down(&mut tables, name, checks, &aside, record).await;
                 let count = count.map_err(|error| error.note(format!("while source `{name}` was read")))?;
                 row_rejects.insert(name.clone(), count);
             } else if !checks.is_empty() {
-                sieves.push(self.sift(&context, name, checks, &aside).await?);
+                sieves.push(self.sift(&mut tables, name, checks, &aside).await?);
             }
         }
         for (name, model) in &plan.models {
+            let context = tables.context()?;
             let view = typed(&context, &model.select).await?;
             if let Some(waiting) = &waiting {
                 waiting.refuse_meeting(plan, name, &view)?;
@@ -212,17 +214,17 @@ impl Extract<'_> {
                 }
                 None => view,
             };
-            context.register_table(name, Arc::new(ViewTable::new(view, None)))?;
+            tables.add(name, Arc::new(ViewTable::new(view, None)))?;
             let checks = self.checks_of(name);
             if model.spool || !(checks.is_empty() || self.sifts()) {
-                let count = self.write_down(&context, name, checks, &aside, record).await;
+                let count = self.write_down(&mut tables, name, checks, &aside, record).await;
                 let count = count.map_err(|error| error.note(format!("while model `{name}` was made")))?;
                 row_rejects.insert(name.clone(), count);
             } else if !checks.is_empty() {
-                sieves.push(self.sift(&context, name, checks, &aside).await?);
+                sieves.push(self.sift(&mut tables, name, checks, &aside).await?);
             }
         }
-        Ok(Some(Relations { context, taps, windows, waiting, aside, row_rejects, sieves }))
+        Ok(Some(Relations { tables, taps, windows, waiting, aside, row_rejects, sieves }))
     }
 
     fn checks_of(&self, relation: &str) -> Vec<Check> {
@@ -403,33 +405,31 @@ impl Extract<'_> {
     /// Writes a relation down, sorts its rows out, and puts the spool in its place. How many rows were set aside.
     async fn write_down(
         &self,
-        context: &SessionContext,
+        tables: &mut Tables,
         name: &str,
         checks: Vec<Check>,
         aside: &Aside,
         record: &mut RunRecord,
     ) -> Result<u64> {
-        let sieve = self.sieve(context, name, checks, aside).await?;
+        let sieve = self.sieve(&tables.context()?, name, checks, aside).await?;
         let spool = Spool::of(name, sieve.rows(), self.scratch).await?;
         let (reports, count) = sieve.finish().await?;
         record.checks.extend(reports);
         info!(relation = name, rows = spool.rows(), set_aside = count, "written down");
-        context.deregister_table(name)?;
-        context.register_table(name, spool.table()?)?;
+        tables.add(name, spool.table()?)?;
         Ok(count)
     }
 
     /// Puts a relation of which each row is checked by itself in its own place: its rows are sorted out while they are read.
     async fn sift(
         &self,
-        context: &SessionContext,
+        tables: &mut Tables,
         name: &str,
         checks: Vec<Check>,
         aside: &Aside,
     ) -> Result<Sieve> {
-        let sieve = self.sieve(context, name, checks, aside).await?;
-        context.deregister_table(name)?;
-        context.register_table(name, sieve.table()?)?;
+        let sieve = self.sieve(&tables.context()?, name, checks, aside).await?;
+        tables.add(name, sieve.table()?)?;
         Ok(sieve)
     }
 

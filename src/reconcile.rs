@@ -260,7 +260,8 @@ async fn open(
 ) -> Result<SessionContext> {
     let marks = history::marks(extract.plan, extract.base, &mut record.warnings)?;
     let relations = extract.relations(connections, &marks, record).await?;
-    relations.map(|relations| relations.context).ok_or_else(|| Error::bug("nothing was opened"))
+    let mut relations = relations.ok_or_else(|| Error::bug("nothing was opened"))?;
+    relations.tables.context()
 }
 
 /// What an output holds, as the table `t` of a session.

@@ -12,10 +12,7 @@ use std::{
 };
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use datafusion::{
-    physical_plan::{SendableRecordBatchStream, stream::RecordBatchStreamAdapter},
-    prelude::SessionContext,
-};
+use datafusion::physical_plan::{SendableRecordBatchStream, stream::RecordBatchStreamAdapter};
 use futures::StreamExt;
 use indexmap::IndexMap;
 use tracing::info;
@@ -36,7 +33,7 @@ use crate::{
     },
     replay::Waiting,
     run::{Conductor, Connections, Counter},
-    session,
+    session::{self, Tables},
     spool::{Spool, SpoolWriter},
     watermark::Window,
 };
@@ -73,12 +70,12 @@ impl Release<'_> {
             reading: Reading::New,
         };
         let Some(relations) = extract.relations(connections, marks, record).await? else { return Ok(None) };
-        let Relations { context, taps, windows, waiting, aside, mut row_rejects, sieves } = relations;
+        let Relations { mut tables, taps, windows, waiting, aside, mut row_rejects, sieves } = relations;
         let waits = |name: &str| waiting.as_ref().and_then(|waiting| waiting.at(name));
-        self.whole_checks(&context, record).await?;
+        self.whole_checks(&mut tables, record).await?;
         tell(&record.checks);
         let written = match refuse(&record.checks, &plan.id.job) {
-            Ok(()) => self.outputs(&context, connections, waiting.as_ref(), record).await,
+            Ok(()) => self.outputs(&mut tables, connections, waiting.as_ref(), record).await,
             Err(error) => Err(error),
         };
         // Of rows that are not as they should be, their own checks tell more than what an output makes of them.
@@ -100,7 +97,7 @@ impl Release<'_> {
         }
         let written = written?;
         // Sources are let go before tables of the target are altered: they may be the same database.
-        drop(context);
+        drop(tables);
         let sources = self.account(&taps, &windows, &row_rejects, record)?;
         for (name, source) in &mut record.sources {
             if waits(name).is_some() {
@@ -168,7 +165,7 @@ impl Release<'_> {
     }
 
     /// The checks that look at all rows together, once every relation that they read is there.
-    async fn whole_checks(&self, context: &SessionContext, record: &mut RunRecord) -> Result<()> {
+    async fn whole_checks(&self, tables: &mut Tables, record: &mut RunRecord) -> Result<()> {
         let names: Vec<String> = self.plan.streams.keys().chain(self.plan.models.keys()).cloned().collect();
         for name in names {
             let checks: Vec<&Check> =
@@ -176,8 +173,9 @@ impl Release<'_> {
             if checks.is_empty() {
                 continue;
             }
+            let context = tables.context()?;
             let rows = context.table(name.as_str()).await?.count().await? as u64;
-            record.checks.extend(whole(context, &checks, rows, self.plan.as_of).await?);
+            record.checks.extend(whole(&context, &checks, rows, self.plan.as_of).await?);
         }
         Ok(())
     }
@@ -195,14 +193,14 @@ impl Release<'_> {
     /// Stages all outputs, as far as none is refused.
     async fn outputs(
         &mut self,
-        context: &SessionContext,
+        tables: &mut Tables,
         connections: &Connections,
         waiting: Option<&Waiting>,
         record: &mut RunRecord,
     ) -> Result<IndexMap<String, (Staged, String)>> {
         let mut written = IndexMap::new();
         for output in &self.plan.outputs {
-            let (staged, hash) = self.output(context, output, connections, record).await?;
+            let (staged, hash) = self.output(tables, output, connections, record).await?;
             self.guard(output, &staged)?;
             if let (Some(waiting), Some(Replay { overwrite: false, .. })) = (waiting, &self.request.replay) {
                 waiting.refuse_overwriting(self.plan, output, staged.updated)?;
@@ -215,12 +213,19 @@ impl Release<'_> {
     /// Stages one output, and counts, sums and hashes its rows on the way.
     async fn output(
         &mut self,
-        context: &SessionContext,
+        tables: &mut Tables,
         output: &Output,
         connections: &Connections,
         record: &mut RunRecord,
     ) -> Result<(Staged, String)> {
-        let rows = context.sql(&output.sql()?).await?.execute_stream().await?;
+        let copied = match output.latest_by {
+            Some(_) => None,
+            None => tables.read(&output.from, &output.schema)?,
+        };
+        let rows = match copied {
+            Some(rows) => rows,
+            None => tables.context()?.sql(&output.sql()?).await?.execute_stream().await?,
+        };
         let rows = session::conform(rows, Arc::clone(&output.schema));
         let counted =
             Arc::new(Mutex::new((RowHash::new(&output.schema)?, output.totals.clone().map(Totals::new))));

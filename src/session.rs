@@ -4,14 +4,15 @@
 //! ([`is_order_free`]), as many as there are cores. Decimal literals, checked arithmetic, UTC. No DDL, no statements, no file functions: models
 //! are SELECTs.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use arrow::{
     array::{RecordBatch, RecordBatchOptions},
-    datatypes::SchemaRef,
+    datatypes::{Schema, SchemaRef},
 };
 use chrono::{DateTime, Utc};
 use datafusion::{
+    catalog::TableProvider,
     common::{DFSchema, tree_node::TreeNodeRecursion},
     error::DataFusionError,
     execution::{SessionStateBuilder, config::SessionConfig},
@@ -22,9 +23,10 @@ use datafusion::{
     sql::parser::Statement,
 };
 use futures::StreamExt;
+use indexmap::IndexMap;
 
 use crate::{
-    connector::scan::OpenSources,
+    connector::scan::{OpenSources, ScanTable},
     error::{Error, Result, SourceText},
     functions::{cast::cast_exactly, now, rules, sum::ExactSum},
     runtime::BATCH_ROWS,
@@ -59,6 +61,96 @@ pub fn for_joins(
         context.register_udf(function);
     }
     context
+}
+
+/// Relations by their names, and a session that knows them as soon as something is computed: a copy computes nothing.
+#[expect(missing_debug_implementations, reason = "a session has none")]
+pub struct Tables {
+    scratch: Scratch,
+    as_of: DateTime<Utc>,
+    open: Arc<OpenSources>,
+    hash_joins: bool,
+    partitions: usize,
+    context: Option<SessionContext>,
+    /// Those that the session is to know.
+    waiting: IndexMap<String, Arc<dyn TableProvider>>,
+    /// Those that are sources as they are.
+    sources: HashMap<String, Arc<ScanTable>>,
+}
+
+impl Tables {
+    /// None yet. The session would be that of [`for_models`].
+    pub fn for_models(scratch: &Scratch, as_of: DateTime<Utc>, open: Arc<OpenSources>) -> Self {
+        Self::for_joins(scratch, as_of, open, true, 1)
+    }
+
+    /// None yet. The session would be that of [`for_joins`].
+    pub fn for_joins(
+        scratch: &Scratch,
+        as_of: DateTime<Utc>,
+        open: Arc<OpenSources>,
+        hash_joins: bool,
+        partitions: usize,
+    ) -> Self {
+        let (scratch, context) = (scratch.clone(), None);
+        let (waiting, sources) = (IndexMap::new(), HashMap::new());
+        Self { scratch, as_of, open, hash_joins, partitions, context, waiting, sources }
+    }
+
+    /// Calls a source `name`.
+    ///
+    /// # Errors
+    ///
+    /// DataFusion's.
+    pub fn add_source(&mut self, name: &str, source: Arc<ScanTable>) -> Result<()> {
+        self.add(name, Arc::clone(&source) as Arc<dyn TableProvider>)?;
+        self.sources.insert(name.to_owned(), source);
+        Ok(())
+    }
+
+    /// Calls a relation `name`, in the place of another of that name.
+    ///
+    /// # Errors
+    ///
+    /// DataFusion's.
+    pub fn add(&mut self, name: &str, table: Arc<dyn TableProvider>) -> Result<()> {
+        self.sources.remove(name);
+        if let Some(context) = &self.context {
+            context.deregister_table(name)?;
+            context.register_table(name, table)?;
+        } else {
+            self.waiting.insert(name.to_owned(), table);
+        }
+        Ok(())
+    }
+
+    /// The rows of a source that stands there as it is, read without a session: at least the columns of `schema`. `None` of other relations.
+    ///
+    /// # Errors
+    ///
+    /// If the source cannot be read.
+    pub fn read(&self, name: &str, schema: &Schema) -> Result<Option<SendableRecordBatchStream>> {
+        let Some(source) = self.sources.get(name) else { return Ok(None) };
+        Ok(Some(source.read(schema, &self.open, &self.scratch.environment.memory_pool)?))
+    }
+
+    /// The session.
+    ///
+    /// # Errors
+    ///
+    /// DataFusion's.
+    pub fn context(&mut self) -> Result<SessionContext> {
+        if let Some(context) = &self.context {
+            return Ok(context.clone());
+        }
+        let open = Arc::clone(&self.open);
+        let context = for_joins(&self.scratch, self.as_of, open, self.hash_joins, self.partitions);
+        for (name, table) in self.waiting.drain(..) {
+            context.register_table(name, table)?;
+        }
+        self.context = Some(context.clone());
+        Ok(context)
+    }
 }
 
 /// What holds in every plan of a model; what a value breaks is told at its place in `file`.

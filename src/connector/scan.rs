@@ -14,7 +14,7 @@ use datafusion::{
     catalog::{Session, TableProvider},
     common::{Statistics, stats::Precision, tree_node::TreeNodeRecursion},
     error::{DataFusionError, Result as DataFusionResult},
-    execution::TaskContext,
+    execution::{TaskContext, memory_pool::MemoryPool},
     logical_expr::{Expr, TableProviderFilterPushDown, TableType},
     physical_expr::{EquivalenceProperties, expressions::Column, projection::ProjectionExpr},
     physical_plan::{
@@ -74,6 +74,43 @@ impl Scan {
     pub fn new(stream: StreamSpec, schema: SchemaRef, window: Window) -> Self {
         let (conditions, limit, batch_bytes) = (Vec::new(), None, BATCH_BYTES);
         Self { stream, schema, window, conditions, limit, batch_bytes, in_order: true }
+    }
+
+    /// The rows, of which the one at hand, and if there is room others under way, are taken from `pool`.
+    fn open(
+        &self,
+        sources: &OpenSources,
+        pool: &Arc<dyn MemoryPool>,
+    ) -> DataFusionResult<SendableRecordBatchStream> {
+        let name = &self.stream.name;
+        let refused = |what: &str| DataFusionError::from(Error::bug(format!("source `{name}` {what}")));
+        let open = sources.0.get(name).cloned().ok_or_else(|| refused("is not open"))?;
+        let source = open.connection.source().ok_or_else(|| refused("cannot be read"))?;
+        open.tap.start();
+        let scan = Self { batch_bytes: budget::batch_bytes(pool.as_ref()), ..self.clone() };
+        let mut rows = source.scan(&open.snapshot, &scan, Arc::clone(&open.tap))?;
+        let (tap, memory) = (open.tap, Share::of_source(name, pool));
+        let counted = futures::stream::poll_fn(move |waker| {
+            let next = rows.poll_next_unpin(waker);
+            match &next {
+                Poll::Ready(Some(Ok(batch))) => {
+                    tap.hand(batch.num_rows() as u64);
+                    // As much again for each of the others that are under way, if there is.
+                    let bytes = batch.get_array_memory_size();
+                    memory.wishes(bytes.saturating_mul(BATCHES_UNDER_WAY - 1));
+                    if let Err(error) = memory.needs(bytes) {
+                        return Poll::Ready(Some(Err(error)));
+                    }
+                }
+                Poll::Ready(None) => {
+                    tap.drain();
+                    memory.free();
+                }
+                Poll::Ready(Some(Err(_))) | Poll::Pending => {}
+            }
+            next
+        });
+        Ok(Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), counted)))
     }
 }
 
@@ -140,6 +177,40 @@ impl ScanTable {
         let scan = Scan::new(stream, schema, Window::Whole);
         Ok((Self { scan, selective: false, rows: None }, sources))
     }
+
+    /// The scan of so many of its columns, and these; the scan may give one more behind them.
+    fn of(&self, columns: &[usize]) -> DataFusionResult<(Scan, SchemaRef)> {
+        let scan = self.scan.clone();
+        let wanted: SchemaRef = Arc::new(scan.schema.project(columns)?);
+        // What may come late is counted by the cursor, also where nobody asks for it.
+        let unasked = scan.stream.cursor.as_ref().filter(|cursor| cursor.overlap.is_some());
+        let unasked = unasked.and_then(|cursor| cursor.columns.first());
+        let unasked = unasked.filter(|column| wanted.field_with_name(column).is_err());
+        let schema = match unasked.and_then(|column| scan.schema.index_of(column).ok()) {
+            Some(cursor) => {
+                let all: Vec<usize> = columns.iter().copied().chain([cursor]).collect();
+                Arc::new(scan.schema.project(&all)?)
+            }
+            None => Arc::clone(&wanted),
+        };
+        Ok((Scan { schema, ..scan }, wanted))
+    }
+
+    /// The rows, without a session: at least the columns of `schema`, which has names of its own.
+    ///
+    /// # Errors
+    ///
+    /// If a column is not there, or the source is not open or cannot be read.
+    pub fn read(
+        &self,
+        schema: &Schema,
+        sources: &OpenSources,
+        pool: &Arc<dyn MemoryPool>,
+    ) -> DataFusionResult<SendableRecordBatchStream> {
+        let columns = schema.fields().iter().map(|field| self.scan.schema.index_of(field.name()));
+        let (scan, _) = self.of(&columns.collect::<Result<Vec<_>, _>>()?)?;
+        scan.open(sources, pool)
+    }
 }
 
 #[async_trait]
@@ -170,7 +241,10 @@ impl TableProvider for ScanTable {
         filters: &[Expr],
         limit: Option<usize>,
     ) -> DataFusionResult<Arc<dyn ExecutionPlan>> {
-        let mut scan = self.scan.clone();
+        let (mut scan, wanted) = match projection {
+            Some(columns) => self.of(columns)?,
+            None => (self.scan.clone(), Arc::clone(&self.scan.schema)),
+        };
         if self.selective {
             scan.conditions =
                 filters.iter().filter_map(|filter| Condition::of(filter, &self.scan.schema)).collect();
@@ -179,18 +253,9 @@ impl TableProvider for ScanTable {
             let all_come = scan.window == Window::Whole && scan.stream.bad_rows == BadRows::Error;
             scan.limit = limit.filter(|_| filters.is_empty() && all_come);
         }
-        let Some(projection) = projection else { return Ok(Arc::new(ScanExec::new(scan, self.rows))) };
-        let wanted: SchemaRef = Arc::new(scan.schema.project(projection)?);
-        // What may come late is counted by the cursor, also where no model asks for it.
-        let unasked = scan.stream.cursor.as_ref().filter(|cursor| cursor.overlap.is_some());
-        let unasked = unasked.and_then(|cursor| cursor.columns.first());
-        let unasked = unasked.filter(|column| wanted.field_with_name(column).is_err());
-        let Some(cursor) = unasked.and_then(|column| scan.schema.index_of(column).ok()) else {
-            scan.schema = wanted;
+        if scan.schema.fields().len() == wanted.fields().len() {
             return Ok(Arc::new(ScanExec::new(scan, self.rows)));
-        };
-        let all: Vec<usize> = projection.iter().copied().chain([cursor]).collect();
-        scan.schema = Arc::new(scan.schema.project(&all)?);
+        }
         let columns = wanted.fields().iter().enumerate().map(|(at, field)| ProjectionExpr {
             expr: Arc::new(Column::new(field.name(), at)),
             alias: field.name().clone(),
@@ -268,42 +333,8 @@ impl ExecutionPlan for ScanExec {
     }
 
     fn execute(&self, _: usize, context: Arc<TaskContext>) -> DataFusionResult<SendableRecordBatchStream> {
-        let name = &self.scan.stream.name;
-        let open = context
-            .session_config()
-            .get_extension::<OpenSources>()
-            .and_then(|sources| sources.0.get(name).cloned())
-            .ok_or_else(|| DataFusionError::from(Error::bug(format!("source `{name}` is not open"))))?;
-        let source = open
-            .connection
-            .source()
-            .ok_or_else(|| DataFusionError::from(Error::bug(format!("source `{name}` cannot be read"))))?;
-        open.tap.start();
-        let pool = context.memory_pool();
-        let scan = Scan { batch_bytes: budget::batch_bytes(pool.as_ref()), ..self.scan.clone() };
-        let mut rows = source.scan(&open.snapshot, &scan, Arc::clone(&open.tap))?;
-        let (tap, memory) = (open.tap, Share::of_source(name, pool));
-        let counted = futures::stream::poll_fn(move |waker| {
-            let next = rows.poll_next_unpin(waker);
-            match &next {
-                Poll::Ready(Some(Ok(batch))) => {
-                    tap.hand(batch.num_rows() as u64);
-                    // As much again for each of the others that are under way, if there is.
-                    let bytes = batch.get_array_memory_size();
-                    memory.wishes(bytes.saturating_mul(BATCHES_UNDER_WAY - 1));
-                    if let Err(error) = memory.needs(bytes) {
-                        return Poll::Ready(Some(Err(error)));
-                    }
-                }
-                Poll::Ready(None) => {
-                    tap.drain();
-                    memory.free();
-                }
-                Poll::Ready(Some(Err(_))) | Poll::Pending => {}
-            }
-            next
-        });
-        Ok(Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.scan.schema), counted)))
+        let sources = context.session_config().get_extension::<OpenSources>();
+        self.scan.open(sources.unwrap_or_default().as_ref(), context.memory_pool())
     }
 }
 

@@ -32,7 +32,7 @@ use crate::{
     names::{JobId, quoted, quoted_list},
     project::{JobDocument, PROJECT_CONNECTION, Project},
     record::totals::{Totals, TotalsSpec},
-    session,
+    session::{self, Tables},
     spool::Scratch,
     types::describe,
     watermark::{CursorValue, Overlap, Position, Window},
@@ -367,15 +367,15 @@ impl Planner<'_> {
         let mut streams = self.streams(positions, &params).await?;
         let order = self.order(&selects, &streams);
         self.done()?;
-        let context = session::for_models(scratch, self.request.as_of, Arc::new(OpenSources::default()));
+        let mut tables = Tables::for_models(scratch, self.request.as_of, Arc::default());
         for (name, stream) in &streams {
-            context.register_table(name, scan_table(stream, Window::Whole, None, true))?;
+            tables.add_source(name, scan_table(stream, Window::Whole, None, true))?;
         }
         let mut models: IndexMap<String, Model> = IndexMap::new();
         let mut readers: BTreeMap<String, usize> = BTreeMap::new();
         for name in order {
             let Some(select) = selects.get(&name) else { continue };
-            match typed(&context, select).await {
+            match typed(&tables.context()?, select).await {
                 Ok(logical) => {
                     // Who goes round reads again each time.
                     let times = if is_recursive(&logical) { 2 } else { 1 };
@@ -420,7 +420,7 @@ impl Planner<'_> {
                             || models.get(read).is_some_and(|model| model.partial)
                     });
                     // Readers see the model as a table of its own columns: so uses are counted per model.
-                    context.register_table(&name, placeholder(&name, &schema))?;
+                    tables.add(&name, placeholder(&name, &schema))?;
                     let order_free = session::is_order_free(&logical);
                     let select = select.clone();
                     models.insert(name.clone(), Model { select, schema, partial, spool: false, order_free });
@@ -441,7 +441,7 @@ impl Planner<'_> {
             .map(|(name, stream)| (name.clone(), Arc::clone(&stream.schema)))
             .chain(models.iter().map(|(name, model)| (name.clone(), Arc::clone(&model.schema))))
             .collect();
-        let checks = self.checks(&context, &relations, &params, &mut readers).await?;
+        let checks = self.checks(&mut tables, &relations, &params, &mut readers).await?;
         // A check that looks at its own relation once more has it made twice.
         for model in
             checks.iter().filter(|check| check.reads_itself()).filter_map(|check| models.get(&check.on))
@@ -894,7 +894,7 @@ impl Planner<'_> {
 
     async fn checks(
         &mut self,
-        context: &SessionContext,
+        tables: &mut Tables,
         relations: &IndexMap<String, SchemaRef>,
         params: &IndexMap<String, Param>,
         readers: &mut BTreeMap<String, usize>,
@@ -924,7 +924,7 @@ impl Planner<'_> {
                     }
                 };
                 let check = Check { on: on.clone(), spec: spec.clone(), query };
-                if let Err(problem) = check.validate(context, relations, &place).await {
+                if let Err(problem) = check.validate(&tables.context()?, relations, &place).await {
                     self.problems.push(problem);
                     continue;
                 }

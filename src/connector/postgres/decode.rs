@@ -418,7 +418,7 @@ impl Column {
             }
             Data::Interval(values) => Arc::new(IntervalMonthDayNanoArray::new(take(values), valid)),
             Data::Bytes { offsets, values } => {
-                let (offsets, values) = (ends(offsets), Buffer::from_vec(std::mem::take(values)));
+                let (offsets, values) = (ends(offsets), Buffer::from_vec(emptied(values)));
                 if self.wire == Wire::Bytea {
                     Arc::new(BinaryArray::try_new(offsets, values, valid)?)
                 } else {
@@ -452,13 +452,20 @@ fn structure(wire: &Wire, parts: Vec<ArrayRef>, valid: Option<NullBuffer>) -> Re
 }
 
 fn take<T: arrow::datatypes::ArrowNativeType>(values: &mut Vec<T>) -> ScalarBuffer<T> {
-    let next = Vec::with_capacity(values.len());
-    std::mem::replace(values, next).into()
+    emptied(values).into()
+}
+
+/// The values so far; there is room for the next, which are about as many.
+fn emptied<T>(values: &mut Vec<T>) -> Vec<T> {
+    let next = Vec::with_capacity(values.len() + values.len() / 16);
+    std::mem::replace(values, next)
 }
 
 /// The offsets so far; the next begin at zero.
 fn ends(offsets: &mut Vec<i32>) -> OffsetBuffer<i32> {
-    OffsetBuffer::new(std::mem::replace(offsets, vec![0]).into())
+    let ends = emptied(offsets);
+    offsets.push(0);
+    OffsetBuffer::new(ends.into())
 }
 
 fn end(length: usize) -> i32 {

@@ -29,7 +29,7 @@ use tokio_postgres::{
 };
 use url::Url;
 
-use self::frames::{Joining, Plain};
+use self::frames::{Diverting, Next, Plain};
 use super::{CatalogTable, Connection, Connector, Identity, Source, Target};
 use crate::{
     error::{Error, ErrorKind, Result, without_values},
@@ -184,6 +184,8 @@ impl fmt::Debug for PostgresConnection {
 /// A session with the server. Dropping it closes the connection, and what the server still does for it ends.
 struct Session {
     client: Client,
+    /// Where the rows of its COPY go; none where the library opened the connection.
+    rows: Option<Next>,
     _driver: TaskGuard,
 }
 
@@ -202,8 +204,8 @@ impl std::ops::Deref for Session {
     }
 }
 
-/// A connection, and what drives it.
-type Opened = (Client, BoxFuture<'static, ()>);
+/// A connection, what drives it, and where its rows go.
+type Opened = (Client, BoxFuture<'static, ()>, Option<Next>);
 
 /// Why there is none.
 enum Unopened {
@@ -237,7 +239,7 @@ impl PostgresConnection {
         self.options.sslmode.unwrap_or(default)
     }
 
-    /// Whether the library opens the connection without asking us: then its rows are not joined.
+    /// Whether the library opens the connection without asking us: then its rows go through the library.
     fn is_bare(&self) -> bool {
         self.is_socket() && self.tls() == TlsMode::Disable
     }
@@ -266,7 +268,7 @@ impl PostgresConnection {
             .tcp_user_timeout(Duration::from_secs(60))
             .ssl_mode(if self.is_bare() { SslMode::Disable } else { SslMode::Require });
         if self.tls() == TlsMode::Disable {
-            // Nothing is negotiated: the socket is joined as it is.
+            // Nothing is negotiated: the socket is taken as it is.
             config.ssl_negotiation(SslNegotiation::Direct);
         }
         if let Some(password) = &options.password {
@@ -278,15 +280,20 @@ impl PostgresConnection {
     /// Opens a connection, which whoever keeps the client drives.
     async fn open(&self) -> Result<std::result::Result<Opened, Unopened>> {
         let config = self.config()?;
+        let next = Next::default();
         match self.tls() {
-            TlsMode::Disable if self.is_bare() => Ok(self.in_time(config.connect(NoTls)).await),
-            TlsMode::Disable => Ok(self.in_time(config.connect(Plain)).await),
+            TlsMode::Disable if self.is_bare() => Ok(self.in_time(config.connect(NoTls), None).await),
+            TlsMode::Disable => {
+                let plain = Plain(next.clone());
+                Ok(self.in_time(config.connect(plain), Some(next)).await)
+            }
             mode => {
                 let roots = self.options.sslrootcert.as_ref().map(|path| self.base.join(path));
                 let tls = tls::connector(mode == TlsMode::VerifyFull, roots.as_deref()).map_err(|error| {
                     error.while_doing(format!("connection `{}`: cannot prepare TLS", self.name))
                 })?;
-                Ok(self.in_time(config.connect(Joining(tls))).await)
+                let diverting = Diverting(tls, next.clone());
+                Ok(self.in_time(config.connect(diverting), Some(next)).await)
             }
         }
     }
@@ -332,7 +339,7 @@ impl PostgresConnection {
 
     /// A new session. It ends when the server is found to answer nobody any more: what waits for it is told that the connection is lost.
     async fn connect(self: &Arc<Self>) -> Result<Session> {
-        let (client, driver) = self.open().await?.map_err(|why| self.unreachable(&why))?;
+        let (client, driver, rows) = self.open().await?.map_err(|why| self.unreachable(&why))?;
         self.is_silent.store(false, Ordering::Relaxed);
         let every = Duration::from_millis(self.options.silence_ms.unwrap_or(60_000).max(10).into());
         let silent = Self::until_silent(Arc::downgrade(self), every);
@@ -342,7 +349,7 @@ impl PostgresConnection {
                 () = silent => {}
             }
         });
-        let session = Session { client, _driver: driver };
+        let session = Session { client, rows, _driver: driver };
         // A server that learns of it within a second does not go on working for nobody. Newer ones also end transactions that take long.
         let watch = "SELECT set_config('client_connection_check_interval', '1s', false) WHERE current_setting('server_version_num')::int >= 140000;
             SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('server_version_num')::int >= 170000";
@@ -356,13 +363,14 @@ impl PostgresConnection {
         connecting: impl Future<
             Output = std::result::Result<(Client, tokio_postgres::Connection<S, T>), tokio_postgres::Error>,
         >,
+        rows: Option<Next>,
     ) -> std::result::Result<Opened, Unopened>
     where
         tokio_postgres::Connection<S, T>: Future + Send + 'static,
     {
         // Each address of the host has its own time; and the server is to say who it is, too.
         match runtime::within(self.patience() * 2, connecting).await {
-            Some(Ok((client, driver))) => Ok((client, driver.map(drop).boxed())),
+            Some(Ok((client, driver))) => Ok((client, driver.map(drop).boxed(), rows)),
             Some(Err(error)) => Err(Unopened::Failed(error)),
             None => Err(Unopened::NoAnswer),
         }

@@ -8,9 +8,12 @@
 //! one queue; their rows come in no order. So the table's file is read once, however many there are. What an index may serve
 //! (a window behind a mark, what a model filters) is left to the server's planner, in one session.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use arrow::{
@@ -18,12 +21,14 @@ use arrow::{
     datatypes::{Field, Schema, SchemaRef},
 };
 use async_trait::async_trait;
+use bytes::Bytes as Frame;
 use chrono::{DateTime, NaiveDate};
 use chrono_tz::Tz;
 use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
 use tokio::sync::watch;
 use tokio_postgres::{
+    CopyOutStream,
     error::SqlState,
     types::{Kind, Type},
 };
@@ -34,6 +39,7 @@ use super::{
     bounds::{self, condition, text},
     decode::{Bytes, Column, field, shown},
     filter,
+    frames::{Blocks, Next},
     types::{Reading, Wire, declared, wire},
 };
 use crate::{
@@ -628,8 +634,11 @@ async fn read(
             }
         }
     };
+    let mut session = Some(session);
     while let Some(part) = shared.take() {
-        if !read_part(this, &session, &shared.shape, part, scan, tap, out).await? {
+        let Some(reading) = session else { return Ok(()) };
+        session = read_part(this, reading, &shared.shape, part, scan, tap, out).await?;
+        if session.is_none() {
             return Ok(());
         }
         if shared.done.fetch_add(1, Ordering::Relaxed) + 1 == shared.parts.len() {
@@ -639,16 +648,16 @@ async fn read(
     Ok(())
 }
 
-/// Sends the rows of one part. False once nobody reads any more.
+/// Sends the rows of one part, and gives the session back; none once nobody reads any more.
 async fn read_part(
     this: &Arc<PostgresConnection>,
-    session: &Session,
+    session: Session,
     shape: &Shape,
     part: &str,
     scan: &Scan,
     tap: &Tap,
     out: &AsyncSender,
-) -> Result<bool> {
+) -> Result<Option<Session>> {
     let stream = &scan.stream;
     let failed =
         |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
@@ -673,13 +682,11 @@ async fn read_part(
         selected.join(", "),
         shape.from()
     );
-    let copy = session.copy_out(sql.as_str()).await.map_err(|error| failed(&error))?;
-    let mut copy = std::pin::pin!(copy);
+    let mut copy = Copy::begin(session, &sql).await.map_err(|error| failed(&error))?;
     // What is left of a frame that ended in the middle of a row: servers send whole rows, what stands between may not.
     let mut left: Vec<u8> = Vec::new();
     let (mut begun, mut ended) = (false, false);
-    while let Some(frame) = copy.next().await {
-        let frame = frame.map_err(|error| failed(&error))?;
+    while let Some(frame) = copy.next().await.map_err(|error| failed(&error))? {
         tap.bytes(frame.len() as u64);
         this.heard();
         let whole = if left.is_empty() {
@@ -715,7 +722,7 @@ async fn read_part(
                         && let Some(batch) = reader.flush()?
                         && !out.send(batch).await
                     {
-                        return Ok(false);
+                        return Ok(None);
                     }
                 }
             }
@@ -730,9 +737,35 @@ async fn read_part(
     if let Some(batch) = reader.flush()?
         && !out.send(batch).await
     {
-        return Ok(false);
+        return Ok(None);
     }
-    Ok(true)
+    Ok(Some(copy.session))
+}
+
+/// A COPY under way. It has its session, which another one gets only once this one has been read to its end.
+struct Copy {
+    session: Session,
+    /// Its rows, and where they go through the library, none.
+    blocks: Option<Blocks>,
+    rest: Pin<Box<CopyOutStream>>,
+}
+
+impl Copy {
+    async fn begin(session: Session, sql: &str) -> Result<Self, tokio_postgres::Error> {
+        let blocks = session.rows.as_ref().map(Next::blocks);
+        let rest = Box::pin(session.copy_out(sql).await?);
+        Ok(Self { session, blocks, rest })
+    }
+
+    /// What comes next: whole rows, and where something between the server and us cut them, parts of rows.
+    async fn next(&mut self) -> Result<Option<Frame>, tokio_postgres::Error> {
+        if let Some(blocks) = &mut self.blocks
+            && let Some(block) = blocks.next().await
+        {
+            return Ok(Some(block.into()));
+        }
+        self.rest.next().await.transpose()
+    }
 }
 
 /// What stands at a place of a frame.
