@@ -124,9 +124,10 @@ pub(super) struct Shape {
     pub(super) piece_bytes: usize,
 }
 
-/// Bytes of a piece where a batch is cut at so many: so few that several pieces are there at a time, so many that handing them over costs nothing.
+/// Bytes of a piece where a batch is cut at so many: so few that several pieces are there at a time, and that a copied one is still in the processor's
+/// cache when it is parsed (of 3/4 MiB or more it would go past it); so many that handing them over costs nothing.
 pub(super) fn piece_bytes(batch_bytes: usize) -> usize {
-    (batch_bytes / 8).clamp(64 << 10, 1 << 20)
+    (batch_bytes / 8).clamp(64 << 10, 640 << 10)
 }
 
 /// Parses a text and delivers what there is in it, in order. False once nobody wants more. `parse` is given a piece and the lines before it.

@@ -41,6 +41,7 @@ mod decode;
 mod encode;
 mod filter;
 mod frames;
+mod keys;
 #[cfg(test)]
 mod late;
 mod source;

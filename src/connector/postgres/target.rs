@@ -28,6 +28,7 @@ use super::{
     bounds::text,
     decode::field,
     encode::{As, HEADER, TRAILER, rows as encoded},
+    keys::Keys,
     types::{Wire, declaration, spelled, stage_type, wire},
 };
 use crate::{
@@ -401,6 +402,17 @@ impl Stage {
         })
     }
 
+    /// Whether keys that differ while they are staged differ in the output: they come there as they are.
+    fn keys_tell(&self) -> Result<bool> {
+        let mut tell = true;
+        for column in &self.output.key {
+            let may_tell =
+                self.model.field_with_name(column).is_ok_and(|field| Keys::may_tell(field.data_type()));
+            tell &= may_tell && self.value(column)? == format!("s.{}", quoted(column)?);
+        }
+        Ok(tell)
+    }
+
     /// A condition that holds where a column of the output's row `t` differs from a value.
     fn differs(&self, column: &str, value: &str) -> Result<String> {
         let name = quoted(column)?;
@@ -609,14 +621,18 @@ impl Load for PostgresLoad {
                 self.fill_output(&stage, &written, rows).await?
             }
             None => {
+                let is_merged = output.mode == Mode::Merge;
+                let (keys, rows) = Keys::of(if is_merged { &output.key } else { &[] }, rows);
                 stage.staged.rows = self.fill(&stage.output.name, &stage.table, rows).await?;
                 self.attempt.held.want();
+                if is_merged && !(stage.keys_tell()? && keys.are_different()) {
+                    refuse_staged_keys(&self.connection, &self.session, &stage).await?;
+                }
                 // With the last output the release can be published: what changes shows as it is done.
                 if self.stages.len() + 1 == self.attempt.outputs
                     && stage.is_merged_as_it_is()
                     && has_key(&self.connection, &self.session, &stage).await?
                 {
-                    refuse_staged_keys(&self.connection, &self.session, &stage).await?;
                     fits(&self.connection, &self.session, &stage).await?;
                     self.stages.push(stage);
                     // One whose columns change could not be counted any more.
@@ -804,9 +820,6 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
     let (table, staged_rows) = (&stage.table, stage.staged.rows);
     let output = &stage.output;
     let counted = async |sql: String| count(this, session, &sql).await;
-    if output.mode == Mode::Merge {
-        refuse_staged_keys(this, session, stage).await?;
-    }
     fits(this, session, stage).await?;
     let stays = output.and_stays();
     let staying = counted(format!("SELECT count(*) FROM {table} AS s WHERE true{stays}")).await?;
