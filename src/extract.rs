@@ -18,7 +18,7 @@ use crate::{
         sieve::{Aside, Sieve},
     },
     connector::{
-        Bounds, Exactness, Marks, RunTime,
+        Bounds, Exactness, Marks, RunTime, Target,
         scan::{OpenSource, OpenSources},
         spec::{Mode, StreamSpec},
         tap::Tap,
@@ -167,6 +167,9 @@ impl Extract<'_> {
         let open = Arc::new(open);
         let in_order = !plan.is_order_free();
         let partitions = if in_order { 1 } else { runtime::cores() };
+        let target = connections.get(&plan.target).and_then(|target| target.target());
+        let is_loaded = self.reading == Reading::New && plan.models.is_empty();
+        let in_one_stream = is_loaded && target.is_some_and(Target::takes_one_stream);
         // A side of a join that is empty ends it before the other one is read: a window must be read to its end.
         let knows_rows = !plan.models.is_empty()
             && windows.values().all(|bounded: &Bounded| bounded.window == Window::Whole);
@@ -189,7 +192,10 @@ impl Extract<'_> {
                 None => {
                     let window = windows.get(name).map_or(Window::Whole, |bounded| bounded.window.clone());
                     let rows = if knows_rows { open.rows(&stream.spec).await? } else { None };
-                    tables.add_source(name, scan_table(stream, window, rows, in_order))?;
+                    let mut table = scan_table(stream, window);
+                    (table.rows, table.scan.in_order) = (rows, in_order);
+                    table.scan.in_one_stream = in_one_stream;
+                    tables.add_source(name, table)?;
                 }
             }
             let checks = self.checks_of(name);

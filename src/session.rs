@@ -102,7 +102,8 @@ impl Tables {
     /// # Errors
     ///
     /// DataFusion's.
-    pub fn add_source(&mut self, name: &str, source: Arc<ScanTable>) -> Result<()> {
+    pub fn add_source(&mut self, name: &str, source: ScanTable) -> Result<()> {
+        let source = Arc::new(source);
         self.add(name, Arc::clone(&source) as Arc<dyn TableProvider>)?;
         self.sources.insert(name.to_owned(), source);
         Ok(())

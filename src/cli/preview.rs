@@ -89,7 +89,7 @@ async fn relations(
     let context = session::for_models(&conductor.scratch, request.as_of, Arc::new(open));
     for (name, stream) in &plan.streams {
         let window = windows.remove(name).unwrap_or(crate::watermark::Window::Whole);
-        context.register_table(name, scan_table(stream, window, None, true))?;
+        context.register_table(name, Arc::new(scan_table(stream, window)))?;
         if stream.spool {
             let spool = crate::spool::Spool::of(
                 name,

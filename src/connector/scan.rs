@@ -67,13 +67,16 @@ pub struct Scan {
     pub batch_bytes: usize,
     /// Whether rows come as the source has them; else in any order.
     pub in_order: bool,
+    /// Whether they go on in one stream, which one session fills: others would take the server's time from whoever takes the rows.
+    pub in_one_stream: bool,
 }
 
 impl Scan {
     /// All rows of `window`.
     pub fn new(stream: StreamSpec, schema: SchemaRef, window: Window) -> Self {
         let (conditions, limit, batch_bytes) = (Vec::new(), None, BATCH_BYTES);
-        Self { stream, schema, window, conditions, limit, batch_bytes, in_order: true }
+        let (in_order, in_one_stream) = (true, false);
+        Self { stream, schema, window, conditions, limit, batch_bytes, in_order, in_one_stream }
     }
 
     /// The rows, of which the one at hand, and if there is room others under way, are taken from `pool`.

@@ -141,7 +141,7 @@ impl Plan {
     pub async fn asked(&self, scratch: &Scratch) -> Result<IndexMap<&str, Vec<Condition>>> {
         let context = session::for_models(scratch, self.as_of, Arc::new(OpenSources::default()));
         for (name, stream) in &self.streams {
-            context.register_table(name, scan_table(stream, Window::Whole, None, true))?;
+            context.register_table(name, Arc::new(scan_table(stream, Window::Whole)))?;
         }
         for (name, model) in &self.models {
             context.register_table(name, placeholder(name, &model.schema))?;
@@ -369,7 +369,7 @@ impl Planner<'_> {
         self.done()?;
         let mut tables = Tables::for_models(scratch, self.request.as_of, Arc::default());
         for (name, stream) in &streams {
-            tables.add_source(name, scan_table(stream, Window::Whole, None, true))?;
+            tables.add_source(name, scan_table(stream, Window::Whole))?;
         }
         let mut models: IndexMap<String, Model> = IndexMap::new();
         let mut readers: BTreeMap<String, usize> = BTreeMap::new();
@@ -1070,11 +1070,10 @@ fn is_written_down(relation: &str, readers: usize, checks: &[Check]) -> bool {
     readers > 1 || is_checked(relation, checks) && !passes_on()
 }
 
-/// A stream as a table of a session, of about so many rows if that is known.
-pub fn scan_table(stream: &Stream, window: Window, rows: Option<u64>, in_order: bool) -> Arc<ScanTable> {
+/// A stream as a table of a session: all rows of `window`, in their order.
+pub fn scan_table(stream: &Stream, window: Window) -> ScanTable {
     let scan = Scan::new(stream.spec.clone(), Arc::clone(&stream.schema), window);
-    let scan = Scan { in_order, ..scan };
-    Arc::new(ScanTable { scan, selective: stream.selective && !stream.spool, rows })
+    ScanTable { scan, selective: stream.selective && !stream.spool, rows: None }
 }
 
 fn placeholder(name: &str, schema: &SchemaRef) -> Arc<ScanTable> {

@@ -116,7 +116,7 @@ struct PostgresOptions {
     /// How far behind the server's clock the end of a window stays, in milliseconds. Unless set, 5000.
     bound_margin_ms: Option<u32>,
     /// How many sessions read a table of 32 MiB or more, all in one snapshot, when it is read from its first row; their rows come in no order.
-    /// Unless set, 2.
+    /// Unless set, 2; and 1 where the rows are copied into a database, which takes them in one stream.
     readers: Option<u8>,
 }
 
@@ -379,11 +379,6 @@ impl PostgresConnection {
 
     fn patience(&self) -> Duration {
         Duration::from_millis(self.options.connect_timeout_ms.unwrap_or(10_000).into())
-    }
-
-    /// How many sessions read one large table.
-    fn readers(&self) -> usize {
-        self.options.readers.unwrap_or(2).max(1).into()
     }
 
     /// A session inside a transaction, set up to read or to write.

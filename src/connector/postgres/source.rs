@@ -512,7 +512,8 @@ fn readers(this: &PostgresConnection, scan: &Scan) -> usize {
     };
     let may_be_parted =
         from_the_start && !scan.in_order && scan.conditions.is_empty() && scan.limit.is_none();
-    if may_be_parted { this.readers() } else { 1 }
+    let unless_set = if scan.in_one_stream { 1 } else { 2 };
+    if may_be_parted { this.options.readers.unwrap_or(unless_set).max(1).into() } else { 1 }
 }
 
 /// What the readers of one scan share.
