@@ -5,7 +5,7 @@
 //! models ask for as surely means the same there; the rest of the window is applied here, to typed values.
 //!
 //! A large table that is read from its first row is read by several sessions at once, each taking the next range of its pages from
-//! one queue; their rows come in no order. So the table's file is read once, however many there are. What an index may serve
+//! one queue, and of the pages of each of its partitions; their rows come in no order. So the table's files are read once, however many there are. What an index may serve
 //! (a window behind a mark, what a model filters) is left to the server's planner, in one session.
 
 use std::{
@@ -151,8 +151,10 @@ pub(super) struct Shape {
     from: String,
     /// Whether each row has a place in a table's file.
     is_table: bool,
-    /// How many pages the file has, where they can be read range by range.
+    /// How many pages its file has, where they can be read range by range; of a partitioned table the largest one's.
     pages: u64,
+    /// How many there are in all its files.
+    all_pages: u64,
 }
 
 /// One column of a stream.
@@ -196,20 +198,28 @@ impl Shape {
             money_scale = i8::try_from(row.get::<_, i32>(0)).unwrap_or(2);
         }
         let mut never_null = Vec::new();
-        let (mut is_table, mut pages) = (false, 0);
+        let (mut is_table, mut pages, mut all_pages) = (false, 0, 0);
         if let (Read::Table(_), Some(table)) =
             (&stream.read, statement.columns().iter().find_map(tokio_postgres::Column::table_oid))
         {
-            let sql = "SELECT c.relkind IN ('r', 'm') AND c.relpersistence <> 't' AND c.oid = to_regclass($2),
+            // Rows of each partition have places of their own; a range of them is a range in each. Before version 14 it would read all of a file.
+            let sql = "SELECT c.relkind IN ('r', 'm') AND is_it,
                    CASE WHEN c.relkind IN ('r', 'p') THEN array(SELECT attnum FROM pg_attribute WHERE attrelid = c.oid AND attnotnull) ELSE '{}' END,
-                   CASE WHEN current_setting('server_version_num')::int >= 140000 AND (SELECT amname FROM pg_am AS m WHERE m.oid = c.relam) = 'heap'
-                     THEN pg_relation_size(c.oid) / current_setting('block_size')::int8 END
-                FROM pg_class AS c WHERE c.oid = $1";
+                   CASE WHEN ranged THEN largest / block END, CASE WHEN ranged THEN total / block END
+                FROM pg_class AS c,
+                   LATERAL (SELECT c.relpersistence <> 't' AND c.oid = to_regclass($2) AS is_it, current_setting('block_size')::int8 AS block) AS i,
+                   LATERAL (SELECT max(pg_relation_size(f.oid)) AS largest, sum(pg_relation_size(f.oid))::int8 AS total,
+                           is_it AND bool_and(f.relkind IN ('r', 'm') AND m.amname = 'heap') AND current_setting('server_version_num')::int >= 140000 AS ranged
+                       FROM (SELECT c.oid WHERE c.relkind <> 'p' UNION ALL
+                               SELECT relid FROM pg_partition_tree(CASE c.relkind WHEN 'p' THEN c.oid END) WHERE isleaf) AS l (oid)
+                           JOIN pg_class AS f USING (oid) LEFT JOIN pg_am AS m ON m.oid = f.relam) AS files
+                WHERE c.oid = $1";
             if let Some(row) = session.query_opt(sql, &[&table, &from]).await.map_err(failed)? {
                 is_table = row.get::<_, Option<bool>>(0).unwrap_or_default();
                 never_null = row.get::<_, Vec<i16>>(1);
-                // Before version 14 each range would read the whole file.
-                pages = u64::try_from(row.get::<_, Option<i64>>(2).unwrap_or_default()).unwrap_or_default();
+                let number =
+                    |index| row.get::<_, Option<i64>>(index).and_then(|pages| u64::try_from(pages).ok());
+                (pages, all_pages) = (number(2).unwrap_or_default(), number(3).unwrap_or_default());
             }
         }
         let zone = stream.timezone.as_deref().map(zone).transpose()?;
@@ -221,7 +231,7 @@ impl Shape {
                 ColumnShape::of(stream, column, money_scale, zone, may_be_null)
             })
             .collect();
-        Ok(Self { columns, from, is_table, pages: if is_table { pages } else { 0 } })
+        Ok(Self { columns, from, is_table, pages, all_pages })
     }
 
     /// What stands behind FROM.
@@ -530,7 +540,7 @@ struct Shared {
 impl Shared {
     fn new(shape: Shape, readers: usize) -> Self {
         let mut parts = vec![String::new()];
-        if readers > 1 && shape.pages >= FEW_PAGES {
+        if readers > 1 && shape.all_pages >= FEW_PAGES {
             let each = shape.pages / (8 * readers as u64);
             let each = each.clamp(*RANGE_PAGES.start(), *RANGE_PAGES.end());
             let starts: Vec<u64> =
@@ -1070,7 +1080,8 @@ mod unit {
     #[test]
     fn the_parts_of_a_table_are_all_of_it() {
         let parts = |pages, readers| {
-            let shape = Shape { columns: Vec::new(), from: String::new(), is_table: true, pages };
+            let shape =
+                Shape { columns: Vec::new(), from: String::new(), is_table: true, pages, all_pages: pages };
             Shared::new(shape, readers).parts
         };
         assert_eq!(parts(4096, 1), [""]);

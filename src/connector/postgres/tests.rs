@@ -283,12 +283,22 @@ async fn every_type_goes_out_and_comes_back_as_it_was() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn several_sessions_read_one_table_as_it_was_when_the_snapshot_was_opened() {
+    let in_parts = "PARTITION BY HASH (id); CREATE TABLE one PARTITION OF wide FOR VALUES WITH (MODULUS 3, REMAINDER 0);
+         CREATE TABLE other PARTITION OF wide FOR VALUES WITH (MODULUS 3, REMAINDER 1) PARTITION BY RANGE (id);
+         CREATE TABLE low PARTITION OF other FOR VALUES FROM (MINVALUE) TO (1000); CREATE TABLE high PARTITION OF other DEFAULT;
+         CREATE TABLE third PARTITION OF wide FOR VALUES WITH (MODULUS 3, REMAINDER 2)";
+    for parts in ["", in_parts] {
+        read_by_several_sessions(parts).await;
+    }
+}
+
+async fn read_by_several_sessions(parts: &str) {
     let schema = Schema::new();
     // One row to a page, and more pages than one session reads by itself; some are empty.
-    schema.execute(
-        "CREATE TABLE wide (id bigint NOT NULL, note text); ALTER TABLE wide ALTER COLUMN note SET STORAGE PLAIN;
+    schema.execute(&format!(
+        "CREATE TABLE wide (id bigint NOT NULL, note text) {parts}; ALTER TABLE wide ALTER COLUMN note SET STORAGE PLAIN;
          INSERT INTO wide SELECT n, rpad(n::text, 7000, 'x') FROM generate_series(1, 4600) AS n; DELETE FROM wide WHERE id % 7 = 0;",
-    );
+    ));
     let connection = open_with(&schema.name, &serde_json::json!({ "sslmode": "disable", "readers": 3 }));
     let source = connection.source().unwrap();
     for cursor in [None, Some("id")] {
