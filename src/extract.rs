@@ -1,4 +1,4 @@
-//! What a run reads: the windows of its sources, one snapshot a connection, and the models over them in one session.
+//! What a run reads: the windows of its sources, one snapshot a connection, and the models over them, in one session if there are any.
 //!
 //! Windows are fixed before any snapshot opens. A relation that is read more than once, or whose rows are checked together, is written down
 //! once. Where each row is checked by itself, rows are sorted out on the way: there, or to the one who reads them.
@@ -18,7 +18,7 @@ use crate::{
         sieve::{Aside, Sieve},
     },
     connector::{
-        Bounds, Exactness, Marks, RunTime, Target,
+        Bounds, Exactness, Marks, RunTime,
         scan::{OpenSource, OpenSources},
         spec::{Mode, StreamSpec},
         tap::Tap,
@@ -128,7 +128,7 @@ pub struct Bounded {
     pub origin: Option<String>,
 }
 
-/// What was opened: the sources and models of a job in one session.
+/// What was opened: the sources and models of a job.
 #[expect(missing_debug_implementations, reason = "a session has none")]
 pub struct Relations {
     /// Which they are, by their names.
@@ -168,8 +168,8 @@ impl Extract<'_> {
         let in_order = !plan.is_order_free();
         let partitions = if in_order { 1 } else { runtime::cores() };
         let target = connections.get(&plan.target).and_then(|target| target.target());
-        let is_loaded = self.reading == Reading::New && plan.models.is_empty();
-        let in_one_stream = is_loaded && target.is_some_and(Target::takes_one_stream);
+        // A database takes rows one behind the other.
+        let is_loaded = self.reading == Reading::New && target.is_some_and(|target| !target.has_folders());
         // A side of a join that is empty ends it before the other one is read: a window must be read to its end.
         let knows_rows = !plan.models.is_empty()
             && windows.values().all(|bounded: &Bounded| bounded.window == Window::Whole);
@@ -194,7 +194,7 @@ impl Extract<'_> {
                     let rows = if knows_rows { open.rows(&stream.spec).await? } else { None };
                     let mut table = scan_table(stream, window);
                     (table.rows, table.scan.in_order) = (rows, in_order);
-                    table.scan.in_one_stream = in_one_stream;
+                    table.scan.in_one_stream = is_loaded && plan.is_copied(name);
                     tables.add_source(name, table)?;
                 }
             }

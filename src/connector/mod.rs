@@ -441,10 +441,6 @@ pub trait Target: Send + Sync {
     fn has_folders(&self) -> bool {
         false
     }
-    /// Whether the rows of an output go to a server one behind the other, which is no faster than one session of another server reads them.
-    fn takes_one_stream(&self) -> bool {
-        !self.has_folders()
-    }
     /// How rows of a model would get into an output, in a few words, where there is more than one way. A run looks again: the output may
     /// be another one by then.
     async fn way(&self, _output: &OutputSpec, _model: &SchemaRef) -> Result<Option<&'static str>> {

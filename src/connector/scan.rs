@@ -1,7 +1,8 @@
 //! The one execution plan that we write: a scan of a source, as plain data.
 //!
 //! A [`Scan`] says what to read and holds no handle and no secret. Where it executes, the connection is looked
-//! up by name in [`OpenSources`], which the session carries. So the same plan can be sent to another machine.
+//! up by name in [`OpenSources`], which a session carries. So the same plan can be sent to another machine. A source that is copied
+//! as it is needs no session: [`ScanTable::read`] gives its rows.
 //!
 //! Projections reach every source; conditions and limits of models those that apply them. Windows are part of the scan. What a
 //! server leaves out was not extracted.
@@ -128,7 +129,7 @@ pub struct OpenSource {
     pub tap: Arc<Tap>,
 }
 
-/// The streams that a run has opened, by the source's name. Carried by the session.
+/// The streams that a run has opened, by the source's name. Carried by the session, where there is one.
 #[derive(Debug, Default)]
 pub struct OpenSources(pub HashMap<String, OpenSource>);
 
@@ -182,7 +183,7 @@ impl ScanTable {
     }
 
     /// The scan of so many of its columns, and these; the scan may give one more behind them.
-    fn of(&self, columns: &[usize]) -> DataFusionResult<(Scan, SchemaRef)> {
+    fn projected(&self, columns: &[usize]) -> DataFusionResult<(Scan, SchemaRef)> {
         let scan = self.scan.clone();
         let wanted: SchemaRef = Arc::new(scan.schema.project(columns)?);
         // What may come late is counted by the cursor, also where nobody asks for it.
@@ -211,7 +212,7 @@ impl ScanTable {
         pool: &Arc<dyn MemoryPool>,
     ) -> DataFusionResult<SendableRecordBatchStream> {
         let columns = schema.fields().iter().map(|field| self.scan.schema.index_of(field.name()));
-        let (scan, _) = self.of(&columns.collect::<Result<Vec<_>, _>>()?)?;
+        let (scan, _) = self.projected(&columns.collect::<Result<Vec<_>, _>>()?)?;
         scan.open(sources, pool)
     }
 }
@@ -245,7 +246,7 @@ impl TableProvider for ScanTable {
         limit: Option<usize>,
     ) -> DataFusionResult<Arc<dyn ExecutionPlan>> {
         let (mut scan, wanted) = match projection {
-            Some(columns) => self.of(columns)?,
+            Some(columns) => self.projected(columns)?,
             None => (self.scan.clone(), Arc::clone(&self.scan.schema)),
         };
         if self.selective {

@@ -117,6 +117,17 @@ impl Plan {
             && self.outputs.iter().all(|output| output.latest_by.is_none())
     }
 
+    /// Whether a relation goes into one output as it comes: nobody else reads it, and what the output holds is not asked for.
+    pub fn is_copied(&self, relation: &str) -> bool {
+        let is_read = |model: &Model| model.select.reads.iter().any(|read| read == relation);
+        let mut readers = self.outputs.iter().filter(|output| output.from == relation);
+        let is_alone =
+            readers.next().is_some_and(|output| !output.dimension.looks_back()) && readers.next().is_none();
+        is_alone
+            && !self.models.values().any(is_read)
+            && self.streams.get(relation).is_some_and(|stream| !stream.spool)
+    }
+
     /// The sources that a source or model is made from.
     pub fn upstream<'a>(&'a self, relation: &'a str) -> BTreeSet<&'a str> {
         let (mut found, mut waiting) = (BTreeSet::new(), vec![relation]);
@@ -593,6 +604,15 @@ impl Planner<'_> {
             } else {
                 schema
             };
+            let mut known = BTreeSet::new();
+            if let Some(twice) = schema.fields().iter().find(|field| !known.insert(field.name())) {
+                self.problems.push(
+                    Problem::new(format!("source `{name}` has two columns `{}`", twice.name()))
+                        .at(self.document.key_place(&["sources", name]))
+                        .hint("Give one of them another name where they come from."),
+                );
+                continue;
+            }
             let keys =
                 source.key.iter().map(|column| (column, self.document.place(&["sources", name, "key"])));
             let typed = spec

@@ -2,7 +2,10 @@
 //!
 //! The answers lie in `tests/it/snapshots/`; after a deliberate change, `INSTA_UPDATE=always cargo test` writes them anew.
 
-use std::process::Command;
+use std::{process::Command, sync::Arc};
+
+use arrow::array::{ArrayRef, Int64Array, RecordBatch};
+use parquet::arrow::ArrowWriter;
 
 use crate::support::Folder;
 
@@ -116,6 +119,19 @@ fn mistakes_in_job_files() {
         &["check"],
         &[("jobs/load.yaml", &job("mode: merge", "mode: upsert").replace("conn", "con"))],
     );
+}
+
+#[test]
+fn two_columns_of_one_name_are_refused_where_they_would_be_copied() {
+    let copy = "job: load\nsources:\n  orders: { connection: data, file: orders.parquet }\ntarget:\n  connection: lake\n  outputs:\n    orders: { from: orders, mode: replace }\n";
+    let folder = Folder::with(&[("jobs/load.yaml", copy)]);
+    let [one, other] = [[1_i64], [2]].map(|of| Arc::new(Int64Array::from(of.to_vec())) as ArrayRef);
+    let rows = RecordBatch::try_from_iter([("id", one), ("id", other)]).unwrap();
+    let file = std::fs::File::create(folder.path().join("data/orders.parquet")).unwrap();
+    let mut writer = ArrowWriter::try_new(file, rows.schema(), None).unwrap();
+    writer.write(&rows).unwrap();
+    writer.close().unwrap();
+    answer_in(&folder, "two_columns_of_one_name", &["run"]);
 }
 
 #[test]

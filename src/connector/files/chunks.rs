@@ -125,7 +125,7 @@ pub(super) struct Shape {
 }
 
 /// Bytes of a piece where a batch is cut at so many: so few that several pieces are there at a time, and that a copied one is still in the processor's
-/// cache when it is parsed (of 3/4 MiB or more it would go past it); so many that handing them over costs nothing.
+/// cache when it is parsed (C libraries copy past it what is large: measured, 3/4 MiB and more); so many that handing them over costs nothing.
 pub(super) fn piece_bytes(batch_bytes: usize) -> usize {
     (batch_bytes / 8).clamp(64 << 10, 640 << 10)
 }

@@ -21,6 +21,7 @@ use super::types::{Attribute, Wire, range_fields, timetz_fields};
 use crate::{
     connector::columns::{ColumnBuilder, Misfit, POWERS, in_zone},
     error::{Error, Result},
+    runtime::BATCH_BYTES,
 };
 
 /// Days from 1970 to PostgreSQL's own zero, 2000-01-01.
@@ -418,7 +419,7 @@ impl Column {
             }
             Data::Interval(values) => Arc::new(IntervalMonthDayNanoArray::new(take(values), valid)),
             Data::Bytes { offsets, values } => {
-                let (offsets, values) = (ends(offsets), Buffer::from_vec(emptied(values)));
+                let (offsets, values) = (ends(offsets), Buffer::from_vec(emptied(values, values.len() / 16)));
                 if self.wire == Wire::Bytea {
                     Arc::new(BinaryArray::try_new(offsets, values, valid)?)
                 } else {
@@ -452,18 +453,18 @@ fn structure(wire: &Wire, parts: Vec<ArrayRef>, valid: Option<NullBuffer>) -> Re
 }
 
 fn take<T: arrow::datatypes::ArrowNativeType>(values: &mut Vec<T>) -> ScalarBuffer<T> {
-    emptied(values).into()
+    emptied(values, 0).into()
 }
 
-/// The values so far; there is room for the next, which are about as many.
-fn emptied<T>(values: &mut Vec<T>) -> Vec<T> {
-    let next = Vec::with_capacity(values.len() + values.len() / 16);
+/// The values so far; there is room for the next ones, which are about as many, or so many more. But one batch of long values makes no room for others.
+fn emptied<T>(values: &mut Vec<T>, more: usize) -> Vec<T> {
+    let next = Vec::with_capacity((values.len() + more).min(BATCH_BYTES / size_of::<T>().max(1)));
     std::mem::replace(values, next)
 }
 
 /// The offsets so far; the next begin at zero.
 fn ends(offsets: &mut Vec<i32>) -> OffsetBuffer<i32> {
-    let ends = emptied(offsets);
+    let ends = emptied(offsets, 0);
     offsets.push(0);
     OffsetBuffer::new(ends.into())
 }

@@ -15,16 +15,20 @@ use std::{
     task::{self, Context, Poll},
 };
 
-use futures::{FutureExt, TryFutureExt, channel::mpsc, future::BoxFuture};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use futures::{FutureExt, StreamExt, TryFutureExt, channel::mpsc, future::BoxFuture};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
+use tokio_util::sync::PollSemaphore;
 
 /// Bytes that are asked of the socket at a time.
 const INPUT_BYTES: usize = 64 << 10;
-/// Bytes of rows that are sent together, though more came.
+/// Bytes of rows that are sent together, though more came. One row that is longer is sent alone.
 const BLOCK_BYTES: usize = 32 << 10;
-/// Blocks that wait for who reads them.
-const WAITING: usize = 8;
+/// Bytes of blocks that wait for who reads them. A longer one waits alone.
+const WAITING_BYTES: u32 = 256 << 10;
 /// A message's tag and its length, which counts itself and not the tag.
 const HEAD: usize = 5;
 /// The tags of a row, of what comes before all rows of a COPY, and of what ends it.
@@ -32,22 +36,41 @@ const ROW: u8 = b'd';
 const BEGIN: u8 = b'H';
 const ENDS: [u8; 3] = [b'c', b'E', b'Z'];
 
-/// Rows of one COPY, without the heads of their messages.
-pub(super) type Blocks = mpsc::Receiver<Vec<u8>>;
+/// Rows, without the heads of their messages, and the room that they take while they wait.
+type Block = (Vec<u8>, OwnedSemaphorePermit);
+
+/// The rows of one COPY.
+#[derive(Debug)]
+pub(super) struct Blocks(mpsc::UnboundedReceiver<Block>);
+
+impl Blocks {
+    /// The next ones; `None` behind the last.
+    pub(super) async fn next(&mut self) -> Option<Vec<u8>> {
+        self.0.next().await.map(|(rows, _)| rows)
+    }
+}
+
+/// Where blocks are sent.
+#[derive(Debug)]
+struct Rows {
+    blocks: mpsc::UnboundedSender<Block>,
+    room: PollSemaphore,
+}
 
 /// Where the rows of a connection's next COPY go.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Next(Arc<Mutex<Option<mpsc::Sender<Vec<u8>>>>>);
+pub(super) struct Next(Arc<Mutex<Option<Rows>>>);
 
 impl Next {
     /// The rows of the COPY that is asked for now. There is one at a time: before another one is asked for, this one has been read to its end.
     pub(super) fn blocks(&self) -> Blocks {
-        let (rows, blocks) = mpsc::channel(WAITING);
-        self.set(Some(rows));
-        blocks
+        let (sender, blocks) = mpsc::unbounded();
+        let room = PollSemaphore::new(Arc::new(Semaphore::new(WAITING_BYTES as usize)));
+        self.set(Some(Rows { blocks: sender, room }));
+        Blocks(blocks)
     }
 
-    fn set(&self, rows: Option<mpsc::Sender<Vec<u8>>>) -> Option<mpsc::Sender<Vec<u8>>> {
+    fn set(&self, rows: Option<Rows>) -> Option<Rows> {
         std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), rows)
     }
 }
@@ -73,7 +96,7 @@ pub(super) struct Diverted<S> {
     passing: usize,
     of_row: usize,
     /// Who reads the COPY under way, and what goes there next.
-    rows: Option<mpsc::Sender<Vec<u8>>>,
+    rows: Option<Rows>,
     block: Vec<u8>,
 }
 
@@ -165,8 +188,11 @@ impl<S> Diverted<S> {
     /// Sends the block, as soon as there is room for it.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(rows) = &mut self.rows {
-            let is_read = task::ready!(rows.poll_ready(cx)).is_ok();
-            if !is_read || rows.start_send(std::mem::take(&mut self.block)).is_err() {
+            let bytes = u32::try_from(self.block.len()).unwrap_or(u32::MAX).min(WAITING_BYTES);
+            let room = task::ready!(rows.room.poll_acquire_many(cx, bytes));
+            let block = room.map(|room| (std::mem::take(&mut self.block), room));
+            if block.is_none_or(|block| rows.blocks.unbounded_send(block).is_err()) {
+                // Nobody reads them any more.
                 self.rows = None;
             }
         }
@@ -291,7 +317,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsConnect<S> for Plain {
 mod unit {
     use std::collections::VecDeque;
 
-    use futures::StreamExt;
     use proptest::prelude::*;
     use tokio::io::AsyncReadExt;
 
@@ -342,7 +367,16 @@ mod unit {
     /// What the library gets of `bytes`, with so much room at a time; and the blocks, of which so many are read before their reader goes away.
     fn read(pieces: VecDeque<Vec<u8>>, rooms: &[usize], read: usize) -> (Vec<u8>, Vec<Vec<u8>>) {
         let next = Next::default();
-        let blocks = next.blocks().take(read);
+        let mut blocks = next.blocks();
+        let reader = async move {
+            let mut all = Vec::new();
+            while all.len() < read
+                && let Some(block) = blocks.next().await
+            {
+                all.push(block);
+            }
+            all
+        };
         let mut diverted = Diverted::new(Pieces(pieces), |_| ChannelBinding::none(), next);
         let library = async move {
             let mut got = Vec::new();
@@ -357,7 +391,7 @@ mod unit {
             got
         };
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(async { tokio::join!(library, blocks.collect()) })
+        runtime.block_on(async { tokio::join!(library, reader) })
     }
 
     proptest! {

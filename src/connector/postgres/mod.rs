@@ -185,8 +185,8 @@ impl fmt::Debug for PostgresConnection {
 /// A session with the server. Dropping it closes the connection, and what the server still does for it ends.
 struct Session {
     client: Client,
-    /// Where the rows of its COPY go; none where the library opened the connection.
-    rows: Option<Next>,
+    /// Where the rows of its next COPY go; none where the library opened the connection.
+    next_rows: Option<Next>,
     _driver: TaskGuard,
 }
 
@@ -340,7 +340,7 @@ impl PostgresConnection {
 
     /// A new session. It ends when the server is found to answer nobody any more: what waits for it is told that the connection is lost.
     async fn connect(self: &Arc<Self>) -> Result<Session> {
-        let (client, driver, rows) = self.open().await?.map_err(|why| self.unreachable(&why))?;
+        let (client, driver, next_rows) = self.open().await?.map_err(|why| self.unreachable(&why))?;
         self.is_silent.store(false, Ordering::Relaxed);
         let every = Duration::from_millis(self.options.silence_ms.unwrap_or(60_000).max(10).into());
         let silent = Self::until_silent(Arc::downgrade(self), every);
@@ -350,7 +350,7 @@ impl PostgresConnection {
                 () = silent => {}
             }
         });
-        let session = Session { client, rows, _driver: driver };
+        let session = Session { client, next_rows, _driver: driver };
         // A server that learns of it within a second does not go on working for nobody. Newer ones also end transactions that take long.
         let watch = "SELECT set_config('client_connection_check_interval', '1s', false) WHERE current_setting('server_version_num')::int >= 140000;
             SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('server_version_num')::int >= 170000";
@@ -364,14 +364,14 @@ impl PostgresConnection {
         connecting: impl Future<
             Output = std::result::Result<(Client, tokio_postgres::Connection<S, T>), tokio_postgres::Error>,
         >,
-        rows: Option<Next>,
+        next_rows: Option<Next>,
     ) -> std::result::Result<Opened, Unopened>
     where
         tokio_postgres::Connection<S, T>: Future + Send + 'static,
     {
         // Each address of the host has its own time; and the server is to say who it is, too.
         match runtime::within(self.patience() * 2, connecting).await {
-            Some(Ok((client, driver))) => Ok((client, driver.map(drop).boxed(), rows)),
+            Some(Ok((client, driver))) => Ok((client, driver.map(drop).boxed(), next_rows)),
             Some(Err(error)) => Err(Unopened::Failed(error)),
             None => Err(Unopened::NoAnswer),
         }

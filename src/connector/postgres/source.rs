@@ -645,13 +645,12 @@ async fn read(
             }
         }
     };
-    let mut session = Some(session);
+    let mut session = session;
     while let Some(part) = shared.take() {
-        let Some(reading) = session else { return Ok(()) };
-        session = read_part(this, reading, &shared.shape, part, scan, tap, out).await?;
-        if session.is_none() {
-            return Ok(());
-        }
+        session = match read_part(this, session, &shared.shape, part, scan, tap, out).await? {
+            Some(session) => session,
+            None => return Ok(()),
+        };
         if shared.done.fetch_add(1, Ordering::Relaxed) + 1 == shared.parts.len() {
             tap.finish();
         }
@@ -756,16 +755,17 @@ async fn read_part(
 /// A COPY under way. It has its session, which another one gets only once this one has been read to its end.
 struct Copy {
     session: Session,
-    /// Its rows, and where they go through the library, none.
+    /// Its rows, if they go around the library.
     blocks: Option<Blocks>,
-    rest: Pin<Box<CopyOutStream>>,
+    /// The library's answer: how it ended, and rows that go through it.
+    answer: Pin<Box<CopyOutStream>>,
 }
 
 impl Copy {
     async fn begin(session: Session, sql: &str) -> Result<Self, tokio_postgres::Error> {
-        let blocks = session.rows.as_ref().map(Next::blocks);
-        let rest = Box::pin(session.copy_out(sql).await?);
-        Ok(Self { session, blocks, rest })
+        let blocks = session.next_rows.as_ref().map(Next::blocks);
+        let answer = Box::pin(session.copy_out(sql).await?);
+        Ok(Self { session, blocks, answer })
     }
 
     /// What comes next: whole rows, and where something between the server and us cut them, parts of rows.
@@ -775,7 +775,7 @@ impl Copy {
         {
             return Ok(Some(block.into()));
         }
-        self.rest.next().await.transpose()
+        self.answer.next().await.transpose()
     }
 }
 

@@ -402,7 +402,7 @@ impl Stage {
         })
     }
 
-    /// Whether keys that differ while they are staged differ in the output: they come there as they are.
+    /// Whether keys that differ while they pass differ in the stage as the server compares them there: without a cast.
     fn keys_tell(&self) -> Result<bool> {
         let mut tell = true;
         for column in &self.output.key {
@@ -622,17 +622,21 @@ impl Load for PostgresLoad {
             }
             None => {
                 let is_merged = output.mode == Mode::Merge;
-                let (keys, rows) = Keys::of(if is_merged { &output.key } else { &[] }, rows);
+                let (keys, rows) = match is_merged && stage.keys_tell()? {
+                    true => Keys::of(&output.key, rows),
+                    false => (None, rows),
+                };
                 stage.staged.rows = self.fill(&stage.output.name, &stage.table, rows).await?;
                 self.attempt.held.want();
-                if is_merged && !(stage.keys_tell()? && keys.are_different()) {
-                    refuse_staged_keys(&self.connection, &self.session, &stage).await?;
-                }
+                let keys_may_be_wrong = is_merged && !keys.is_some_and(|keys| keys.are_different());
                 // With the last output the release can be published: what changes shows as it is done.
                 if self.stages.len() + 1 == self.attempt.outputs
                     && stage.is_merged_as_it_is()
                     && has_key(&self.connection, &self.session, &stage).await?
                 {
+                    if keys_may_be_wrong {
+                        refuse_staged_keys(&self.connection, &self.session, &stage).await?;
+                    }
                     fits(&self.connection, &self.session, &stage).await?;
                     self.stages.push(stage);
                     // One whose columns change could not be counted any more.
@@ -646,6 +650,9 @@ impl Load for PostgresLoad {
                 let analyze = format!("ANALYZE {}", stage.table);
                 let analyzed = self.session.batch_execute(&analyze).await;
                 analyzed.map_err(|error| self.connection.error("stage in", &error))?;
+                if keys_may_be_wrong {
+                    refuse_staged_keys(&self.connection, &self.session, &stage).await?;
+                }
                 // Others may write there meanwhile: what is counted is counted at one moment.
                 let moment = async |sql: &str| {
                     let done = self.session.batch_execute(sql).await;

@@ -335,6 +335,39 @@ async fn read_by_several_sessions(parts: &str) {
     }
 }
 
+/// All rows of a table or view: how many there are.
+async fn rows_of(connection: &Arc<dyn Connection>, name: &str) -> Result<usize> {
+    let source = connection.source().unwrap();
+    let stream = table(name);
+    let columns = source.describe(&stream).await?;
+    let snapshot = source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await?;
+    let scan = Scan::new(stream, columns, Window::Whole);
+    let rows = source.scan(&snapshot, &scan, Arc::default())?;
+    let batches: Vec<RecordBatch> = futures::TryStreamExt::try_collect(rows).await?;
+    Ok(batches.iter().map(RecordBatch::num_rows).sum())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_error_in_the_middle_of_the_rows_is_told_and_the_next_ones_come() {
+    let schema = Schema::new();
+    schema.execute("CREATE VIEW torn AS SELECT n, 1 / (90000 - n) AS x FROM generate_series(1, 100000) AS n; CREATE VIEW sound AS SELECT n FROM generate_series(1, 100000) AS n");
+    let connection = open(&schema.name);
+    for _ in 0..2 {
+        let error = rows_of(&connection, "torn").await.unwrap_err().to_string();
+        assert!(error.contains("division by zero"), "{error}");
+        assert_eq!(rows_of(&connection, "sound").await.unwrap(), 100_000);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_come_through_a_socket_in_a_folder_too() {
+    let schema = Schema::new();
+    schema.execute("CREATE TABLE orders (id bigint, note text); INSERT INTO orders SELECT n, repeat('x', n % 3000) FROM generate_series(1, 20000) AS n");
+    let folder = std::path::Path::new(&postgres().authority).parent().unwrap();
+    let connection = open_with(&schema.name, &serde_json::json!({ "host": folder, "sslmode": "disable" }));
+    assert_eq!(rows_of(&connection, "orders").await.unwrap(), 20_000);
+}
+
 /// A type's spelling without quotes, blanks and metadata.
 fn plain(of: &str) -> String {
     let mut told = of.to_owned();
