@@ -46,23 +46,23 @@ const FLOORS: [Floor; 6] = [
         from: "data, file: FILE.csv, columns: { COLUMNS }",
         to: "lake",
         sql: "",
-        most: 4_650,
+        most: 4_500,
     },
     Floor {
         name: "JSON lines to Parquet",
         from: "data, file: FILE.jsonl, columns: { COLUMNS }",
         to: "lake",
         sql: "",
-        most: 9_800,
+        most: 9_400,
     },
-    Floor { name: "Parquet to PostgreSQL", from: "lake, table: FILE", to: "erp", sql: "", most: 2_050 },
-    Floor { name: "PostgreSQL to Parquet", from: "erp, table: FILE", to: "lake", sql: "", most: 3_650 },
+    Floor { name: "Parquet to PostgreSQL", from: "lake, table: FILE", to: "erp", sql: "", most: 1_950 },
+    Floor { name: "PostgreSQL to Parquet", from: "erp, table: FILE", to: "lake", sql: "", most: 3_500 },
     Floor {
         name: "PostgreSQL to Parquet, mapped and checked",
         from: "erp, table: FILE",
         to: "lake",
         sql: "SELECT id, account, posted, amount * 2 AS twice, text FROM lines WHERE account <> 'none'",
-        most: 4_000,
+        most: 3_800,
     },
     Floor {
         name: "Parquet, grouped",
@@ -74,7 +74,7 @@ const FLOORS: [Floor; 6] = [
 ];
 
 /// Instructions from the start of a process to its end, for a job of ten rows.
-const FLOOR_OF_START: u64 = 10_500_000;
+const FLOOR_OF_START: u64 = 7_700_000;
 
 struct Floor {
     name: &'static str,

@@ -189,8 +189,14 @@ impl<T: Send + 'static> Consumer<T> {
     /// Begins `consume` on a thread of its own.
     pub fn new(consume: impl FnOnce(&mut Batches) -> Result<T> + Send + 'static) -> Self {
         let (sender, receiver) = channel(CHANNEL_BATCHES);
-        let done = begun(move || consume(&mut Batches { receiver, ended: false })).boxed();
-        Self { sender, done }
+        // Also when nobody waits for it any more, it takes away what it has begun: the process ends behind it.
+        let under_way = TIDYING.token();
+        let done = begun(move || {
+            let result = consume(&mut Batches { receiver, ended: false });
+            drop(under_way);
+            result
+        });
+        Self { sender, done: done.boxed() }
     }
 
     /// Hands over one batch, and waits while the thread is behind.
