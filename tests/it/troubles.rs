@@ -163,7 +163,12 @@ fn a_server_that_answers_nobody_any_more_is_given_up_and_one_that_works_is_waite
             other.batch_execute("ROLLBACK").unwrap();
             let told = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(75), "{told}");
-            assert!(told.contains("the server answers nobody any more, and was given up"), "{told}");
+            // Or, of a session that was about to be opened just then, that nobody answered it.
+            let given_up = [
+                "the server answers nobody any more, and was given up",
+                "takes connections and says nothing",
+            ];
+            assert!(given_up.iter().any(|why| told.contains(why)), "{told}");
             assert_eq!(ledger.run()["outcome"], "published");
         } else {
             // Long enough to be looked after many times.

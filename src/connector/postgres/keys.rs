@@ -2,7 +2,7 @@
 //!
 //! A merge asks its server whether a key of the stage is null or comes twice. Of few rows that is known once they have passed: [`Keys`] remembers the
 //! hash of each key, and says either that all were there and different, or nothing: where two hashes are the same, a key is null or there are too many,
-//! the server is asked. Values are compared as Arrow has them: it is for [types](Keys::may_tell) whose values differ there if they differ in the server.
+//! the server is asked. Values are compared as Arrow has them: it is for [types](Keys::may_tell) whose values differ in the server wherever they differ here.
 
 use std::{
     collections::HashSet,
