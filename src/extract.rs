@@ -194,7 +194,7 @@ impl Extract<'_> {
                     let rows = if knows_rows { open.rows(&stream.spec).await? } else { None };
                     let mut table = scan_table(stream, window);
                     (table.rows, table.scan.in_order) = (rows, in_order);
-                    table.scan.in_one_stream = is_loaded && plan.is_copied(name);
+                    table.scan.in_one_stream = is_loaded && plan.is_copied(stream);
                     tables.add_source(name, table)?;
                 }
             }

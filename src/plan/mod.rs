@@ -117,15 +117,10 @@ impl Plan {
             && self.outputs.iter().all(|output| output.latest_by.is_none())
     }
 
-    /// Whether a relation goes into one output as it comes: nobody else reads it, and what the output holds is not asked for.
-    pub fn is_copied(&self, relation: &str) -> bool {
-        let is_read = |model: &Model| model.select.reads.iter().any(|read| read == relation);
-        let mut readers = self.outputs.iter().filter(|output| output.from == relation);
-        let is_alone =
-            readers.next().is_some_and(|output| !output.dimension.looks_back()) && readers.next().is_none();
-        is_alone
-            && !self.models.values().any(is_read)
-            && self.streams.get(relation).is_some_and(|stream| !stream.spool)
+    /// Whether a source goes into an output as it comes: it is not written down, so nobody else reads it, and what the output holds is not asked for.
+    pub fn is_copied(&self, source: &Stream) -> bool {
+        let takes = |output: &Output| output.from == source.spec.name && !output.dimension.looks_back();
+        !source.spool && self.outputs.iter().any(takes)
     }
 
     /// The sources that a source or model is made from.
@@ -380,7 +375,7 @@ impl Planner<'_> {
         self.done()?;
         let mut tables = Tables::for_models(scratch, self.request.as_of, Arc::default());
         for (name, stream) in &streams {
-            tables.add_source(name, scan_table(stream, Window::Whole))?;
+            tables.add(name, Arc::new(scan_table(stream, Window::Whole)))?;
         }
         let mut models: IndexMap<String, Model> = IndexMap::new();
         let mut readers: BTreeMap<String, usize> = BTreeMap::new();

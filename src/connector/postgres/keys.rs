@@ -38,14 +38,11 @@ impl Keys {
     }
 
     /// Looks at the columns `key` of rows while they pass.
-    pub(super) fn of(
-        key: &[String],
-        rows: SendableRecordBatchStream,
-    ) -> (Option<Self>, SendableRecordBatchStream) {
+    pub(super) fn of(key: &[String], rows: SendableRecordBatchStream) -> (Self, SendableRecordBatchStream) {
         let (keys, key) = (Self(Arc::new(Mutex::new(Some(HashSet::new())))), key.to_vec());
         let (seen, schema) = (keys.clone(), rows.schema());
         let rows = rows.inspect(move |batch| batch.iter().for_each(|batch| seen.see(batch, &key)));
-        (Some(keys), Box::pin(RecordBatchStreamAdapter::new(schema, rows)))
+        (keys, Box::pin(RecordBatchStreamAdapter::new(schema, rows)))
     }
 
     fn see(&self, batch: &RecordBatch, key: &[String]) {
@@ -93,7 +90,7 @@ mod unit {
             let (keys, rows) = Keys::of(&["n".to_owned(), "t".to_owned()], rows);
             let passed: Vec<_> = rows.map(Result::unwrap).collect().await;
             assert_eq!(passed, batches);
-            keys.unwrap().are_different()
+            keys.are_different()
         };
         assert!(are_different(vec![vec![(Some(1), "a"), (Some(1), "b")], vec![(Some(2), "a")]]).await);
         assert!(!are_different(vec![vec![(Some(1), "a"), (Some(1), "a")]]).await);

@@ -622,9 +622,11 @@ impl Load for PostgresLoad {
             }
             None => {
                 let is_merged = output.mode == Mode::Merge;
-                let (keys, rows) = match is_merged && stage.keys_tell()? {
-                    true => Keys::of(&output.key, rows),
-                    false => (None, rows),
+                let (rows, keys) = if is_merged && stage.keys_tell()? {
+                    let (keys, rows) = Keys::of(&output.key, rows);
+                    (rows, Some(keys))
+                } else {
+                    (rows, None)
                 };
                 stage.staged.rows = self.fill(&stage.output.name, &stage.table, rows).await?;
                 self.attempt.held.want();
