@@ -10,10 +10,12 @@
 //! a boolean is a byte; a text or a binary value is the XXH3-64 of its bytes; anything else (lists, structs) that of what Arrow's row format makes
 //! of it. So a text that was changed by accident is missed once in 2^64 times.
 
+use std::ops::Range;
+
 use arrow::{
-    array::{Array, ArrayData, ArrayRef, AsArray, BooleanArray, GenericByteArray},
-    buffer::NullBuffer,
-    datatypes::{BinaryType, ByteArrayType, DataType, Schema, Utf8Type},
+    array::{Array, ArrayRef, AsArray},
+    buffer::{BooleanBuffer, Buffer, NullBuffer},
+    datatypes::{DataType, Schema},
     record_batch::RecordBatch,
     row::{RowConverter, Rows, SortField},
 };
@@ -27,9 +29,12 @@ pub struct RowHash {
     columns: Vec<Layout>,
     sum: u128,
     rows: u64,
-    /// The bytes of a batch's rows, one behind the other.
+    /// The bytes of a block's rows, one behind the other.
     bytes: Vec<u8>,
 }
+
+/// Of rows that are written down together before they are hashed: each column goes through all of them, so they stay in the processor's first cache.
+const BLOCK_BYTES: usize = 16 << 10;
 
 /// How a column's values become bytes.
 #[derive(Debug)]
@@ -51,6 +56,32 @@ impl Layout {
             (DataType::Binary, _) => Self::Binary,
             _ => Self::Other(RowConverter::new(vec![SortField::new(data_type.clone())])?),
         })
+    }
+
+    /// The values of `array`, which is of this layout.
+    fn of_array<'a>(&self, array: &'a ArrayRef) -> Result<Column<'a>> {
+        let another = || Error::bug("a column of another type cannot be hashed");
+        let values = match self {
+            Self::Fixed(width) if array.data_type().primitive_width() != Some(*width) => {
+                return Err(another());
+            }
+            Self::Fixed(width) => {
+                let data = array.to_data();
+                let buffer = data.buffers().first().ok_or_else(another)?;
+                Values::Fixed(*width, buffer.slice_with_length(data.offset() * width, data.len() * width))
+            }
+            Self::Boolean => Values::Boolean(array.as_boolean_opt().ok_or_else(another)?.values()),
+            Self::Text => {
+                let texts = array.as_string_opt::<i32>().ok_or_else(another)?;
+                Values::Bytes(texts.value_data(), texts.value_offsets())
+            }
+            Self::Binary => {
+                let values = array.as_binary_opt::<i32>().ok_or_else(another)?;
+                Values::Bytes(values.value_data(), values.value_offsets())
+            }
+            Self::Other(converter) => Values::Other(converter.convert_columns(std::slice::from_ref(array))?),
+        };
+        Ok(Column { values, nulls: array.logical_nulls() })
     }
 
     /// The bytes of a cell.
@@ -84,17 +115,24 @@ impl RowHash {
         if batch.num_columns() != self.columns.len() {
             return Err(Error::bug("rows of another schema cannot be hashed"));
         }
-        let width: usize = self.columns.iter().map(Layout::width).sum();
-        // What is there from the batch before is written over.
-        self.bytes.resize(batch.num_rows() * width, 0);
-        let mut cells = Cells { bytes: &mut self.bytes, width, at: 0 };
-        for (layout, array) in self.columns.iter().zip(batch.columns()) {
-            cells.put(layout, array)?;
-            cells.at += layout.width();
+        let width = self.columns.iter().map(Layout::width).sum::<usize>().max(1);
+        let rows = (BLOCK_BYTES / width).max(1);
+        let columns = self.columns.iter().zip(batch.columns());
+        let columns: Vec<Column<'_>> =
+            columns.map(|(layout, array)| layout.of_array(array)).collect::<Result<_>>()?;
+        for start in (0..batch.num_rows()).step_by(rows) {
+            let rows = start..batch.num_rows().min(start + rows);
+            // What is there from the block before is written over.
+            self.bytes.resize(rows.len() * width, 0);
+            let mut cells = Cells { bytes: &mut self.bytes, width, at: 0 };
+            for (layout, column) in self.columns.iter().zip(&columns) {
+                cells.put(column, rows.clone());
+                cells.at += layout.width();
+            }
+            let hashes = self.bytes.chunks_exact(width).map(XxHash3_128::oneshot);
+            self.sum = hashes.fold(self.sum, u128::wrapping_add);
         }
-        let rows = self.bytes.chunks_exact(width.max(1));
-        let sum = rows.fold(self.sum, |sum, row| sum.wrapping_add(XxHash3_128::oneshot(row)));
-        (self.sum, self.rows) = (sum, self.rows + batch.num_rows() as u64);
+        self.rows += batch.num_rows() as u64;
         Ok(())
     }
 
@@ -102,6 +140,21 @@ impl RowHash {
     pub fn finish(&self) -> String {
         format!("xxh3-128-sum:{}:{:032x}", self.rows, self.sum)
     }
+}
+
+/// A column's values in a batch.
+struct Column<'a> {
+    values: Values<'a>,
+    nulls: Option<NullBuffer>,
+}
+
+enum Values<'a> {
+    /// Of so many bytes.
+    Fixed(usize, Buffer),
+    Boolean(&'a BooleanBuffer),
+    /// Their bytes, and where each ends and the next begins.
+    Bytes(&'a [u8], &'a [i32]),
+    Other(Rows),
 }
 
 /// The bytes of rows, at the cells of one column.
@@ -114,33 +167,37 @@ struct Cells<'a> {
 }
 
 impl Cells<'_> {
-    fn put(&mut self, layout: &Layout, array: &ArrayRef) -> Result<()> {
-        let another = || Error::bug("a column of another type cannot be hashed");
-        match layout {
-            Layout::Fixed(width) if array.data_type().primitive_width() != Some(*width) => {
-                return Err(another());
-            }
-            Layout::Fixed(1) => self.put_fixed::<1>(&array.to_data()),
-            Layout::Fixed(2) => self.put_fixed::<2>(&array.to_data()),
-            Layout::Fixed(4) => self.put_fixed::<4>(&array.to_data()),
-            Layout::Fixed(8) => self.put_fixed::<8>(&array.to_data()),
-            Layout::Fixed(16) => self.put_fixed::<16>(&array.to_data()),
+    fn put(&mut self, column: &Column<'_>, rows: Range<usize>) {
+        let nulls = column.nulls.as_ref().map(|nulls| nulls.slice(rows.start, rows.len()));
+        match &column.values {
+            Values::Fixed(1, bytes) => self.put_fixed::<1>(bytes, rows, nulls),
+            Values::Fixed(2, bytes) => self.put_fixed::<2>(bytes, rows, nulls),
+            Values::Fixed(4, bytes) => self.put_fixed::<4>(bytes, rows, nulls),
+            Values::Fixed(8, bytes) => self.put_fixed::<8>(bytes, rows, nulls),
+            Values::Fixed(16, bytes) => self.put_fixed::<16>(bytes, rows, nulls),
             // Nothing is wider than a decimal of 256 bits.
-            Layout::Fixed(_) => self.put_fixed::<32>(&array.to_data()),
-            Layout::Boolean => self.put_booleans(array.as_boolean_opt().ok_or_else(another)?),
-            Layout::Text => self.put_bytes::<Utf8Type>(array.as_bytes_opt().ok_or_else(another)?),
-            Layout::Binary => self.put_bytes::<BinaryType>(array.as_bytes_opt().ok_or_else(another)?),
-            Layout::Other(converter) => {
-                let rows = converter.convert_columns(std::slice::from_ref(array))?;
-                self.put_others(&rows, array.logical_nulls().as_ref());
+            Values::Fixed(_, bytes) => self.put_fixed::<32>(bytes, rows, nulls),
+            Values::Boolean(bits) => {
+                let bits = bits.slice(rows.start, rows.len());
+                self.put_all(bits.iter().map(|bit| [u8::from(bit)]), nulls);
+            }
+            Values::Bytes(bytes, ends) => {
+                let ends = ends.get(rows.start..=rows.end).unwrap_or_default();
+                let values = ends.array_windows().map(|[start, end]| {
+                    let places = start.cast_unsigned() as usize..end.cast_unsigned() as usize;
+                    hashed(bytes.get(places).unwrap_or_default())
+                });
+                self.put_all(values, nulls);
+            }
+            Values::Other(values) => {
+                self.put_all(rows.map(|row| hashed(values.row(row).as_ref())), nulls);
             }
         }
-        Ok(())
     }
 
     /// Writes a value into the column's cell of each row; `nulls` says where there is none.
     #[inline]
-    fn put_all<const N: usize>(&mut self, values: impl Iterator<Item = [u8; N]>, nulls: Option<&NullBuffer>) {
+    fn put_all<const N: usize>(&mut self, values: impl Iterator<Item = [u8; N]>, nulls: Option<NullBuffer>) {
         let (at, rows) = (self.at, self.bytes.chunks_exact_mut(self.width));
         let write = |row: &mut [u8], is_valid: bool, value: [u8; N]| {
             if let Some([head, cell @ ..]) = row.get_mut(at..=at + N) {
@@ -152,34 +209,16 @@ impl Cells<'_> {
             None => rows.zip(values).for_each(|(row, value)| write(row, true, value)),
             // What a null hides is not part of the row.
             Some(nulls) => {
-                for ((row, value), is_valid) in rows.zip(values).zip(nulls) {
+                for ((row, value), is_valid) in rows.zip(values).zip(&nulls) {
                     write(row, is_valid, if is_valid { value } else { [0; N] });
                 }
             }
         }
     }
 
-    fn put_fixed<const N: usize>(&mut self, data: &ArrayData) {
-        let bytes = data.buffers().first().and_then(|buffer| buffer.as_slice().get(data.offset() * N..));
-        let (values, _) = bytes.unwrap_or_default().as_chunks::<N>();
-        self.put_all(values.iter().copied(), data.nulls());
-    }
-
-    fn put_booleans(&mut self, array: &BooleanArray) {
-        self.put_all(array.values().iter().map(|value| [u8::from(value)]), array.nulls());
-    }
-
-    fn put_bytes<T: ByteArrayType<Offset = i32>>(&mut self, array: &GenericByteArray<T>) {
-        let (bytes, ends) = (array.value_data(), array.value_offsets());
-        let values = ends.iter().zip(ends.iter().skip(1)).map(|(start, end)| {
-            let places = start.cast_unsigned() as usize..end.cast_unsigned() as usize;
-            hashed(bytes.get(places).unwrap_or_default())
-        });
-        self.put_all(values, array.nulls());
-    }
-
-    fn put_others(&mut self, rows: &Rows, nulls: Option<&NullBuffer>) {
-        self.put_all(rows.iter().map(|row| hashed(row.as_ref())), nulls);
+    fn put_fixed<const N: usize>(&mut self, bytes: &Buffer, rows: Range<usize>, nulls: Option<NullBuffer>) {
+        let (values, _) = bytes.as_slice().as_chunks::<N>();
+        self.put_all(values.get(rows).unwrap_or_default().iter().copied(), nulls);
     }
 }
 
@@ -329,6 +368,34 @@ mod tests {
             columns.iter().map(|(name, array)| Field::new(*name, array.data_type().clone(), true)).collect();
         let arrays = columns.into_iter().map(|(_, array)| array).collect();
         RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays).unwrap()
+    }
+
+    #[test]
+    fn rows_of_many_blocks_are_hashed_as_each_alone() {
+        let rows: Vec<Row> = (0..1000_i16)
+            .map(|row| {
+                let some = |every| row % every != 0;
+                let text = "x".repeat(usize::try_from(row % 40).unwrap());
+                let list = vec![Some(i32::from(row)), None];
+                (
+                    some(3).then(|| row.into()),
+                    some(5).then(|| text.clone()),
+                    some(7).then_some(row % 2 == 0),
+                    some(11).then(|| text.into_bytes()),
+                    some(13).then_some(row),
+                    some(17).then_some(list),
+                    row.into(),
+                )
+            })
+            .collect();
+        let all = wide(&rows);
+        assert!(
+            RowHash::new(&all.schema()).unwrap().columns.iter().map(Layout::width).sum::<usize>()
+                * rows.len()
+                > 3 * BLOCK_BYTES
+        );
+        let alone: Vec<_> = (0..rows.len()).map(|row| all.slice(row, 1)).collect();
+        assert_eq!(hash(&[all]), hash(&alone));
     }
 
     proptest! {
