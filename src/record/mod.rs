@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use arrow::datatypes::{Field, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -267,10 +267,21 @@ pub fn columns_of(schema: &Schema) -> Vec<ColumnRecord> {
         .iter()
         .map(|field| ColumnRecord {
             name: field.name().clone(),
-            r#type: field.data_type().to_string(),
+            r#type: bare(field.data_type()).to_string(),
             nullable: field.is_nullable(),
         })
         .collect()
+}
+
+/// A type without what is noted of the fields in it: of an array, what its values are in their database.
+fn bare(data_type: &DataType) -> DataType {
+    let field =
+        |field: &FieldRef| Field::new(field.name(), bare(field.data_type()), field.is_nullable()).into();
+    match data_type {
+        DataType::List(item) => DataType::List(field(item)),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(field).collect()),
+        other => other.clone(),
+    }
 }
 
 /// The schema that a record describes.
@@ -300,7 +311,10 @@ mod tests {
 
     #[test]
     fn every_type_that_an_output_can_have_survives_its_record() {
-        use arrow::datatypes::{DataType, TimeUnit};
+        use std::{collections::HashMap, sync::Arc};
+
+        use arrow::datatypes::TimeUnit;
+        let list = |item: Field| DataType::List(Arc::new(item));
         let types = [
             DataType::Utf8,
             DataType::Int64,
@@ -313,6 +327,11 @@ mod tests {
             DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into())),
             DataType::Time64(TimeUnit::Microsecond),
             DataType::Binary,
+            list(Field::new_list_field(DataType::Decimal128(10, 2), true)),
+            list(Field::new_list_field(list(Field::new_list_field(DataType::Utf8, true)), true)),
+            DataType::Struct(
+                vec![Field::new("a b", DataType::Utf8, true), Field::new("n", DataType::Int64, false)].into(),
+            ),
         ];
         let fields: Vec<Field> = types
             .into_iter()
@@ -321,6 +340,11 @@ mod tests {
             .collect();
         let schema = Schema::new(fields);
         assert_eq!(*schema_of(&columns_of(&schema)).unwrap(), schema);
+
+        let noted = HashMap::from([("floodmark:postgres".to_owned(), "state".to_owned())]);
+        let noted = list(Field::new_list_field(DataType::Utf8, true).with_metadata(noted));
+        let read = schema_of(&columns_of(&Schema::new(vec![Field::new("states", noted, true)]))).unwrap();
+        assert_eq!(*read.field(0).data_type(), list(Field::new_list_field(DataType::Utf8, true)));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::{
     ledger::{Ledger, MODES, to_postgres, trusted},
     rivals::{signal, spawn, stands_still},
-    services::{Schema, faults, postgres, private_postgres},
+    services::{Schema, faults, pgbouncer, postgres, private_postgres},
     support::Folder,
 };
 
@@ -291,4 +291,96 @@ fn a_standby_is_read_again_as_far_as_the_overlap_reaches_or_not_at_all() {
         assert_eq!(run["outputs"]["orders"]["rows_after"], 2, "{run}");
     }
     server.become_primary();
+}
+
+/// A pooler that gives each transaction another session of the server: sources are read through it, whatever others have left in its sessions, and nothing is
+/// left there; a target is refused, since its rows wait in one session. A pool of whole sessions is a server as any other.
+#[test]
+fn a_pooler_is_read_through_and_written_to_where_sessions_are_whole() {
+    let (server, port) = (postgres(), pgbouncer());
+    let schema = Schema::new();
+    let name = &schema.name;
+    schema.execute(
+        "CREATE TYPE state AS ENUM ('open', 'paid'); CREATE DOMAIN cents AS numeric(12, 2);
+         CREATE TABLE orders (id bigint PRIMARY KEY, state state, amount cents, tags state[]);
+         INSERT INTO orders SELECT n, 'paid', n / 4.0, '{open,paid}' FROM generate_series(1, 5000) AS n",
+    );
+    let connection = |port: u16, database: &str| {
+        format!(
+            "{{ kind: postgres, host: 127.0.0.1, port: {port}, database: {database}, user: admin, password: \"${{env:ERP_PASSWORD}}\", sslmode: disable, schema: {name} }}"
+        )
+    };
+    let job = |target: &str| {
+        format!(
+            "job: to_{target}\nsources:\n  orders: {{ connection: pooled, table: orders, incremental: {{ cursor: id }} }}\ntarget:\n  connection: {target}\n  outputs: {{ {target}_orders: {{ from: orders, mode: merge, key: [id] }} }}\n"
+        )
+    };
+    let folder = Folder::with(&[
+        (
+            "connections.yaml",
+            &format!(
+                "pooled: {}\nwhole: {}\nlake: {{ kind: files, root: out }}\n",
+                connection(port, "postgres"),
+                connection(port, "whole")
+            ),
+        ),
+        ("jobs/load.yaml", &job("lake")),
+        ("jobs/to_whole.yaml", &job("whole")),
+        ("jobs/to_pooled.yaml", &job("pooled")),
+    ]);
+    let floodmark = |arguments: &[&str]| {
+        folder.command(arguments).env("ERP_PASSWORD", &server.password).output().unwrap()
+    };
+    let reached = floodmark(&["connections", "test"]);
+    assert_eq!(reached.status.code(), Some(0), "{}", String::from_utf8_lossy(&reached.stderr));
+
+    // Others use the pool too: one of a kind without care leaves statements under the names that ours have, another has its own.
+    let client = || {
+        let options =
+            format!("host=127.0.0.1 port={port} user=admin password={} dbname=postgres", server.password);
+        Client::connect(&options, NoTls).unwrap()
+    };
+    let mut clients: Vec<Client> = (0..3).map(|_| client()).collect();
+    let statements: String = (0..40).map(|at| format!("PREPARE s{at} AS SELECT 1;")).collect();
+    // All at once, so that each has another session of the server.
+    let mut all = |sql: &str| -> Vec<String> {
+        clients.iter_mut().for_each(|client| client.batch_execute("BEGIN").unwrap());
+        let asked = clients.iter_mut().map(|client| client.simple_query(sql).unwrap());
+        let told = asked
+            .flatten()
+            .filter_map(|message| match message {
+                ::postgres::SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+                _ => None,
+            })
+            .collect();
+        clients.iter_mut().for_each(|client| client.batch_execute("COMMIT").unwrap());
+        told
+    };
+    all(&format!("DEALLOCATE ALL; PREPARE theirs AS SELECT 2; {statements}"));
+    let planned = floodmark(&["plan", "to_lake"]);
+    assert_eq!(planned.status.code(), Some(0), "{}", String::from_utf8_lossy(&planned.stderr));
+    assert_eq!(all("SELECT count(*) FROM pg_prepared_statements WHERE name = 'theirs'"), ["1", "1", "1"]);
+    for round in 0..4 {
+        schema.execute(&format!("INSERT INTO orders VALUES ({}, 'open', 1.25, '{{}}')", 10_000 + round));
+        let run = document(&floodmark(&["run", "to_lake", "--output", "json"]), "to_lake");
+        assert_eq!(run["outputs"]["lake_orders"]["rows_after"], 5001 + round, "{run}");
+    }
+    assert_eq!(all("SHOW client_connection_check_interval"), ["0", "0", "0"]);
+    assert!(all("SHOW search_path").iter().all(|path| !path.contains(name.as_str())));
+
+    for rows in [5004, 5005] {
+        let run = document(&floodmark(&["run", "to_whole", "--output", "json"]), "to_whole");
+        assert_eq!(run["outputs"]["whole_orders"]["rows_after"], rows, "{run}");
+        schema.execute(&format!("INSERT INTO orders VALUES ({}, 'paid', 0.01, NULL)", 15_000 + rows));
+    }
+    let refused = floodmark(&["run", "to_pooled"]);
+    let told = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{told}");
+    assert!(
+        told.contains("gives each transaction another session") && told.contains("pool_mode = session"),
+        "{told}"
+    );
+    assert!(all("SHOW search_path").iter().all(|path| !path.contains(name.as_str())));
+    let left = "SELECT 1 FROM pg_class WHERE relname = 'pooled_orders'";
+    assert!(schema.with(|client| client.query(left, &[]).unwrap().is_empty()));
 }

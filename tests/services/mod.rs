@@ -77,6 +77,12 @@ pub fn private_postgres(name: &str) -> &'static Postgres {
     Box::leak(Box::new(Postgres { port: port.parse().unwrap(), password, authority }))
 }
 
+/// The port of the PgBouncer before the server that tests share: its database `postgres` is pooled by transactions, `whole` is the same by sessions.
+pub fn pgbouncer() -> u16 {
+    let [port] = service("pgbouncer", &[]);
+    port.parse().unwrap()
+}
+
 /// The S3 server that tests share, with its bucket `floodmark`.
 #[derive(Debug)]
 pub struct S3 {

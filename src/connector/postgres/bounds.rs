@@ -109,7 +109,7 @@ pub(super) async fn bounds(
 async fn look(this: &Arc<PostgresConnection>) -> Result<(Session, Activity)> {
     let session = this.transaction("ISOLATION LEVEL READ COMMITTED READ ONLY").await?;
     let row = session
-        .query_one(ACTIVITY, &[])
+        .query_typed_one(ACTIVITY, &[])
         .await
         .map_err(|error| this.error("look at the transactions of", &error))?;
     let activity = Activity { now: row.get(0), oldest: row.get(1), hidden: row.get(2), standby: row.get(3) };
@@ -167,7 +167,8 @@ async fn end(
         _ => (format!("max(({of})::text COLLATE \"C\")"), CursorValue::Text(String::new())),
     };
     let from = shape.from();
-    let row = session.query_one(&format!("SELECT {greatest} FROM {from}"), &[]).await.map_err(failed)?;
+    let row =
+        session.query_typed_one(&format!("SELECT {greatest} FROM {from}"), &[]).await.map_err(failed)?;
     let greatest = match like {
         CursorValue::Int(_) => row.get::<_, Option<i64>>(0).map(CursorValue::Int),
         _ => row.get::<_, Option<String>>(0).map(CursorValue::Text),
@@ -185,7 +186,7 @@ async fn end(
 async fn settled(this: &PostgresConnection, session: &Session, stream: &StreamSpec, who: &str) -> Result<()> {
     let failed = |error: tokio_postgres::Error| this.error("look at the transactions of", &error);
     let list = async || -> Result<Vec<String>> {
-        let rows = session.query(who, &[]).await.map_err(failed)?;
+        let rows = session.query_typed(who, &[]).await.map_err(failed)?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     };
     let mut left = list().await?;

@@ -11,7 +11,10 @@ use std::{
     future::{Ready, ready},
     io,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI32, Ordering},
+    },
     task::{self, Context, Poll},
 };
 
@@ -35,6 +38,8 @@ const HEAD: usize = 5;
 const ROW: u8 = b'd';
 const BEGIN: u8 = b'H';
 const ENDS: [u8; 3] = [b'c', b'E', b'Z'];
+/// The tag of who is at the other end: the number of its process, and a secret.
+const KEY: u8 = b'K';
 
 /// Rows, without the heads of their messages, and the room that they take while they wait.
 type Block = (Vec<u8>, OwnedSemaphorePermit);
@@ -57,9 +62,12 @@ struct Rows {
     room: PollSemaphore,
 }
 
-/// Where the rows of a connection's next COPY go.
+/// Where the rows of a connection's next COPY go, and who is at its other end.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Next(Arc<Mutex<Option<Rows>>>);
+pub(super) struct Next {
+    rows: Arc<Mutex<Option<Rows>>>,
+    process: Arc<AtomicI32>,
+}
 
 impl Next {
     /// The rows of the COPY that is asked for now. There is one at a time: before another one is asked for, this one has been read to its end.
@@ -70,8 +78,13 @@ impl Next {
         Blocks(blocks)
     }
 
+    /// The number of the process that is at the other end, as that said when the connection was opened: a server's own, or one that a pooler made up.
+    pub(super) fn process(&self) -> i32 {
+        self.process.load(Ordering::Relaxed)
+    }
+
     fn set(&self, rows: Option<Rows>) -> Option<Rows> {
-        std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), rows)
+        std::mem::replace(&mut *self.rows.lock().unwrap_or_else(PoisonError::into_inner), rows)
     }
 }
 
@@ -151,8 +164,13 @@ impl<S> Diverted<S> {
             let waiting = self.waiting();
             let Some((tag, length)) = head(waiting) else { return Wants::More };
             let is_row = tag == ROW && self.rows.is_some();
-            if is_row && length <= INPUT_BYTES && waiting.len() < length {
+            if (is_row || tag == KEY) && length <= INPUT_BYTES && waiting.len() < length {
                 return Wants::More;
+            }
+            if tag == KEY
+                && let Some(process) = waiting.get(HEAD..length).and_then(<[u8]>::first_chunk)
+            {
+                self.next.process.store(i32::from_be_bytes(*process), Ordering::Relaxed);
             }
             // Rows go before what comes behind them, and a row that does not come whole goes alone.
             let is_alone = !is_row || waiting.len() < length;

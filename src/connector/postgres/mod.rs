@@ -26,6 +26,7 @@ use tokio_postgres::{
     Client, Config, NoTls,
     config::{SslMode, SslNegotiation},
     error::SqlState,
+    types::{ToSql, Type},
 };
 use url::Url;
 
@@ -75,6 +76,7 @@ pub static CONNECTOR: Connector = Connector {
             base: options.base,
             options: parsed,
             is_silent: AtomicBool::new(false),
+            is_pooled: AtomicBool::new(false),
             heard: AtomicU64::new(0),
             look: tokio::sync::Mutex::default(),
             idle: Mutex::default(),
@@ -168,6 +170,8 @@ struct PostgresConnection {
     options: PostgresOptions,
     /// Whether a session was given up because the server answered nobody any more.
     is_silent: AtomicBool,
+    /// Whether a pooler is at the other end of its newest session, and not the server itself.
+    is_pooled: AtomicBool,
     /// Counts what came to sessions, and what was taken from them.
     heard: AtomicU64,
     /// When it was last looked whether the server answers, and whether it did.
@@ -214,6 +218,14 @@ enum Unopened {
     NoAnswer,
     /// The server, the network or the library refused.
     Failed(tokio_postgres::Error),
+}
+
+/// What a statement is given, and of which type: nothing is prepared, so that it is asked and answered at once, and a pooler keeps nothing of it for others.
+type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
+
+/// Texts as a statement's parameters.
+fn texts<T: ToSql + Sync, const N: usize>(texts: [&T; N]) -> [Parameter<'_>; N] {
+    texts.map(|text| -> Parameter<'_> { (text, Type::TEXT) })
 }
 
 /// How long a session waits for the next step: a server has few.
@@ -350,11 +362,21 @@ impl PostgresConnection {
                 () = silent => {}
             }
         });
+        // A server that learns of it within a second does not go on working for nobody. Newer ones also end transactions that take long. What a pooler has is not
+        // ours alone, and stays as it is.
+        let told = match &next_rows {
+            Some(next) => next.process().to_string(),
+            None => "pg_backend_pid()".to_owned(),
+        };
+        let watch = format!(
+            "SELECT pg_backend_pid() = {told},
+                CASE WHEN pg_backend_pid() = {told} AND version >= 140000 THEN set_config('client_connection_check_interval', '1s', false) END,
+                CASE WHEN pg_backend_pid() = {told} AND version >= 170000 THEN set_config('transaction_timeout', '0', false) END
+             FROM CAST(current_setting('server_version_num') AS int) AS version"
+        );
         let session = Session { client, next_rows, _driver: driver };
-        // A server that learns of it within a second does not go on working for nobody. Newer ones also end transactions that take long.
-        let watch = "SELECT set_config('client_connection_check_interval', '1s', false) WHERE current_setting('server_version_num')::int >= 140000;
-            SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('server_version_num')::int >= 170000";
-        session.batch_execute(watch).await.map_err(|error| self.error("set up", &error))?;
+        let row = session.query_typed_one(&watch, &[]).await.map_err(|error| self.error("set up", &error))?;
+        self.is_pooled.store(!row.get::<_, bool>(0), Ordering::Relaxed);
         Ok(session)
     }
 
@@ -383,7 +405,44 @@ impl PostgresConnection {
 
     /// A session inside a transaction, set up to read or to write.
     async fn transaction(self: &Arc<Self>, how: &str) -> Result<Session> {
-        self.after("begin a transaction in", &format!("BEGIN {how}; {}", self.settings()?)).await
+        let doing = "begin a transaction in";
+        let session = self.after(doing, &format!("BEGIN {how}; {}", self.settings()?)).await?;
+        self.forget_others(&session).await.map_err(|error| self.error(doing, &error))?;
+        Ok(session)
+    }
+
+    /// Lets go of what others have prepared in this transaction's session, which a pooler has lent them before: the library gives its statements the same
+    /// names in every process. A pooler that looks after what its clients prepare has names of its own, which stay.
+    async fn forget_others(&self, session: &Session) -> std::result::Result<(), tokio_postgres::Error> {
+        if !self.is_pooled.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let sql = "SELECT string_agg('DEALLOCATE ' || quote_ident(name), ';') FROM pg_prepared_statements WHERE name ~ '^s[0-9]+$'";
+        let row = session.query_typed_one(sql, &[]).await?;
+        match row.get::<_, Option<&str>>(0) {
+            Some(others) => session.batch_execute(others).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a pooler gives each transaction another session of the server: one that is in the middle of something else has not the session any more that
+    /// it had.
+    async fn shares_sessions(self: &Arc<Self>) -> Result<bool> {
+        let process = async |session: &Session| {
+            let row = session.query_typed_one("SELECT pg_backend_pid()", &[]).await;
+            row.map(|row| row.get::<_, i32>(0)).map_err(|error| self.error("set up", &error))
+        };
+        if !self.is_pooled.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let session = self.connect().await?;
+        let before = process(&session).await?;
+        // Whoever comes next is given what was used last. Where nobody is given any, each keeps its own.
+        let other = runtime::within(self.patience(), Box::pin(self.transaction("READ ONLY"))).await;
+        let Some(other) = other.transpose()? else { return Ok(false) };
+        let after = process(&session).await?;
+        drop(other);
+        Ok(before != after)
     }
 
     /// A session in which `begin` was said, to do something: the idle one, or where there is none, or it is not well any more, a new one.
@@ -401,7 +460,8 @@ impl PostgresConnection {
 
     /// Ends what a session has read, and leaves it to the next step.
     async fn rest(self: &Arc<Self>, session: Session) {
-        if session.batch_execute("ROLLBACK").await.is_err() {
+        // What the library remembers of a session is not true of the next one that a pooler has.
+        if session.batch_execute("ROLLBACK").await.is_err() || self.is_pooled.load(Ordering::Relaxed) {
             return;
         }
         let this = Arc::downgrade(self);
@@ -545,7 +605,7 @@ impl Connection for Arc<PostgresConnection> {
     async fn ping(&self) -> Result<Identity> {
         let session = self.connect().await?;
         let row = session
-            .query_one("SELECT current_setting('server_version')", &[])
+            .query_typed_one("SELECT current_setting('server_version')", &[])
             .await
             .map_err(|error| self.error("ask", &error))?;
         let version: String = row.get(0);

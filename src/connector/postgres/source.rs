@@ -40,6 +40,7 @@ use super::{
     decode::{Bytes, Column, field, shown},
     filter,
     frames::{Blocks, Next},
+    texts,
     types::{Reading, Wire, declared, wire},
 };
 use crate::{
@@ -87,7 +88,7 @@ impl Source for Arc<PostgresConnection> {
         let sql =
             "SELECT s.system_identifier::text || '/' || d.oid FROM pg_control_system() AS s, pg_database AS d
             WHERE d.datname = current_database()";
-        match session.query_opt(sql, &[]).await {
+        match session.query_typed_opt(sql, &[]).await {
             Ok(row) => {
                 self.rest(session).await;
                 Ok(row.map(|row| row.get(0)))
@@ -111,7 +112,7 @@ impl Source for Arc<PostgresConnection> {
     async fn snapshot(&self, _: &[StreamSpec], _: &Bounds) -> Result<Snapshot> {
         let session = self.transaction("ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
         let row = session
-            .query_one(&format!("SELECT pg_export_snapshot(), {SERVER}"), &[])
+            .query_typed_one(&format!("SELECT pg_export_snapshot(), {SERVER}"), &[])
             .await
             .map_err(|error| self.error("export a snapshot of", &error))?;
         let (id, server): (String, String) = (row.get(0), row.get(1));
@@ -122,7 +123,7 @@ impl Source for Arc<PostgresConnection> {
         let Read::Table(_) = &stream.read else { return Ok(None) };
         let lead: Arc<Lead> = held(snapshot)?;
         let sql = "SELECT reltuples::int8 FROM pg_class WHERE oid = to_regclass($1) AND reltuples >= 0";
-        let row = lead.session.query_opt(sql, &[&from(stream)?]).await;
+        let row = lead.session.query_typed_opt(sql, &texts([&from(stream)?])).await;
         let row = row.map_err(|error| self.error("look into the catalog of", &error))?;
         Ok(row.and_then(|row| u64::try_from(row.get::<_, i64>(0)).ok()))
     }
@@ -194,7 +195,8 @@ impl Shape {
         let is_money = |of: &Type| *of == Type::MONEY || *of == Type::MONEY_ARRAY;
         let mut money_scale = 2;
         if statement.columns().iter().any(|column| is_money(column.type_())) {
-            let row = session.query_one("SELECT scale(1::money::numeric)", &[]).await.map_err(failed)?;
+            let row =
+                session.query_typed_one("SELECT scale(1::money::numeric)", &[]).await.map_err(failed)?;
             money_scale = i8::try_from(row.get::<_, i32>(0)).unwrap_or(2);
         }
         let mut never_null = Vec::new();
@@ -214,7 +216,11 @@ impl Shape {
                                SELECT relid FROM pg_partition_tree(CASE c.relkind WHEN 'p' THEN c.oid END) WHERE isleaf) AS l (oid)
                            JOIN pg_class AS f USING (oid) LEFT JOIN pg_am AS m ON m.oid = f.relam) AS files
                 WHERE c.oid = $1";
-            if let Some(row) = session.query_opt(sql, &[&table, &from]).await.map_err(failed)? {
+            if let Some(row) = session
+                .query_typed_opt(sql, &[(&table, Type::OID), (&from, Type::TEXT)])
+                .await
+                .map_err(failed)?
+            {
                 is_table = row.get::<_, Option<bool>>(0).unwrap_or_default();
                 never_null = row.get::<_, Vec<i16>>(1);
                 let number =
@@ -445,7 +451,8 @@ pub(super) async fn discover(this: &Arc<PostgresConnection>) -> Result<Vec<Catal
           AND n.nspname <> 'information_schema' AND c.relname !~ '^floodmark_(state|log|quarantine)$'
           AND has_schema_privilege(n.oid, 'USAGE')
         ORDER BY n.nspname, c.relname, a.attnum";
-    let rows = session.query(sql, &[]).await.map_err(|error| this.error("list the tables of", &error))?;
+    let rows =
+        session.query_typed(sql, &[]).await.map_err(|error| this.error("list the tables of", &error))?;
     let mut tables: Vec<(CatalogTable, Vec<(i32, String)>)> = Vec::new();
     for row in rows {
         let name: String = row.get(0);
@@ -578,7 +585,9 @@ async fn follow(this: &Arc<PostgresConnection>, lead: &Lead, stream: &StreamSpec
             .note("the session that held the run's snapshot was lost")
             .hint("Run again: nothing of this run was published.")
     })?;
-    let row = session.query_one(&format!("SELECT {SERVER}"), &[]).await.map_err(|error| failed(&error))?;
+    let row =
+        session.query_typed_one(&format!("SELECT {SERVER}"), &[]).await.map_err(|error| failed(&error))?;
+    this.forget_others(&session).await.map_err(|error| failed(&error))?;
     if row.get::<_, String>(0) != lead.server {
         return Err(Error::temporary(format!(
             "connection `{}` leads to several servers, and this one has not the run's snapshot",

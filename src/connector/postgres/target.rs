@@ -21,14 +21,15 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::{SinkExt, StreamExt};
-use tokio_postgres::CopyInSink;
+use tokio_postgres::{CopyInSink, types::Type};
 
 use super::{
-    PostgresConnection, Session,
+    Parameter, PostgresConnection, Session,
     bounds::text,
     decode::field,
     encode::{As, HEADER, TRAILER, rows as encoded},
     keys::Keys,
+    texts,
     types::{Wire, declaration, spelled, stage_type, wire},
 };
 use crate::{
@@ -104,7 +105,7 @@ impl Target for Arc<PostgresConnection> {
             text(&last.incarnation.to_string())
         );
         let seq = seq.cast_signed();
-        let row = session.query_opt(&sql, &[&job.project, &job.job, &seq]).await;
+        let row = session.query_typed_opt(&sql, &numbered(job, &seq)).await;
         let row = row.map_err(|error| self.error("read the log in", &error))?;
         row.map(|row| LoadRecord::from_json(row.get(0))).transpose()
     }
@@ -135,7 +136,7 @@ impl Target for Arc<PostgresConnection> {
             }
             let sql = "SELECT seq, \"on\", \"check\", reason, position, \"row\" FROM floodmark_quarantine
                 WHERE project = $1 AND job = $2 ORDER BY seq, ctid";
-            let rows = session.query_raw(sql, [&job.project, &job.job]).await.map_err(failed)?;
+            let rows = session.query_typed_raw(sql, texts([&job.project, &job.job])).await.map_err(failed)?;
             let mut rows = std::pin::pin!(rows.chunks(runtime::BATCH_ROWS));
             while let Some(rows) = rows.next().await {
                 let rows = rows.into_iter().collect::<Result<Vec<_>, _>>().map_err(failed)?;
@@ -157,6 +158,14 @@ impl Target for Arc<PostgresConnection> {
     }
 
     async fn begin(&self, job: &JobId, attempt: &Attempt, _: Option<&LoadRecord>) -> Result<Box<dyn Load>> {
+        if Box::pin(self.shares_sessions()).await? {
+            return Err(Error::configuration(format!(
+                "connection `{}`: the pooler at `{}` gives each transaction another session of the server, and a target's rows wait in one session",
+                self.name,
+                self.place()
+            ))
+            .hint("Name the server itself as the target, or a pool of whole sessions (PgBouncer: `pool_mode = session`). Sources may be read through this one."));
+        }
         let session = self.after("set up", &self.settings()?.replace("SET LOCAL", "SET")).await?;
         Ok(Box::new(PostgresLoad {
             connection: Self::clone(self),
@@ -179,14 +188,14 @@ async fn last_record(
 ) -> Result<Option<LoadRecord>> {
     let failed = |error: tokio_postgres::Error| this.error("read the state in", &error);
     let lock = format!("SELECT pg_advisory_xact_lock_shared({LOCK_KEY})");
-    session.query_one(&lock, &[&lock_name(job)]).await.map_err(failed)?;
+    session.query_typed_one(&lock, &texts([&lock_name(job)])).await.map_err(failed)?;
     // A statement of its own: one that waited for the lock looks names up as they were before.
     let there = "SELECT to_regclass('floodmark_state') IS NOT NULL";
-    if !session.query_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
+    if !session.query_typed_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
         return Ok(None);
     }
     let sql = "SELECT record_json FROM floodmark_state WHERE project = $1 AND job = $2";
-    let row = session.query_opt(sql, &[&job.project, &job.job]).await.map_err(failed)?;
+    let row = session.query_typed_opt(sql, &texts([&job.project, &job.job])).await.map_err(failed)?;
     row.map(|row| LoadRecord::from_json(row.get(0))).transpose()
 }
 
@@ -195,6 +204,12 @@ const LARGE_BYTES: u64 = 128 << 20;
 
 /// The number under which a job's commits wait for each other: of the job, and of the schema that its state is in.
 const LOCK_KEY: &str = "hashtextextended($1 || '/' || coalesce(current_schema(), ''), 0)";
+
+/// A job and one of its releases, as a statement's parameters.
+fn numbered<'a>(job: &'a JobId, seq: &'a i64) -> [Parameter<'a>; 3] {
+    let [project, job] = texts([&job.project, &job.job]);
+    [project, job, (seq, Type::INT8)]
+}
 
 fn lock_name(job: &JobId) -> String {
     format!("floodmark/{job}")
@@ -217,7 +232,7 @@ fn beside(output: &str, table: &str) -> Result<String> {
 }
 
 async fn count(this: &PostgresConnection, session: &Session, sql: &str) -> Result<u64> {
-    let row = session.query_one(sql, &[]).await.map_err(|error| this.error("count in", &error))?;
+    let row = session.query_typed_one(sql, &[]).await.map_err(|error| this.error("count in", &error))?;
     Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or_default())
 }
 
@@ -252,7 +267,7 @@ impl Table {
                     AND (i.indexprs IS NOT NULL OR a.attnum = ANY (i.indkey)))
             FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
             WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
-        let rows = session.query(sql, &[&name]).await.map_err(failed)?;
+        let rows = session.query_typed(sql, &texts([&name])).await.map_err(failed)?;
         let Some(takes_copies) = rows.first().map(|row| row.get(3)) else { return Ok(None) };
         // Columns that the server computes are nobody's to write.
         let rows: Vec<_> = rows.into_iter().filter(|row| !row.get::<_, bool>(2)).collect();
@@ -500,6 +515,11 @@ struct PostgresLoad {
 }
 
 impl PostgresLoad {
+    /// Where the rows that checks refuse wait.
+    fn quarantine_table(&self) -> String {
+        format!("fm_quarantine_{}", self.attempt.id.simple())
+    }
+
     /// Writes rows into a temporary table.
     async fn fill(&self, output: &str, table: &str, rows: SendableRecordBatchStream) -> Result<u64> {
         let failed = |error: tokio_postgres::Error| self.connection.error("stage in", &error);
@@ -608,7 +628,8 @@ impl Load for PostgresLoad {
     async fn stage(&mut self, output: &OutputSpec, rows: SendableRecordBatchStream) -> Result<Staged> {
         let model = output.own(&rows.schema());
         let current = Table::of(&self.connection, &self.session, &output.name).await?;
-        let table = format!("fm_stage_{}", self.stages.len());
+        // Its name is this attempt's own: whatever session it is looked for in, nobody else's rows are found.
+        let table = format!("fm_stage_{}_{}", self.attempt.id.simple(), self.stages.len());
         let mut stage = Stage::new(output, current, model, table)?;
         stage.staged = match straight(&self.connection, &self.session, &stage).await? {
             Some(written) => {
@@ -678,7 +699,7 @@ impl Load for PostgresLoad {
 
     async fn quarantine(&mut self, rows: SendableRecordBatchStream) -> Result<u64> {
         self.quarantined = true;
-        self.fill("quarantine", "fm_quarantine", rows).await
+        self.fill("quarantine", &self.quarantine_table(), rows).await
     }
 
     async fn commit(mut self: Box<Self>, record: &LoadRecord) -> CommitOutcome {
@@ -754,12 +775,12 @@ impl PostgresLoad {
         let begin = if self.publishing { "" } else { "BEGIN ISOLATION LEVEL READ COMMITTED;" };
         session.batch_execute(&format!("{begin} {}", this.settings()?)).await.map_err(failed)?;
         let lock = format!("SELECT pg_advisory_xact_lock({LOCK_KEY})");
-        session.query_one(&lock, &[&lock_name(job)]).await.map_err(failed)?;
+        session.query_typed_one(&lock, &texts([&lock_name(job)])).await.map_err(failed)?;
         let there = "SELECT num_nulls(to_regclass('floodmark_state'), to_regclass('floodmark_log'), to_regclass('floodmark_quarantine')) = 0";
-        if !session.query_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
+        if !session.query_typed_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
             // Two jobs' first commits must not make the same tables at once.
             let tables = JobId { project: String::new(), job: "tables".to_owned() };
-            session.query_one(&lock, &[&lock_name(&tables)]).await.map_err(failed)?;
+            session.query_typed_one(&lock, &texts([&lock_name(&tables)])).await.map_err(failed)?;
             session.batch_execute(TABLES).await.map_err(failed)?;
         }
         let last = last_record(this, session, job).await?;
@@ -788,15 +809,18 @@ impl PostgresLoad {
         let seq = i64::try_from(self.attempt.seq).unwrap_or(i64::MAX);
         if self.quarantined {
             let sql = format!(
-                "INSERT INTO floodmark_quarantine SELECT $1, $2, $3, {}::uuid, \"on\", \"check\", reason, position, \"row\" FROM fm_quarantine",
-                text(&record.run_id.to_string())
+                "INSERT INTO floodmark_quarantine SELECT $1, $2, $3, {}::uuid, \"on\", \"check\", reason, position, \"row\" FROM {}",
+                text(&record.run_id.to_string()),
+                self.quarantine_table()
             );
-            session.execute(&sql, &[&job.project, &job.job, &seq]).await.map_err(failed)?;
+            session.execute_typed(&sql, &numbered(job, &seq)).await.map_err(failed)?;
         }
         let json = record.to_json();
         let incarnation = text(&record.incarnation.to_string());
+        let [project, name, number] = numbered(job, &seq);
+        let written = [project, name, number, (&json, Type::TEXT)];
         let log = format!("INSERT INTO floodmark_log VALUES ($1, $2, {incarnation}::uuid, $3, $4)");
-        session.execute(&log, &[&job.project, &job.job, &seq, &json]).await.map_err(failed)?;
+        session.execute_typed(&log, &written).await.map_err(failed)?;
         let state = format!(
             "INSERT INTO floodmark_state VALUES ($1, $2, {incarnation}::uuid, $3, $4, {}::timestamptz)
              ON CONFLICT (project, job) DO UPDATE SET incarnation = excluded.incarnation, seq = excluded.seq,
@@ -804,8 +828,7 @@ impl PostgresLoad {
              WHERE floodmark_state.seq = excluded.seq - 1",
             text(&record.committed_at)
         );
-        let changed =
-            session.execute(&state, &[&job.project, &job.job, &seq, &json]).await.map_err(failed)?;
+        let changed = session.execute_typed(&state, &written).await.map_err(failed)?;
         if changed != 1 {
             return Err(overtaken(job));
         }
@@ -852,8 +875,10 @@ async fn announce(this: &PostgresConnection, session: &Session, stage: &Stage) -
                 "SELECT count(*) FILTER (WHERE true{stays}), count(*) FILTER (WHERE ({changed}){stays}), count(*)
                      FROM {table} AS s JOIN {name} AS t ON {on}"
             );
-            let row =
-                session.query_one(&sql, &[]).await.map_err(|error| this.error("compare with", &error))?;
+            let row = session
+                .query_typed_one(&sql, &[])
+                .await
+                .map_err(|error| this.error("compare with", &error))?;
             let number = |index: usize| u64::try_from(row.get::<_, i64>(index)).unwrap_or_default();
             let matched = number(0);
             staged.updated = number(1);
@@ -889,7 +914,7 @@ async fn refuse_staged_keys(this: &PostgresConnection, session: &Session, stage:
         values.join(", "),
         (1..=key.len()).map(|at| at.to_string()).collect::<Vec<_>>().join(", "),
     );
-    let row = session.query_one(&sql, &[]).await.map_err(|error| this.error("count in", &error))?;
+    let row = session.query_typed_one(&sql, &[]).await.map_err(|error| this.error("count in", &error))?;
     let number = |index: usize| u64::try_from(row.get::<_, i64>(index)).unwrap_or_default();
     refuse_keys(output, number(0), number(1))
 }
@@ -949,7 +974,7 @@ async fn create(this: &PostgresConnection, session: &Session, stage: &Stage, nam
 
 async fn has_schema(this: &PostgresConnection, session: &Session, schema: &str) -> Result<bool> {
     let sql = "SELECT to_regnamespace(quote_ident($1)) IS NOT NULL";
-    let row = session.query_one(sql, &[&schema]).await;
+    let row = session.query_typed_one(sql, &texts([&schema])).await;
     row.map(|row| row.get(0)).map_err(|error| this.error("look into the catalog of", &error))
 }
 
@@ -1022,7 +1047,7 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &mut Stage, 
         .collect::<Result<Vec<_>>>()?
         .join(", ");
     let (table, stays) = (&stage.table, output.and_stays());
-    let run = async |sql: String| session.execute(&sql, &[]).await.map_err(failed);
+    let run = async |sql: String| session.execute_typed(&sql, &[]).await.map_err(failed);
     let (mut deleted, mut updated) = (0, 0);
     let inserted = match output.mode {
         Mode::Merge if !output.rebuild => {
@@ -1045,7 +1070,7 @@ async fn apply(this: &PostgresConnection, session: &Session, stage: &mut Stage, 
                          ON CONFLICT ({key}) DO {action} RETURNING (t.xmax = 0) AS is_new)
                      SELECT count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new) FROM done"
                 );
-                let row = session.query_one(&sql, &[]).await.map_err(failed)?;
+                let row = session.query_typed_one(&sql, &[]).await.map_err(failed)?;
                 let number = |index: usize| u64::try_from(row.get::<_, i64>(index)).unwrap_or_default();
                 updated = number(1);
                 number(0)
@@ -1123,6 +1148,16 @@ async fn has_key(this: &PostgresConnection, session: &Session, stage: &Stage) ->
                 AND i.indpred IS NULL AND i.indexprs IS NULL
                 AND $2 = (SELECT array_agg(a.attname::text ORDER BY a.attname::text COLLATE \"C\") FROM pg_attribute AS a
                     WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))))";
-    let row = session.query_one(sql, &[&table_name(&stage.output.name)?, &key, &set, &written]).await;
+    let row = session
+        .query_typed_one(
+            sql,
+            &[
+                (&table_name(&stage.output.name)?, Type::TEXT),
+                (&key, Type::TEXT_ARRAY),
+                (&set, Type::TEXT_ARRAY),
+                (&written, Type::TEXT_ARRAY),
+            ],
+        )
+        .await;
     row.map(|row| row.get(0)).map_err(|error| this.error("look into the catalog of", &error))
 }
