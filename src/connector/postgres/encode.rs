@@ -96,7 +96,8 @@ enum Values {
     F64(ArrayRef),
     Decimal(Decimal128Array, usize),
     Decimal256(Decimal256Array),
-    Text(StringArray),
+    /// And whether no value holds what PostgreSQL cannot keep.
+    Text(StringArray, bool),
     Uuid(StringArray),
     Jsonb(StringArray),
     Chars(StringArray, usize, bool),
@@ -141,8 +142,8 @@ impl Values {
                 Self::Decimal(array.as_primitive().clone(), usize::try_from(*scale).unwrap_or_default())
             }
             DataType::Decimal256(..) => Self::Decimal256(array.as_primitive().clone()),
-            DataType::Utf8 => Self::Text(array.as_string().clone()),
-            DataType::LargeUtf8 | DataType::Utf8View => Self::Text(to(DataType::Utf8)?.as_string().clone()),
+            DataType::Utf8 => Self::text(array.as_string().clone()),
+            DataType::LargeUtf8 | DataType::Utf8View => Self::text(to(DataType::Utf8)?.as_string().clone()),
             DataType::Binary => Self::Binary(array.as_binary().clone()),
             DataType::LargeBinary | DataType::BinaryView => {
                 Self::Binary(to(DataType::Binary)?.as_binary().clone())
@@ -155,12 +156,21 @@ impl Values {
         })
     }
 
+    /// All bytes are looked at together, one by one only where that finds something.
+    fn text(array: StringArray) -> Self {
+        let ends = array.value_offsets();
+        let end = |end: Option<&i32>| end.map_or(0, |end| end.cast_unsigned() as usize);
+        let held = array.value_data().get(end(ends.first())..end(ends.last()));
+        let is_clean = held.is_some_and(|held| memchr::memchr(0, held).is_none());
+        Self::Text(array, is_clean)
+    }
+
     fn array(&self) -> &dyn Array {
         match self {
             Self::Bool(array) => array,
             Self::Decimal(array, _) => array,
             Self::Decimal256(array) => array,
-            Self::Text(array) | Self::Uuid(array) | Self::Jsonb(array) | Self::Chars(array, ..) => array,
+            Self::Text(array, _) | Self::Uuid(array) | Self::Jsonb(array) | Self::Chars(array, ..) => array,
             Self::Binary(array) => array,
             Self::I16(array)
             | Self::I32(array)
@@ -187,14 +197,8 @@ impl Values {
                 out.put_i32(2);
                 out.put_i16(array.as_primitive::<Int16Type>().value(row));
             }
-            Self::I32(array) => {
-                out.put_i32(4);
-                out.put_i32(array.as_primitive::<Int32Type>().value(row));
-            }
-            Self::I64(array) => {
-                out.put_i32(8);
-                out.put_i64(array.as_primitive::<Int64Type>().value(row));
-            }
+            Self::I32(array) => four(array.as_primitive::<Int32Type>().value(row), out),
+            Self::I64(array) => eight(array.as_primitive::<Int64Type>().value(row), out),
             Self::F32(array) => {
                 out.put_i32(4);
                 out.put_f32(array.as_primitive::<Float32Type>().value(row));
@@ -215,7 +219,8 @@ impl Values {
                 let scale = usize::try_from(array.scale()).unwrap_or_default();
                 number(text.starts_with('-'), text.trim_start_matches('-'), scale, out);
             }
-            Self::Text(array) => text(array.value(row), out)?,
+            Self::Text(array, true) => bytes(array.value(row).as_bytes(), out)?,
+            Self::Text(array, false) => text(array.value(row), out)?,
             Self::Uuid(array) => {
                 let value = array.value(row);
                 // The server takes hyphens behind any four digits.
@@ -241,24 +246,17 @@ impl Values {
             Self::Binary(array) => bytes(array.value(row), out)?,
             Self::Date(array) => {
                 let days = array.as_primitive::<Date32Type>().value(row);
-                out.put_i32(4);
                 // The first day is 4713-11-24 BC, the last in the year 5874897.
                 match days.checked_sub(EPOCH_DAYS) {
-                    Some(days @ -2_451_545..=2_145_031_948) => out.put_i32(days),
+                    Some(days @ -2_451_545..=2_145_031_948) => four(days, out),
                     _ => return Err(FAR),
                 }
             }
-            Self::Time(array) => {
-                out.put_i32(8);
-                out.put_i64(array.as_primitive::<Time64MicrosecondType>().value(row));
-            }
+            Self::Time(array) => eight(array.as_primitive::<Time64MicrosecondType>().value(row), out),
             Self::Timestamp(array) => {
                 let micros = array.as_primitive::<TimestampMicrosecondType>().value(row);
-                out.put_i32(8);
                 match micros.checked_sub(EPOCH_MICROS) {
-                    Some(micros @ -211_813_488_000_000_000..=9_223_371_331_199_999_999) => {
-                        out.put_i64(micros);
-                    }
+                    Some(micros @ -211_813_488_000_000_000..=9_223_371_331_199_999_999) => eight(micros, out),
                     _ => return Err(FAR),
                 }
             }
@@ -276,6 +274,18 @@ impl Values {
         }
         Ok(())
     }
+}
+
+/// A value of four bytes, with its length.
+fn four(value: i32, out: &mut BytesMut) {
+    out.put_u64(4 << 32 | u64::from(value.cast_unsigned()));
+}
+
+/// A value of eight bytes, with its length.
+fn eight(value: i64, out: &mut BytesMut) {
+    let mut cell = [0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+    cell.last_chunk_mut().into_iter().for_each(|behind| *behind = value.to_be_bytes());
+    out.put_slice(&cell);
 }
 
 fn bytes(value: &[u8], out: &mut BytesMut) -> Result<(), &'static str> {
@@ -304,23 +314,26 @@ fn short_number(negative: bool, value: u64, scale: usize, out: &mut BytesMut) {
         rest /= 10_000;
         weight += 1;
     }
-    // From the last group to the first: twenty digits are five groups, and one more.
-    let (mut groups, mut count) = ([0_u8; 12], 0_usize);
+    // From the last group to the first, and what stands in front of them: twenty digits are five groups, and one more.
+    let (mut cell, mut at) = ([0_u8; 24], 24);
+    let mut put = |bytes: &[u8]| {
+        at -= bytes.len();
+        cell.get_mut(at..at + bytes.len()).into_iter().for_each(|place| place.copy_from_slice(bytes));
+        at
+    };
+    let mut count = 0_i16;
     while rest != 0 {
-        let [high, low] = u16::try_from(rest % 10_000).unwrap_or_default().to_be_bytes();
+        put(&u16::try_from(rest % 10_000).unwrap_or_default().to_be_bytes());
         count += 1;
-        let at = groups.len() - 2 * count;
-        groups.get_mut(at..at + 2).into_iter().for_each(|group| group.copy_from_slice(&[high, low]));
         rest /= 10_000;
     }
-    let kept = groups.get(groups.len() - 2 * count..).unwrap_or_default();
-    let count = i16::try_from(count).unwrap_or_default();
-    out.put_i32(8 + 2 * i32::from(count));
-    out.put_i16(count);
-    out.put_i16(if count == 0 { 0 } else { weight + count - 1 });
-    out.put_u16(if negative && count > 0 { 0x4000 } else { 0 });
-    out.put_u16(u16::try_from(scale).unwrap_or_default());
-    out.put_slice(kept);
+    let weight = if count == 0 { 0 } else { weight + count - 1 };
+    put(&u16::try_from(scale).unwrap_or_default().to_be_bytes());
+    put(&[if negative && count > 0 { 0x40 } else { 0 }, 0]);
+    put(&weight.to_be_bytes());
+    put(&count.to_be_bytes());
+    let start = put(&(8 + 2 * i32::from(count)).to_be_bytes());
+    out.put_slice(cell.get(start..).unwrap_or_default());
 }
 
 /// A number in base 10000: `digits` are those of the unscaled value.
@@ -366,18 +379,24 @@ pub(super) fn rows(
 ) -> Result<()> {
     let schema = batch.schema();
     let columns = batch.columns().iter().zip(written);
-    let columns = columns.map(|(array, written)| Values::of(array, written)).collect::<Result<Vec<_>>>()?;
+    let columns = columns.map(|(array, written)| {
+        let values = Values::of(array, written)?;
+        // Asked of each value, and there are columns that have none.
+        let nulls = values.array().nulls().filter(|nulls| nulls.null_count() > 0).cloned();
+        Ok((values, nulls))
+    });
+    let columns = columns.collect::<Result<Vec<_>>>()?;
     let count = i16::try_from(columns.len()).map_err(|_| {
         Error::configuration(format!("output `{output}` has more columns than PostgreSQL holds"))
     })?;
     for index in 0..batch.num_rows() {
         out.put_i16(count);
-        for (column, field) in columns.iter().zip(schema.fields()) {
-            if column.array().is_null(index) {
+        for ((values, nulls), field) in columns.iter().zip(schema.fields()) {
+            if nulls.as_ref().is_some_and(|nulls| nulls.is_null(index)) {
                 out.put_i32(-1);
                 continue;
             }
-            column.write(index, out).map_err(|why| {
+            values.write(index, out).map_err(|why| {
                 Error::data(format!(
                     "output `{output}`: row {} of the model: `{}` {why}",
                     row + index as u64,

@@ -99,7 +99,10 @@ impl Target for Arc<PostgresConnection> {
 
     async fn record_at(&self, job: &JobId, seq: u64) -> Result<Option<LoadRecord>> {
         let session = self.transaction("ISOLATION LEVEL READ COMMITTED READ ONLY").await?;
-        let Some(last) = last_record(self, &session, job).await? else { return Ok(None) };
+        let Some(last) = last_record(self, &session, job).await? else {
+            self.rest(session).await;
+            return Ok(None);
+        };
         let sql = format!(
             "SELECT record_json FROM floodmark_log WHERE project = $1 AND job = $2 AND seq = $3 AND incarnation = {}::uuid",
             text(&last.incarnation.to_string())
@@ -107,12 +110,16 @@ impl Target for Arc<PostgresConnection> {
         let seq = seq.cast_signed();
         let row = session.query_typed_opt(&sql, &numbered(job, &seq)).await;
         let row = row.map_err(|error| self.error("read the log in", &error))?;
+        self.rest(session).await;
         row.map(|row| LoadRecord::from_json(row.get(0))).transpose()
     }
 
     async fn current(&self, _: &JobId, output: &str) -> Result<Option<Current>> {
         let session = self.transaction("READ ONLY").await?;
-        let Some(table) = Table::of(self, &session, output).await? else { return Ok(None) };
+        let Some(table) = Table::of(self, &session, output).await? else {
+            self.rest(session).await;
+            return Ok(None);
+        };
         let name = table_name(output)?;
         // A large one is counted beside what the run does meanwhile, which is to have the other processors.
         let alone = format!(
