@@ -1,8 +1,8 @@
 //! PostgreSQL 13 and later: tables, views and queries in; tables out.
 //!
 //! Promised: one exported snapshot for all streams of a run, every type decoded exactly or refused, windows whose end no open
-//! transaction can slip under, and rows and record in one transaction. Not done: replication slots, large objects,
-//! GSSAPI, servers without binary COPY.
+//! transaction can slip under, and rows and record in one transaction. Through a pooler that gives each transaction another session it
+//! can be read. Not done: targets there, replication slots, large objects, GSSAPI, servers without binary COPY.
 
 use std::{
     fmt,
