@@ -55,7 +55,7 @@ const FLOORS: [Floor; 6] = [
         sql: "",
         most: 9_400,
     },
-    Floor { name: "Parquet to PostgreSQL", from: "lake, table: FILE", to: "erp", sql: "", most: 1_950 },
+    Floor { name: "Parquet to PostgreSQL", from: "lake, table: FILE", to: "erp", sql: "", most: 1_720 },
     Floor { name: "PostgreSQL to Parquet", from: "erp, table: FILE", to: "lake", sql: "", most: 3_500 },
     Floor {
         name: "PostgreSQL to Parquet, mapped and checked",

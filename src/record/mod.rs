@@ -279,6 +279,9 @@ fn bare(data_type: &DataType) -> DataType {
         |field: &FieldRef| Field::new(field.name(), bare(field.data_type()), field.is_nullable()).into();
     match data_type {
         DataType::List(item) => DataType::List(field(item)),
+        DataType::LargeList(item) => DataType::LargeList(field(item)),
+        DataType::FixedSizeList(item, size) => DataType::FixedSizeList(field(item), *size),
+        DataType::Map(entries, is_sorted) => DataType::Map(field(entries), *is_sorted),
         DataType::Struct(fields) => DataType::Struct(fields.iter().map(field).collect()),
         other => other.clone(),
     }
@@ -329,6 +332,8 @@ mod tests {
             DataType::Binary,
             list(Field::new_list_field(DataType::Decimal128(10, 2), true)),
             list(Field::new_list_field(list(Field::new_list_field(DataType::Utf8, true)), true)),
+            DataType::LargeList(Arc::new(Field::new_list_field(DataType::Utf8, true))),
+            DataType::FixedSizeList(Arc::new(Field::new_list_field(DataType::Int32, true)), 3),
             DataType::Struct(
                 vec![Field::new("a b", DataType::Utf8, true), Field::new("n", DataType::Int64, false)].into(),
             ),

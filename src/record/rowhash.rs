@@ -115,8 +115,10 @@ impl RowHash {
         if batch.num_columns() != self.columns.len() {
             return Err(Error::bug("rows of another schema cannot be hashed"));
         }
-        let width = self.columns.iter().map(Layout::width).sum::<usize>().max(1);
-        let rows = (BLOCK_BYTES / width).max(1);
+        let width: usize = self.columns.iter().map(Layout::width).sum();
+        self.rows += batch.num_rows() as u64;
+        // Rows without columns are only counted.
+        let Some(rows) = BLOCK_BYTES.checked_div(width).map(|rows| rows.max(1)) else { return Ok(()) };
         let columns = self.columns.iter().zip(batch.columns());
         let columns: Vec<Column<'_>> =
             columns.map(|(layout, array)| layout.of_array(array)).collect::<Result<_>>()?;
@@ -132,7 +134,6 @@ impl RowHash {
             let hashes = self.bytes.chunks_exact(width).map(XxHash3_128::oneshot);
             self.sum = hashes.fold(self.sum, u128::wrapping_add);
         }
-        self.rows += batch.num_rows() as u64;
         Ok(())
     }
 
@@ -370,8 +371,34 @@ mod tests {
         RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays).unwrap()
     }
 
+    /// The hash by its definition: each row's bytes put together by themselves.
+    fn by_definition(rows: &[Row], lists: &ArrayRef) -> String {
+        fn cell<const N: usize>(value: Option<[u8; N]>) -> Vec<u8> {
+            value.map_or_else(|| vec![0; N + 1], |value| [&[1][..], &value].concat())
+        }
+        let converter = RowConverter::new(vec![SortField::new(lists.data_type().clone())]).unwrap();
+        let hashes = rows.iter().enumerate().map(|(at, (int, text, is, bytes, small, list, float))| {
+            let list = list
+                .as_ref()
+                .map(|_| hashed(converter.convert_columns(&[lists.slice(at, 1)]).unwrap().row(0).as_ref()));
+            let row = [
+                cell(int.map(i64::to_le_bytes)),
+                cell(text.as_ref().map(|text| hashed(text.as_bytes()))),
+                cell(is.map(|is| [u8::from(is)])),
+                cell(bytes.as_ref().map(|bytes| hashed(bytes))),
+                cell(small.map(i16::to_le_bytes)),
+                cell(list),
+                cell(Some(float.to_le_bytes())),
+                cell(small.map(|small| i32::from(small).to_le_bytes())),
+                cell(int.map(|int| i128::from(int).to_le_bytes())),
+            ];
+            XxHash3_128::oneshot(&row.concat())
+        });
+        format!("xxh3-128-sum:{}:{:032x}", rows.len(), hashes.fold(0, u128::wrapping_add))
+    }
+
     #[test]
-    fn rows_of_many_blocks_are_hashed_as_each_alone() {
+    fn rows_of_many_blocks_have_the_hash_of_the_definition() {
         let rows: Vec<Row> = (0..1000_i16)
             .map(|row| {
                 let some = |every| row % every != 0;
@@ -389,13 +416,18 @@ mod tests {
             })
             .collect();
         let all = wide(&rows);
-        assert!(
-            RowHash::new(&all.schema()).unwrap().columns.iter().map(Layout::width).sum::<usize>()
-                * rows.len()
-                > 3 * BLOCK_BYTES
-        );
-        let alone: Vec<_> = (0..rows.len()).map(|row| all.slice(row, 1)).collect();
-        assert_eq!(hash(&[all]), hash(&alone));
+        let width: usize = RowHash::new(&all.schema()).unwrap().columns.iter().map(Layout::width).sum();
+        assert!(width * rows.len() > 3 * BLOCK_BYTES);
+        let expected = by_definition(&rows, all.column(5));
+        assert_eq!(hash(std::slice::from_ref(&all)), expected);
+        assert_eq!(hash(&[all.slice(0, 333), all.slice(333, 667)]), expected);
+    }
+
+    #[test]
+    fn rows_without_columns_are_counted() {
+        let options = arrow::record_batch::RecordBatchOptions::new().with_row_count(Some(3));
+        let rows = RecordBatch::try_new_with_options(Schema::empty().into(), Vec::new(), &options).unwrap();
+        assert_eq!(hash(&[rows]), format!("xxh3-128-sum:3:{:032x}", 0));
     }
 
     proptest! {

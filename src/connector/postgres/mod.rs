@@ -1,8 +1,8 @@
 //! PostgreSQL 13 and later: tables, views and queries in; tables out.
 //!
 //! Promised: one exported snapshot for all streams of a run, every type decoded exactly or refused, windows whose end no open
-//! transaction can slip under, and rows and record in one transaction. Through a pooler that gives each transaction another session it
-//! can be read. Not done: targets there, replication slots, large objects, GSSAPI, servers without binary COPY.
+//! transaction can slip under, and rows and record in one transaction; also through a pooler that gives each transaction another session.
+//! Not done: replication slots, large objects, GSSAPI, servers without binary COPY.
 
 use std::{
     fmt,
@@ -363,7 +363,7 @@ impl PostgresConnection {
             }
         });
         // A server that learns of it within a second does not go on working for nobody. Newer ones also end transactions that take long. What a pooler has is not
-        // ours alone, and stays as it is.
+        // ours alone: there each transaction says so.
         let told = match &next_rows {
             Some(next) => next.process().to_string(),
             None => "pg_backend_pid()".to_owned(),
@@ -407,17 +407,20 @@ impl PostgresConnection {
     async fn transaction(self: &Arc<Self>, how: &str) -> Result<Session> {
         let doing = "begin a transaction in";
         let session = self.after(doing, &format!("BEGIN {how}; {}", self.settings()?)).await?;
-        self.forget_others(&session).await.map_err(|error| self.error(doing, &error))?;
+        self.take_over(&session).await.map_err(|error| self.error(doing, &error))?;
         Ok(session)
     }
 
-    /// Lets go of what others have prepared in this transaction's session, which a pooler has lent them before: the library gives its statements the same
-    /// names in every process. A pooler that looks after what its clients prepare has names of its own, which stay.
-    async fn forget_others(&self, session: &Session) -> std::result::Result<(), tokio_postgres::Error> {
-        if !self.is_pooled.load(Ordering::Relaxed) {
+    /// Makes a pooler's session ours for this transaction, or leaves nothing of ours to the next one: what was prepared there under the names that the library gives
+    /// in every process is let go. A pooler that looks after what its clients prepare has names of its own, which stay.
+    async fn take_over(&self, session: &Session) -> std::result::Result<(), tokio_postgres::Error> {
+        if !self.is_pooled() {
             return Ok(());
         }
-        let sql = "SELECT string_agg('DEALLOCATE ' || quote_ident(name), ';') FROM pg_prepared_statements WHERE name ~ '^s[0-9]+$'";
+        let sql = "SELECT (SELECT string_agg('DEALLOCATE ' || quote_ident(name), ';') FROM pg_prepared_statements WHERE name ~ '^s[0-9]+$'),
+                CASE WHEN version >= 140000 THEN set_config('client_connection_check_interval', '1s', true) END,
+                CASE WHEN version >= 170000 THEN set_config('transaction_timeout', '0', true) END
+             FROM CAST(current_setting('server_version_num') AS int) AS version";
         let row = session.query_typed_one(sql, &[]).await?;
         match row.get::<_, Option<&str>>(0) {
             Some(others) => session.batch_execute(others).await,
@@ -425,24 +428,18 @@ impl PostgresConnection {
         }
     }
 
-    /// Whether a pooler gives each transaction another session of the server: one that is in the middle of something else has not the session any more that
-    /// it had.
-    async fn shares_sessions(self: &Arc<Self>) -> Result<bool> {
-        let process = async |session: &Session| {
-            let row = session.query_typed_one("SELECT pg_backend_pid()", &[]).await;
-            row.map(|row| row.get::<_, i32>(0)).map_err(|error| self.error("set up", &error))
-        };
-        if !self.is_pooled.load(Ordering::Relaxed) {
-            return Ok(false);
-        }
-        let session = self.connect().await?;
-        let before = process(&session).await?;
-        // Whoever comes next is given what was used last. Where nobody is given any, each keeps its own.
-        let other = runtime::within(self.patience(), Box::pin(self.transaction("READ ONLY"))).await;
-        let Some(other) = other.transpose()? else { return Ok(false) };
-        let after = process(&session).await?;
-        drop(other);
-        Ok(before != after)
+    /// Ends a transaction, and leaves a pooler's session without anything of ours.
+    async fn give_back(
+        &self,
+        session: &Session,
+        end: &str,
+    ) -> std::result::Result<(), tokio_postgres::Error> {
+        self.take_over(session).await?;
+        session.batch_execute(end).await
+    }
+
+    fn is_pooled(&self) -> bool {
+        self.is_pooled.load(Ordering::Relaxed)
     }
 
     /// A session in which `begin` was said, to do something: the idle one, or where there is none, or it is not well any more, a new one.
@@ -460,8 +457,12 @@ impl PostgresConnection {
 
     /// Ends what a session has read, and leaves it to the next step.
     async fn rest(self: &Arc<Self>, session: Session) {
-        // What the library remembers of a session is not true of the next one that a pooler has.
-        if session.batch_execute("ROLLBACK").await.is_err() || self.is_pooled.load(Ordering::Relaxed) {
+        if self.is_pooled() {
+            // What the library remembers of a session is not true of the next one that a pooler has.
+            self.give_back(&session, "ROLLBACK").await.unwrap_or_default();
+            return;
+        }
+        if session.batch_execute("ROLLBACK").await.is_err() {
             return;
         }
         let this = Arc::downgrade(self);

@@ -587,7 +587,7 @@ async fn follow(this: &Arc<PostgresConnection>, lead: &Lead, stream: &StreamSpec
     })?;
     let row =
         session.query_typed_one(&format!("SELECT {SERVER}"), &[]).await.map_err(|error| failed(&error))?;
-    this.forget_others(&session).await.map_err(|error| failed(&error))?;
+    this.take_over(&session).await.map_err(|error| failed(&error))?;
     if row.get::<_, String>(0) != lead.server {
         return Err(Error::temporary(format!(
             "connection `{}` leads to several servers, and this one has not the run's snapshot",

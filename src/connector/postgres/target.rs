@@ -58,6 +58,9 @@ const TABLES: &str = "
         project text NOT NULL, job text NOT NULL, seq bigint NOT NULL, run_id uuid NOT NULL, \"on\" text NOT NULL,
         \"check\" text NOT NULL, reason text NOT NULL, position text NOT NULL, \"row\" text NOT NULL);";
 
+/// How rows are published: each statement sees what was committed before it.
+const PUBLISHING: &str = "ISOLATION LEVEL READ COMMITTED";
+
 /// How often a stage is published before its run gives up.
 const REPEATS: u32 = 3;
 
@@ -165,22 +168,19 @@ impl Target for Arc<PostgresConnection> {
     }
 
     async fn begin(&self, job: &JobId, attempt: &Attempt, _: Option<&LoadRecord>) -> Result<Box<dyn Load>> {
-        if Box::pin(self.shares_sessions()).await? {
-            return Err(Error::configuration(format!(
-                "connection `{}`: the pooler at `{}` gives each transaction another session of the server, and a target's rows wait in one session",
-                self.name,
-                self.place()
-            ))
-            .hint("Name the server itself as the target, or a pool of whole sessions (PgBouncer: `pool_mode = session`). Sources may be read through this one."));
-        }
-        let session = self.after("set up", &self.settings()?.replace("SET LOCAL", "SET")).await?;
+        // A pooler may give the next transaction another session: there one transaction is staged in and published, and what is staged goes with it.
+        let publishing = self.is_pooled();
+        let session = match publishing {
+            true => self.transaction(PUBLISHING).await?,
+            false => self.after("set up", &self.settings()?.replace("SET LOCAL", "SET")).await?,
+        };
         Ok(Box::new(PostgresLoad {
             connection: Self::clone(self),
             job: job.clone(),
             attempt: attempt.clone(),
             session,
             stages: Vec::new(),
-            publishing: false,
+            publishing,
             settled: false,
             quarantined: false,
         }))
@@ -514,7 +514,7 @@ struct PostgresLoad {
     attempt: Attempt,
     session: Session,
     stages: Vec<Stage>,
-    /// Whether the transaction that publishes has begun: with rows that were copied straight into an output.
+    /// Whether the transaction that publishes has begun: with rows that were copied straight into an output, or from the first moment on.
     publishing: bool,
     /// Whether it has gone as far as the record: all stages are applied.
     settled: bool,
@@ -536,7 +536,9 @@ impl PostgresLoad {
             .iter()
             .map(|field| Ok(format!("{} {}", quoted(field.name())?, stage_type(field.data_type()))))
             .collect::<Result<Vec<_>>>()?;
-        let create = format!("CREATE TEMP TABLE {table} ({})", columns.join(", "));
+        // A session that is somebody else's after this transaction is not to keep it.
+        let end = if self.publishing { "ON COMMIT DROP" } else { "" };
+        let create = format!("CREATE TEMP TABLE {table} ({}) {end}", columns.join(", "));
         self.session.batch_execute(&create).await.map_err(failed)?;
         let written = vec![As::Staged; columns.len()];
         self.copy(output, table, &written, rows).await
@@ -553,7 +555,7 @@ impl PostgresLoad {
         let failed = |error: tokio_postgres::Error| this.error("stage in", &error);
         let execute = async |sql: &str| session.batch_execute(sql).await.map_err(failed);
         if !self.publishing {
-            execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; {}", this.settings()?)).await?;
+            execute(&format!("BEGIN {PUBLISHING}; {}", this.settings()?)).await?;
             self.publishing = true;
         }
         let into = match &stage.current {
@@ -779,7 +781,7 @@ impl PostgresLoad {
     async fn publish_stages(&mut self) -> Result<()> {
         let (this, session, job) = (&self.connection, &self.session, &self.job);
         let failed = |error: tokio_postgres::Error| this.error("publish into", &error);
-        let begin = if self.publishing { "" } else { "BEGIN ISOLATION LEVEL READ COMMITTED;" };
+        let begin = if self.publishing { String::new() } else { format!("BEGIN {PUBLISHING};") };
         session.batch_execute(&format!("{begin} {}", this.settings()?)).await.map_err(failed)?;
         let lock = format!("SELECT pg_advisory_xact_lock({LOCK_KEY})");
         session.query_typed_one(&lock, &texts([&lock_name(job)])).await.map_err(failed)?;
@@ -839,7 +841,7 @@ impl PostgresLoad {
         if changed != 1 {
             return Err(overtaken(job));
         }
-        Ok(())
+        this.take_over(session).await.map_err(failed)
     }
 }
 
