@@ -428,16 +428,6 @@ impl PostgresConnection {
         }
     }
 
-    /// Ends a transaction, and leaves a pooler's session without anything of ours.
-    async fn give_back(
-        &self,
-        session: &Session,
-        end: &str,
-    ) -> std::result::Result<(), tokio_postgres::Error> {
-        self.take_over(session).await?;
-        session.batch_execute(end).await
-    }
-
     fn is_pooled(&self) -> bool {
         self.is_pooled.load(Ordering::Relaxed)
     }
@@ -457,12 +447,10 @@ impl PostgresConnection {
 
     /// Ends what a session has read, and leaves it to the next step.
     async fn rest(self: &Arc<Self>, session: Session) {
-        if self.is_pooled() {
-            // What the library remembers of a session is not true of the next one that a pooler has.
-            self.give_back(&session, "ROLLBACK").await.unwrap_or_default();
-            return;
-        }
-        if session.batch_execute("ROLLBACK").await.is_err() {
+        // Nothing of ours stays in a pooler's session; and what the library remembers of it is not true of the next one.
+        let is_clean = self.take_over(&session).await.is_ok();
+        let is_over = is_clean && session.batch_execute("ROLLBACK").await.is_ok();
+        if !is_over || self.is_pooled() {
             return;
         }
         let this = Arc::downgrade(self);
