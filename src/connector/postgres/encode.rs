@@ -200,12 +200,10 @@ impl Values {
             Self::I32(array) => four(array.as_primitive::<Int32Type>().value(row), out),
             Self::I64(array) => eight(array.as_primitive::<Int64Type>().value(row), out),
             Self::F32(array) => {
-                out.put_i32(4);
-                out.put_f32(array.as_primitive::<Float32Type>().value(row));
+                four(array.as_primitive::<Float32Type>().value(row).to_bits().cast_signed(), out);
             }
             Self::F64(array) => {
-                out.put_i32(8);
-                out.put_f64(array.as_primitive::<Float64Type>().value(row));
+                eight(array.as_primitive::<Float64Type>().value(row).to_bits().cast_signed(), out);
             }
             Self::Decimal(array, scale) => {
                 let value = array.value(row);

@@ -167,11 +167,6 @@ impl<S> Diverted<S> {
             if (is_row || tag == KEY) && length <= INPUT_BYTES && waiting.len() < length {
                 return Wants::More;
             }
-            if tag == KEY
-                && let Some(process) = waiting.get(HEAD..length).and_then(<[u8]>::first_chunk)
-            {
-                self.next.process.store(i32::from_be_bytes(*process), Ordering::Relaxed);
-            }
             // Rows go before what comes behind them, and a row that does not come whole goes alone.
             let is_alone = !is_row || waiting.len() < length;
             if is_alone && !self.block.is_empty() || self.block.len() >= BLOCK_BYTES {
@@ -185,6 +180,11 @@ impl<S> Diverted<S> {
             } else {
                 match tag {
                     BEGIN => self.rows = self.next.set(None),
+                    KEY => {
+                        if let Some(process) = waiting.get(HEAD..length).and_then(<[u8]>::first_chunk) {
+                            self.next.process.store(i32::from_be_bytes(*process), Ordering::Relaxed);
+                        }
+                    }
                     tag if ENDS.contains(&tag) => self.rows = None,
                     _ => {}
                 }
