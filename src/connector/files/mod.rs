@@ -29,6 +29,7 @@ mod input;
 mod json;
 mod manifest;
 mod merge;
+mod pages;
 mod parquet;
 mod place;
 mod prune;

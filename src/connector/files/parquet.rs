@@ -4,6 +4,7 @@
 //! no more memory for it, whichever comes first, so that wide rows do not hold more than narrow ones.
 
 use std::{
+    collections::HashSet,
     fs::File,
     sync::{
         Arc, Mutex, PoisonError,
@@ -15,7 +16,7 @@ use ::parquet::{
     arrow::{
         ArrowSchemaConverter, ArrowWriter, ProjectionMask,
         arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder},
-        arrow_writer::{ArrowColumnWriter, ArrowLeafColumn, compute_leaves},
+        arrow_writer::{ArrowColumnChunk, ArrowColumnWriter, compute_leaves},
     },
     basic::{Compression, Encoding, PageType, Type as PhysicalType, ZstdLevel},
     file::{
@@ -23,14 +24,14 @@ use ::parquet::{
         properties::{WriterProperties, WriterPropertiesBuilder},
         writer::SerializedFileWriter,
     },
-    schema::types::ColumnPath,
+    schema::types::{ColumnPath, SchemaDescriptor},
 };
 use arrow::{
     array::{
         Array, ArrayRef, AsArray, Int64Array, RecordBatch, RecordBatchOptions, StringBuilder, new_null_array,
     },
     compute::{cast, concat_batches},
-    datatypes::{DataType, Int64Type, SchemaRef},
+    datatypes::{DataType, Field, Int64Type, Schema, SchemaRef},
     util::display::{ArrayFormatter, FormatOptions},
 };
 use datafusion::physical_plan::SendableRecordBatchStream;
@@ -40,6 +41,7 @@ use rayon::prelude::*;
 use super::{
     FilesConnection,
     manifest::listed,
+    pages::{Chunk, EncodedChunk, ZSTD_LEVEL},
     place::{Sink, io_error},
     prune,
 };
@@ -280,9 +282,9 @@ pub(super) fn data_file(
 }
 
 /// How files are written; of columns in `many` a dictionary would hold too many values, and those in `rising` are told best by what they rise.
-fn properties(many: &[ColumnPath], rising: &[ColumnPath]) -> WriterProperties {
+fn properties(many: &HashSet<ColumnPath>, rising: &HashSet<ColumnPath>) -> WriterProperties {
     let properties = WriterProperties::builder()
-        .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).unwrap_or_default()))
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(ZSTD_LEVEL).unwrap_or_default()))
         .set_created_by(concat!("floodmark ", env!("CARGO_PKG_VERSION")).to_owned());
     let without = |properties: WriterPropertiesBuilder, column: &ColumnPath| {
         properties.set_column_dictionary_enabled(column.clone(), false)
@@ -293,40 +295,129 @@ fn properties(many: &[ColumnPath], rising: &[ColumnPath]) -> WriterProperties {
     rising.iter().fold(many.iter().fold(properties, without), by_difference).build()
 }
 
-/// Whether the whole numbers or times of a column rise from row to row, and stay for a few rows at most: keys and the time of events do. Their
-/// dictionary would hold so many that it helps less than it costs. Few values tell nothing; and one that falls far makes its whole block wide.
-fn rises(column: &dyn Array) -> bool {
-    let is_time =
-        matches!(column.data_type(), DataType::Timestamp(..) | DataType::Date32 | DataType::Time64(_));
-    let is_number = is_time || column.data_type().is_integer();
-    if !is_number || column.len() - column.null_count() < ENOUGH_ROWS {
-        return false;
+/// Whether the whole numbers or times of a column rise from row to row within each of its `parts`, and stay for a few rows at most: keys and the time of events
+/// do. Their dictionary would hold so many that it helps less than it costs. Few values tell nothing; and one that falls far makes its whole block wide.
+fn rises<'a>(parts: impl Iterator<Item = &'a dyn Array>) -> bool {
+    let (mut rises, mut falls, mut count) = (0, 0, 0);
+    for part in parts {
+        let is_time =
+            matches!(part.data_type(), DataType::Timestamp(..) | DataType::Date32 | DataType::Time64(_));
+        if !is_time && !part.data_type().is_integer() {
+            return false;
+        }
+        let Ok(numbers) = cast(part, &DataType::Int64) else { return false };
+        let numbers: Vec<i64> = numbers.as_primitive::<Int64Type>().iter().flatten().collect();
+        for (one, next) in numbers.iter().zip(numbers.iter().skip(1)) {
+            rises += usize::from(one < next);
+            falls += usize::from(one > next);
+        }
+        count += numbers.len();
     }
-    let Ok(numbers) = cast(column, &DataType::Int64) else { return false };
-    let numbers: Vec<i64> = numbers.as_primitive::<Int64Type>().iter().flatten().collect();
-    let steps = numbers.iter().zip(numbers.iter().skip(1));
-    let (rises, falls) = steps.fold((0, 0), |(rises, falls), (one, next)| {
-        (rises + usize::from(one < next), falls + usize::from(one > next))
-    });
-    rises > numbers.len() / FEW_ROWS && falls <= numbers.len() / (2 * ENOUGH_ROWS)
+    count >= ENOUGH_ROWS && rises > count / FEW_ROWS && falls <= count / (2 * ENOUGH_ROWS)
 }
 
 /// Whether a dictionary was begun for a column, and given up because it held too many values.
 fn outgrew_dictionary(column: &ColumnChunkMetaData) -> bool {
     let plain_data = |page: &PageEncodingStats| {
         matches!(page.page_type, PageType::DATA_PAGE | PageType::DATA_PAGE_V2)
-            && page.encoding == Encoding::PLAIN
+            && page.encoding != Encoding::RLE_DICTIONARY
     };
     column.dictionary_page_offset().is_some()
         && column.page_encoding_stats().is_some_and(|pages| pages.iter().any(plain_data))
 }
 
+/// A column of the open row group: encoded by us, or by the library, which parts one that is nested.
+enum Column {
+    Ours(Box<Chunk>),
+    Library(Vec<ArrowColumnWriter>),
+}
+
+impl Column {
+    /// The columns of a row group. Of those in `many` a dictionary would hold too many values, and those in `rising` are told best by what they rise.
+    fn of_group(
+        file: &SchemaDescriptor,
+        schema: &Schema,
+        many: &HashSet<ColumnPath>,
+        rising: &HashSet<ColumnPath>,
+    ) -> ::parquet::errors::Result<Vec<Self>> {
+        let properties = Arc::new(properties(many, rising));
+        let leaves_of =
+            |at| (0..file.num_columns()).filter(move |leaf| file.get_column_root_idx(*leaf) == at);
+        let fields = schema.fields().iter().enumerate();
+        fields
+            .map(|(at, field)| {
+                let leaf = leaves_of(at).next().map(|leaf| file.column(leaf));
+                let ours = leaf.and_then(|leaf| {
+                    let has_dictionary = !many.contains(leaf.path()) && !rising.contains(leaf.path());
+                    Chunk::new(&leaf, field.data_type(), has_dictionary)
+                });
+                if let Some(chunk) = ours {
+                    return Ok(Self::Ours(Box::new(chunk)));
+                }
+                let alone: SchemaRef = Arc::new(Schema::new(vec![Arc::clone(field)]));
+                #[expect(
+                    deprecated,
+                    reason = "its successor takes its properties from the file, for all row groups"
+                )]
+                let writers = ::parquet::arrow::arrow_writer::get_column_writers(
+                    &ArrowSchemaConverter::new().convert(&alone)?,
+                    &properties,
+                    &alone,
+                )?;
+                Ok(Self::Library(writers))
+            })
+            .collect()
+    }
+
+    fn write(&mut self, field: &Field, array: &ArrayRef) -> ::parquet::errors::Result<()> {
+        match self {
+            Self::Ours(chunk) => chunk.write(array),
+            Self::Library(writers) => {
+                let leaves = compute_leaves(field, array)?;
+                writers.iter_mut().zip(&leaves).try_for_each(|(writer, leaf)| writer.write(leaf))
+            }
+        }
+    }
+
+    /// Bytes that are ready for the file, more or less.
+    fn encoded_bytes(&self) -> usize {
+        match self {
+            Self::Ours(chunk) => chunk.encoded_bytes(),
+            Self::Library(writers) => writers.iter().map(ArrowColumnWriter::get_estimated_total_bytes).sum(),
+        }
+    }
+
+    /// Bytes of memory that are held.
+    fn held_bytes(&self) -> usize {
+        match self {
+            Self::Ours(chunk) => chunk.held_bytes(),
+            Self::Library(writers) => writers.iter().map(ArrowColumnWriter::memory_size).sum(),
+        }
+    }
+
+    fn close(self) -> ::parquet::errors::Result<Encoded> {
+        Ok(match self {
+            Self::Ours(chunk) => Encoded::Ours(Box::new(chunk.close()?)),
+            Self::Library(writers) => {
+                let chunks = writers.into_iter().map(ArrowColumnWriter::close);
+                Encoded::Library(chunks.collect::<::parquet::errors::Result<_>>()?)
+            }
+        })
+    }
+}
+
+/// A column that is ready for the file.
+enum Encoded {
+    Ours(Box<EncodedChunk>),
+    Library(Vec<ArrowColumnChunk>),
+}
+
 /// A Parquet file under construction.
 struct Writer {
     file: SerializedFileWriter<Sink>,
-    /// Columns for which no dictionary is tried any more: that of an earlier row group held too many values.
-    many: Vec<ColumnPath>,
-    columns: Vec<ArrowColumnWriter>,
+    /// Columns for which no dictionary is begun any more: that of an earlier row group held too many values.
+    many: HashSet<ColumnPath>,
+    columns: Vec<Column>,
     schema: SchemaRef,
     group_rows: usize,
     limits: (usize, usize),
@@ -341,10 +432,14 @@ impl Writer {
         ArrowSchemaConverter::new().convert(&schema).map_err(|error| {
             Error::configuration("a column cannot be written as Parquet").note(error.to_string())
         })?;
-        let writer = ArrowWriter::try_new(sink, Arc::clone(&schema), Some(properties(&[], &[])))
-            .map_err(failed(path))?;
+        let writer = ArrowWriter::try_new(
+            sink,
+            Arc::clone(&schema),
+            Some(properties(&HashSet::new(), &HashSet::new())),
+        )
+        .map_err(failed(path))?;
         let (file, _) = writer.into_serialized_writer().map_err(failed(path))?;
-        let (memory, many) = (memory.another(), Vec::new());
+        let (memory, many) = (memory.another(), HashSet::new());
         Ok(Self { file, many, columns: Vec::new(), schema, group_rows: 0, limits, memory })
     }
 
@@ -378,37 +473,22 @@ impl Writer {
     /// Writes batches, the columns side by side.
     fn write(&mut self, batches: &[RecordBatch]) -> ::parquet::errors::Result<()> {
         if self.columns.is_empty() {
-            let rising = self.schema.fields().iter().zip(0..);
-            let rising = rising.filter(|(_, at)| batches.iter().all(|batch| rises(batch.column(*at))));
-            let rising: Vec<_> = rising.map(|(field, _)| ColumnPath::from(field.name().as_str())).collect();
-            #[expect(
-                deprecated,
-                reason = "its successor takes its properties from the file, for all row groups"
-            )]
-            let columns = ::parquet::arrow::arrow_writer::get_column_writers(
-                self.file.schema_descr(),
-                &Arc::new(properties(&self.many, &rising)),
-                &self.schema,
-            )?;
-            self.columns = columns;
-        }
-        let mut leaves: Vec<Vec<ArrowLeafColumn>> = Vec::new();
-        for batch in batches {
-            let columns = self.schema.fields().iter().zip(batch.columns());
-            let columns = columns.map(|(field, array)| compute_leaves(field, array));
-            let columns = columns.collect::<::parquet::errors::Result<Vec<_>>>()?;
-            leaves.resize_with(self.columns.len(), Vec::new);
-            leaves.iter_mut().zip(columns.into_iter().flatten()).for_each(|(all, leaf)| all.push(leaf));
+            let rising = self.schema.fields().iter().enumerate();
+            let rising =
+                rising.filter(|(at, _)| rises(batches.iter().map(|batch| batch.column(*at).as_ref())));
+            let rising = rising.map(|(_, field)| ColumnPath::from(field.name().as_str())).collect();
+            self.columns = Column::of_group(self.file.schema_descr(), &self.schema, &self.many, &rising)?;
         }
         // The dearest first, each a task of its own: at the end nobody waits for one that began late.
-        let mut work: Vec<_> = self.columns.iter_mut().zip(leaves).collect();
-        work.sort_by_key(|(column, _)| std::cmp::Reverse(column.get_estimated_total_bytes()));
+        let mut work: Vec<_> = self.columns.iter_mut().zip(self.schema.fields()).enumerate().collect();
+        work.sort_by_key(|(_, (column, _))| std::cmp::Reverse(column.encoded_bytes()));
         let failed = Mutex::new(None);
         let told = &failed;
         rayon::scope_fifo(|scope| {
-            for (column, leaves) in work {
+            for (at, (column, field)) in work {
                 scope.spawn_fifo(move |_| {
-                    if let Err(error) = leaves.iter().try_for_each(|leaf| column.write(leaf)) {
+                    let arrays = batches.iter().map(|batch| batch.column(at));
+                    if let Err(error) = arrays.into_iter().try_for_each(|array| column.write(field, array)) {
                         told.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                     }
                 });
@@ -418,8 +498,8 @@ impl Writer {
             return Err(error);
         }
         self.group_rows += batches.iter().map(RecordBatch::num_rows).sum::<usize>();
-        let bytes: usize = self.columns.iter().map(ArrowColumnWriter::get_estimated_total_bytes).sum();
-        let held: usize = self.columns.iter().map(ArrowColumnWriter::memory_size).sum();
+        let bytes: usize = self.columns.iter().map(Column::encoded_bytes).sum();
+        let held: usize = self.columns.iter().map(Column::held_bytes).sum();
         self.memory.uses(held.min(LEAST_GROUP));
         let has_room = self.memory.wishes(held.saturating_sub(LEAST_GROUP));
         if self.group_rows >= self.limits.0 || bytes >= self.limits.1 || !has_room {
@@ -433,13 +513,16 @@ impl Writer {
         if columns.is_empty() {
             return Ok(());
         }
-        let chunks = columns
-            .into_par_iter()
-            .map(ArrowColumnWriter::close)
-            .collect::<::parquet::errors::Result<Vec<_>>>()?;
+        let columns =
+            columns.into_par_iter().map(Column::close).collect::<::parquet::errors::Result<Vec<_>>>()?;
         let mut group = self.file.next_row_group()?;
-        for chunk in chunks {
-            chunk.append_to_row_group(&mut group)?;
+        for column in columns {
+            match column {
+                Encoded::Ours(chunk) => chunk.append_to(&mut group)?,
+                Encoded::Library(chunks) => {
+                    chunks.into_iter().try_for_each(|chunk| chunk.append_to_row_group(&mut group))?;
+                }
+            }
         }
         let written = group.close()?;
         let outgrown = written.columns().iter().filter(|column| outgrew_dictionary(column));

@@ -1,0 +1,519 @@
+//! Column chunks of Parquet that are encoded here: of whole numbers, dates, times, decimals of up to 18 digits, texts and bytes, not nested.
+//!
+//! They are what most tables have, and what the library takes longest for: it asks for each value by its number, hashes it, and keeps eight bytes of it until its page
+//! is full. Here a batch's values are gone through in their own type. All other columns are the library's ([`Chunk::new`] says which), and so are the file, its footer and its
+//! reading.
+//!
+//! # What is written
+//!
+//! As the library does: data pages of version 1, each with statistics in the page index and none in its header; a dictionary until its words take a megabyte, from then on numbers by their steps and texts plainly; validity as a run, or as the bits that Arrow has; zstd. Dictionaries and pages come in the order of rows, so that the same rows give the same bytes.
+//!
+//! Not done: encryption, Bloom filters, pages of version 2.
+
+mod bits;
+mod numbers;
+mod places;
+#[cfg(test)]
+mod tests;
+mod texts;
+
+use std::{
+    cell::RefCell,
+    cmp::Ordering,
+    io::{Chain, Cursor, Read, Write},
+    ops::Range,
+};
+
+use ::parquet::{
+    basic::{BoundaryOrder, Compression, Encoding, PageType, Type as PhysicalType, ZstdLevel},
+    column::{
+        page::{CompressedPage, Page, PageWriter},
+        writer::ColumnCloseResult,
+    },
+    errors::{ParquetError, Result},
+    file::{
+        metadata::{
+            ColumnChunkMetaData, ColumnIndexBuilder, LevelHistogram, OffsetIndexBuilder, PageEncodingStats,
+        },
+        reader::{ChunkReader, Length},
+        statistics::Statistics,
+        writer::{SerializedPageWriter, SerializedRowGroupWriter, TrackedWrite},
+    },
+    schema::types::ColumnDescPtr,
+};
+use arrow::{
+    array::{Array, BooleanBufferBuilder},
+    buffer::NullBuffer,
+    datatypes::DataType,
+};
+use bytes::Bytes;
+
+use self::{bits::put_levels, numbers::Numbers, texts::Texts};
+
+/// Rows of a page at most: what a reader that wants few rows decodes.
+const PAGE_ROWS: usize = 20_000;
+
+/// Bytes of a page's values at most, unless one is longer than that.
+const PAGE_BYTES: usize = 1 << 20;
+
+/// Bytes of a dictionary's words at most.
+const DICTIONARY_BYTES: usize = 1 << 20;
+
+/// Plain values, words and validity are put down as memory has them.
+const _: () =
+    assert!(cfg!(target_endian = "little"), "Parquet is written as a little-endian machine holds it");
+
+thread_local! {
+    /// What pages are put together and compressed in: a thread makes one at a time.
+    static WORKBENCH: RefCell<Option<Workbench>> = const { RefCell::new(None) };
+}
+
+struct Workbench {
+    page: Vec<u8>,
+    compressed: Vec<u8>,
+    compressor: zstd::bulk::Compressor<'static>,
+}
+
+/// The level at which pages are compressed: the fastest of the real ones.
+pub(super) const ZSTD_LEVEL: i32 = 1;
+
+impl Workbench {
+    /// Lets `make` write a page, compresses it, and appends it to `out`: the bytes that it took there, header and all, and would have taken.
+    fn page(
+        out: &mut TrackedWrite<Vec<u8>>,
+        make: impl FnOnce(&mut Vec<u8>) -> NewPage,
+    ) -> Result<(NewPage, Written)> {
+        WORKBENCH.with_borrow_mut(|bench| {
+            let bench = match bench {
+                Some(bench) => bench,
+                none => none.insert(Self {
+                    page: Vec::new(),
+                    compressed: Vec::new(),
+                    compressor: zstd::bulk::Compressor::new(ZSTD_LEVEL)?,
+                }),
+            };
+            bench.page.clear();
+            let page = make(&mut bench.page);
+            bench.compressed.clear();
+            bench.compressed.reserve(zstd::zstd_safe::compress_bound(bench.page.len()));
+            bench.compressor.compress_to_buffer(&bench.page, &mut bench.compressed)?;
+            let buf = Bytes::copy_from_slice(&bench.compressed);
+            let num_values =
+                u32::try_from(page.values).map_err(|_| ParquetError::General("too many values".into()))?;
+            let content = match page.kind {
+                PageType::DICTIONARY_PAGE => {
+                    Page::DictionaryPage { buf, num_values, encoding: page.encoding, is_sorted: false }
+                }
+                _ => Page::DataPage {
+                    buf,
+                    num_values,
+                    encoding: page.encoding,
+                    def_level_encoding: Encoding::RLE,
+                    rep_level_encoding: Encoding::RLE,
+                    statistics: None,
+                },
+            };
+            let content = CompressedPage::new(content, bench.page.len());
+            let spec = SerializedPageWriter::new(out).write_page(content)?;
+            // One that was very long is not kept for those that are not.
+            bench.page.shrink_to(2 * PAGE_BYTES);
+            bench.compressed.shrink_to(2 * PAGE_BYTES);
+            let written =
+                Written { offset: spec.offset, bytes: spec.compressed_size, plain: spec.uncompressed_size };
+            Ok((page, written))
+        })
+    }
+}
+
+/// A page that has been put together.
+struct NewPage {
+    kind: PageType,
+    encoding: Encoding,
+    values: usize,
+}
+
+/// What a page has become, header and all.
+struct Written {
+    offset: u64,
+    bytes: usize,
+    plain: usize,
+}
+
+/// A column chunk under construction.
+pub(super) struct Chunk {
+    column: ColumnDescPtr,
+    values: Box<dyn Values>,
+    /// Of the open page.
+    rows: usize,
+    nulls: usize,
+    valid: BooleanBufferBuilder,
+    /// The pages that are ready.
+    pages: TrackedWrite<Vec<u8>>,
+    /// Behind them in time, before them in the file.
+    dictionary: Option<Vec<u8>>,
+    so_far: Sums,
+    index: ColumnIndexBuilder,
+    offsets: OffsetIndexBuilder,
+    encodings: Vec<PageEncodingStats>,
+    order: Order,
+}
+
+/// Of a chunk's pages together.
+#[derive(Default)]
+struct Sums {
+    rows: usize,
+    nulls: usize,
+    bytes: usize,
+    plain: usize,
+    text_bytes: Option<i64>,
+    ends: Option<Ends>,
+}
+
+/// The least and the greatest value, as Parquet writes them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Ends {
+    least: Vec<u8>,
+    greatest: Vec<u8>,
+}
+
+/// Whether both ends of pages rise or fall from page to page.
+struct Order {
+    last: Option<Ends>,
+    rises: bool,
+    falls: bool,
+}
+
+impl Chunk {
+    /// Of a column that is encoded here; `None` if the library encodes it. `with_dictionary` says whether a dictionary is begun for it.
+    pub(super) fn new(column: &ColumnDescPtr, data_type: &DataType, with_dictionary: bool) -> Option<Self> {
+        if column.max_rep_level() > 0 || column.max_def_level() > 1 {
+            return None;
+        }
+        let values: Box<dyn Values> = match (column.physical_type(), data_type) {
+            (
+                PhysicalType::INT32,
+                DataType::Int8
+                | DataType::Int16
+                | DataType::Int32
+                | DataType::Date32
+                | DataType::Time32(_)
+                | DataType::Decimal128(..),
+            ) => Box::new(Numbers::<i32>::new(with_dictionary)),
+            (
+                PhysicalType::INT64,
+                DataType::Int64 | DataType::Timestamp(..) | DataType::Time64(_) | DataType::Decimal128(..),
+            ) => Box::new(Numbers::<i64>::new(with_dictionary)),
+            (PhysicalType::BYTE_ARRAY, DataType::Utf8) => Box::new(Texts::new(true, with_dictionary)),
+            (PhysicalType::BYTE_ARRAY, DataType::Binary) => Box::new(Texts::new(false, with_dictionary)),
+            _ => return None,
+        };
+        Some(Self {
+            column: ColumnDescPtr::clone(column),
+            values,
+            rows: 0,
+            nulls: 0,
+            valid: BooleanBufferBuilder::new(0),
+            pages: TrackedWrite::new(Vec::new()),
+            dictionary: None,
+            so_far: Sums::default(),
+            index: ColumnIndexBuilder::new(column.physical_type()),
+            offsets: OffsetIndexBuilder::new(),
+            encodings: Vec::new(),
+            order: Order { last: None, rises: true, falls: true },
+        })
+    }
+
+    fn is_nullable(&self) -> bool {
+        self.column.max_def_level() > 0
+    }
+
+    /// Appends the values of `array`, which is of the column's type.
+    pub(super) fn write(&mut self, array: &dyn Array) -> Result<()> {
+        let nulls = array.logical_nulls().filter(|nulls| nulls.null_count() > 0);
+        if nulls.is_some() && !self.is_nullable() {
+            let name = self.column.name();
+            return Err(ParquetError::General(format!("column `{name}` has a null and no place for one")));
+        }
+        self.values.load(array, nulls.as_ref())?;
+        let mut at = 0;
+        while at < array.len() {
+            let most = (PAGE_ROWS - self.rows).min(array.len() - at);
+            let rows = at..at + self.values.fit(at..at + most);
+            match nulls.as_ref().map(|nulls| nulls.slice(rows.start, rows.len())) {
+                Some(nulls) if nulls.null_count() > 0 => {
+                    for (from, to) in nulls.valid_slices() {
+                        self.values.put(rows.start + from..rows.start + to);
+                    }
+                    self.nulls += nulls.null_count();
+                    self.valid.append_buffer(nulls.inner());
+                }
+                _ => {
+                    self.values.put(rows.clone());
+                    if self.is_nullable() {
+                        self.valid.append_n(rows.len(), true);
+                    }
+                }
+            }
+            self.rows += rows.len();
+            at = rows.end;
+            let outgrown = self.values.dictionary_bytes().is_some_and(|bytes| bytes >= DICTIONARY_BYTES);
+            if outgrown || self.rows >= PAGE_ROWS || self.values.page_bytes() >= PAGE_BYTES {
+                self.finish_page()?;
+            }
+            if outgrown {
+                self.finish_dictionary()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes the open page.
+    fn finish_page(&mut self) -> Result<()> {
+        let (rows, nulls) = (self.rows, self.nulls);
+        let levels = self.is_nullable().then(|| self.valid.as_slice());
+        let values = &mut self.values;
+        let mut found = PageValues::default();
+        let (page, written) = Workbench::page(&mut self.pages, |page| {
+            if let Some(valid) = levels {
+                put_levels(valid, rows, nulls, page);
+            }
+            found = values.finish_page(page);
+            NewPage { kind: PageType::DATA_PAGE, encoding: found.encoding, values: rows }
+        })?;
+        self.count(&page, &written);
+        let histogram =
+            self.is_nullable().then(|| LevelHistogram::from(vec![signed(nulls), signed(rows - nulls)]));
+        self.index.append_histograms(&None, &histogram);
+        self.offsets.append_row_count(signed(rows));
+        self.offsets.append_unencoded_byte_array_data_bytes(found.text_bytes);
+        self.offsets.append_offset_and_size(
+            i64::try_from(written.offset).unwrap_or(i64::MAX),
+            i32::try_from(written.bytes).unwrap_or(i32::MAX),
+        );
+        if let Some(bytes) = found.text_bytes {
+            *self.so_far.text_bytes.get_or_insert(0) += bytes;
+        }
+        match found.ends {
+            Some(ends) => {
+                self.index.append(
+                    false,
+                    self.values.shown(&ends.least, End::Least).0,
+                    self.values.shown(&ends.greatest, End::Greatest).0,
+                    signed(nulls),
+                );
+                self.order.next(&*self.values, &ends);
+                widen(&mut self.so_far.ends, &*self.values, ends);
+            }
+            None => self.index.append(true, Vec::new(), Vec::new(), signed(nulls)),
+        }
+        self.so_far.rows += rows;
+        self.so_far.nulls += nulls;
+        (self.rows, self.nulls) = (0, 0);
+        self.valid.truncate(0);
+        Ok(())
+    }
+
+    /// Closes the dictionary, if there is one: what comes is written plainly.
+    fn finish_dictionary(&mut self) -> Result<()> {
+        let Some((words, count)) = self.values.take_dictionary() else { return Ok(()) };
+        let mut dictionary = TrackedWrite::new(Vec::new());
+        let (page, written) = Workbench::page(&mut dictionary, |page| {
+            page.extend_from_slice(&words);
+            NewPage { kind: PageType::DICTIONARY_PAGE, encoding: Encoding::PLAIN, values: count }
+        })?;
+        self.count(&page, &written);
+        self.dictionary = Some(dictionary.into_inner()?);
+        Ok(())
+    }
+
+    fn count(&mut self, page: &NewPage, written: &Written) {
+        self.so_far.bytes += written.bytes;
+        self.so_far.plain += written.plain;
+        match self.encodings.last_mut() {
+            Some(last) if (last.page_type, last.encoding) == (page.kind, page.encoding) => last.count += 1,
+            _ => {
+                let new = PageEncodingStats { page_type: page.kind, encoding: page.encoding, count: 1 };
+                // Some readers look for the dictionary at the first place, where it is in the file.
+                let at = if page.kind == PageType::DICTIONARY_PAGE { 0 } else { self.encodings.len() };
+                self.encodings.insert(at, new);
+            }
+        }
+    }
+
+    /// Bytes that are ready for the file.
+    pub(super) fn encoded_bytes(&self) -> usize {
+        self.so_far.bytes + self.values.page_bytes()
+    }
+
+    /// Bytes of memory that are held.
+    pub(super) fn held_bytes(&self) -> usize {
+        self.pages.inner().capacity()
+            + self.dictionary.as_ref().map_or(0, Vec::capacity)
+            + self.values.held_bytes()
+    }
+
+    /// Closes the chunk.
+    pub(super) fn close(mut self) -> Result<EncodedChunk> {
+        if self.rows > 0 {
+            self.finish_page()?;
+        }
+        self.finish_dictionary()?;
+        let Sums { rows, nulls, bytes, plain, text_bytes, ends } = std::mem::take(&mut self.so_far);
+        let histogram =
+            self.is_nullable().then(|| LevelHistogram::from(vec![signed(nulls), signed(rows - nulls)]));
+        let mut encodings: Vec<Encoding> = self.encodings.iter().map(|page| page.encoding).collect();
+        encodings.push(Encoding::RLE);
+        let level = ZstdLevel::try_new(ZSTD_LEVEL)?;
+        let metadata = ColumnChunkMetaData::builder(self.column)
+            .set_compression(Compression::ZSTD(level))
+            .set_encodings(encodings)
+            .set_page_encoding_stats(self.encodings)
+            .set_total_compressed_size(signed(bytes))
+            .set_total_uncompressed_size(signed(plain))
+            .set_num_values(signed(rows))
+            .set_data_page_offset(0)
+            .set_statistics(self.values.statistics(ends.as_ref(), nulls as u64))
+            .set_unencoded_byte_array_data_bytes(text_bytes)
+            .set_definition_level_histogram(histogram)
+            .build()?;
+        self.index.set_boundary_order(match (self.order.rises, self.order.falls) {
+            (true, _) => BoundaryOrder::ASCENDING,
+            (false, true) => BoundaryOrder::DESCENDING,
+            (false, false) => BoundaryOrder::UNORDERED,
+        });
+        let close = ColumnCloseResult {
+            bytes_written: bytes as u64,
+            rows_written: rows as u64,
+            metadata,
+            bloom_filter: None,
+            column_index: Some(self.index.build()?),
+            offset_index: Some(self.offsets.build()),
+        };
+        let dictionary = self.dictionary.unwrap_or_default();
+        Ok(EncodedChunk {
+            close: close.update_dictionary_location(dictionary.len())?,
+            dictionary: dictionary.into(),
+            pages: self.pages.into_inner()?.into(),
+        })
+    }
+}
+
+/// A column chunk that is ready for the file.
+pub(super) struct EncodedChunk {
+    dictionary: Bytes,
+    pages: Bytes,
+    close: ColumnCloseResult,
+}
+
+impl EncodedChunk {
+    pub(super) fn append_to<W: Write + Send>(
+        self,
+        group: &mut SerializedRowGroupWriter<'_, W>,
+    ) -> Result<()> {
+        let close = self.close.clone();
+        group.append_column(&self, close)
+    }
+}
+
+impl Length for EncodedChunk {
+    fn len(&self) -> u64 {
+        (self.dictionary.len() + self.pages.len()) as u64
+    }
+}
+
+impl ChunkReader for EncodedChunk {
+    type T = Chain<Cursor<Bytes>, Cursor<Bytes>>;
+
+    /// All of it: nobody asks for a part.
+    fn get_read(&self, _start: u64) -> Result<Self::T> {
+        Ok(Cursor::new(self.dictionary.clone()).chain(Cursor::new(self.pages.clone())))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes> {
+        let mut bytes = Vec::new();
+        self.get_read(0)?.read_to_end(&mut bytes)?;
+        let bytes = Bytes::from(bytes);
+        let start = usize::try_from(start).unwrap_or(usize::MAX);
+        let missing = || ParquetError::EOF("a chunk ends before its part".into());
+        let end = start.checked_add(length).filter(|end| *end <= bytes.len()).ok_or_else(missing)?;
+        Ok(bytes.slice(start..end))
+    }
+}
+
+/// A count as Parquet has it. Nothing that is counted here comes near its end.
+fn signed(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn widen(ends: &mut Option<Ends>, values: &dyn Values, by: Ends) {
+    match ends {
+        None => *ends = Some(by),
+        Some(ends) => {
+            if values.compare(&by.least, &ends.least).is_lt() {
+                ends.least = by.least;
+            }
+            if values.compare(&by.greatest, &ends.greatest).is_gt() {
+                ends.greatest = by.greatest;
+            }
+        }
+    }
+}
+
+impl Order {
+    fn next(&mut self, values: &dyn Values, ends: &Ends) {
+        if let Some(last) = &self.last {
+            let (least, greatest) =
+                (values.compare(&last.least, &ends.least), values.compare(&last.greatest, &ends.greatest));
+            self.rises &= least.is_le() && greatest.is_le();
+            self.falls &= least.is_ge() && greatest.is_ge();
+        }
+        self.last = Some(ends.clone());
+    }
+}
+
+/// What a page's values are, once they are put down.
+struct PageValues {
+    encoding: Encoding,
+    ends: Option<Ends>,
+    /// Bytes of the values without what tells them apart, of texts.
+    text_bytes: Option<i64>,
+}
+
+impl Default for PageValues {
+    fn default() -> Self {
+        Self { encoding: Encoding::PLAIN, ends: None, text_bytes: None }
+    }
+}
+
+/// Which end of a range a statistic tells.
+#[derive(Clone, Copy)]
+enum End {
+    Least,
+    Greatest,
+}
+
+/// The values of a column, without the nulls.
+trait Values: Send {
+    /// Takes up a batch, of which [`Values::put`] takes rows.
+    fn load(&mut self, array: &dyn Array, nulls: Option<&NullBuffer>) -> Result<()>;
+    /// How many of these rows of the batch go on in one step; one at least.
+    fn fit(&self, rows: Range<usize>) -> usize {
+        rows.len()
+    }
+    /// Puts rows of the batch into the open page, none of which is null.
+    fn put(&mut self, rows: Range<usize>);
+    /// Bytes of the open page, if it is plain.
+    fn page_bytes(&self) -> usize;
+    /// Writes the values of the open page, and begins another.
+    fn finish_page(&mut self, page: &mut Vec<u8>) -> PageValues;
+    /// Bytes of the words, while there is a dictionary.
+    fn dictionary_bytes(&self) -> Option<usize>;
+    /// Ends the dictionary: its words, plain, and how many. The open page is empty.
+    fn take_dictionary(&mut self) -> Option<(Vec<u8>, usize)>;
+    /// The order of two values, as Parquet writes them.
+    fn compare(&self, one: &[u8], other: &[u8]) -> Ordering;
+    /// A value as statistics tell it, and whether it is that value: a long text is cut, such that it is still an end.
+    fn shown(&self, value: &[u8], end: End) -> (Vec<u8>, bool);
+    fn statistics(&self, ends: Option<&Ends>, nulls: u64) -> Statistics;
+    fn held_bytes(&self) -> usize;
+}

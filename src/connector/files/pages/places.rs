@@ -1,0 +1,76 @@
+//! Where the words of a dictionary are found.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::LazyLock,
+};
+
+/// Makes hashes of values such that nobody can choose values whose hashes are alike. It does not show in what is written.
+pub(super) static SEED: LazyLock<u64> = LazyLock::new(|| RandomState::new().hash_one(0));
+
+/// Which values a dictionary has, by their hashes: the numbers of words, each at the first free place from where its hash points.
+#[derive(Default)]
+pub(super) struct Places {
+    /// The number of a word and one; 0 where none is. Half of them at most are taken.
+    places: Vec<u32>,
+    taken: usize,
+}
+
+impl Places {
+    fn first(&self, hash: u64) -> usize {
+        // The upper bits: those of a product are the better ones.
+        let bits = self.places.len().trailing_zeros();
+        usize::try_from(hash.checked_shr(64 - bits).unwrap_or_default()).unwrap_or_default()
+    }
+
+    /// The number of the word that `is` says is the one, or else where a new one goes.
+    pub(super) fn find(&self, hash: u64, is: impl Fn(u32) -> bool) -> Result<u32, usize> {
+        let mut place = self.first(hash);
+        loop {
+            match self.places.get(place) {
+                Some(0) => return Err(place),
+                Some(&word) if is(word - 1) => return Ok(word - 1),
+                Some(_) => place += 1,
+                None if self.places.is_empty() => return Err(0),
+                None => place = 0,
+            }
+        }
+    }
+
+    /// Takes a place that was found free for the next word, whose number it is; `hash_of` tells the hashes of those before.
+    pub(super) fn take(&mut self, place: usize, hash: u64, hash_of: impl Fn(u32) -> u64) -> u32 {
+        let number = u32::try_from(self.taken).unwrap_or(u32::MAX);
+        self.taken += 1;
+        if self.taken * 2 > self.places.len() {
+            let places = (self.places.len() * 4).max(256);
+            self.places = vec![0; places];
+            for word in 0..number {
+                self.put(hash_of(word), word);
+            }
+            self.put(hash, number);
+        } else if let Some(free) = self.places.get_mut(place) {
+            *free = number + 1;
+        }
+        number
+    }
+
+    pub(super) fn held_bytes(&self) -> usize {
+        self.places.capacity() * size_of::<u32>()
+    }
+
+    fn put(&mut self, hash: u64, word: u32) {
+        if let Err(place) = self.find(hash, |_| false)
+            && let Some(free) = self.places.get_mut(place)
+        {
+            *free = word + 1;
+        }
+    }
+}
+
+/// Both halves of a product together.
+pub(super) fn mixed(one: u64, other: u64) -> u64 {
+    let product = u128::from(one) * u128::from(other);
+    #[expect(clippy::cast_possible_truncation, reason = "its halves are meant")]
+    let (low, high) = (product as u64, (product >> 64) as u64);
+    low ^ high
+}
