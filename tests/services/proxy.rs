@@ -59,19 +59,25 @@ pub struct Proxy {
 impl Proxy {
     /// Before the PostgreSQL server at this port of the loopback.
     pub fn postgres(server: u16) -> Self {
-        Self::new(server, Framing::Postgres)
+        Self::new(server, Framing::Postgres, false)
+    }
+
+    /// Before the PostgreSQL server at this port; what it copies out comes in other messages than it sent, in the middle of rows and of values.
+    pub fn recutting(server: u16) -> Self {
+        Self::new(server, Framing::Postgres, true)
     }
 
     /// Before any server at this port of the loopback.
     pub fn bytes(server: u16) -> Self {
-        Self::new(server, Framing::Bytes)
+        Self::new(server, Framing::Bytes, false)
     }
 
-    fn new(server: u16, framing: Framing) -> Self {
+    fn new(server: u16, framing: Framing, recuts: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared {
             framing,
+            recuts,
             order: Mutex::default(),
             connections: Mutex::default(),
             frozen: Mutex::default(),
@@ -287,9 +293,26 @@ impl Framing {
     }
 }
 
+/// What was copied out, in messages of other lengths.
+fn recut(mut copied: &[u8]) -> Vec<u8> {
+    let mut messages = Vec::new();
+    for length in [1, 2, 3, 5, 70, 300, 31].into_iter().cycle() {
+        if copied.is_empty() {
+            break;
+        }
+        let (piece, rest) = copied.split_at(copied.len().min(length));
+        messages.push(b'd');
+        messages.extend(u32::try_from(piece.len() + 4).unwrap().to_be_bytes());
+        messages.extend(piece);
+        copied = rest;
+    }
+    messages
+}
+
 #[derive(Debug)]
 struct Shared {
     framing: Framing,
+    recuts: bool,
     order: Mutex<Arc<Order>>,
     connections: Mutex<Vec<Weak<Connection>>>,
     frozen: Mutex<Option<i32>>,
@@ -329,6 +352,7 @@ impl Shared {
             Side::Server => (&connection.server, &connection.client),
         };
         let mut first = side == Side::Client;
+        let mut copied = Vec::new();
         while let Some(message) = self.framing.next(from, first) {
             if side == Side::Client && self.framing.asks(&message, first) {
                 connection.unanswered.fetch_add(1, SeqCst);
@@ -351,6 +375,13 @@ impl Shared {
                 }
                 Some(Fault::CutOthers) => self.cut_others(connection),
                 Some(Fault::Cut | Fault::Tear | Fault::Reset) | None => {}
+            }
+            if self.recuts && side == Side::Server {
+                if let [b'd', _, _, _, _, row @ ..] = message.as_slice() {
+                    copied.extend_from_slice(row);
+                    continue;
+                }
+                drop(to.write_all(&recut(&std::mem::take(&mut copied))));
             }
             // Who has gone away does not want it; what the other side still says is read all the same.
             drop(to.write_all(&message[..passes]));

@@ -296,7 +296,7 @@ fn properties(many: &HashSet<ColumnPath>, rising: &HashSet<ColumnPath>) -> Write
 }
 
 /// Whether the whole numbers or times of a column rise from row to row within each of its `parts`, and stay for a few rows at most: keys and the time of events
-/// do. Their dictionary would hold so many that it helps less than it costs. Few values tell nothing; and one that falls far makes its whole block wide.
+/// do. Their dictionary would hold so many that it helps less than it costs. Few values tell nothing.
 fn rises<'a>(parts: impl Iterator<Item = &'a dyn Array>) -> bool {
     let (mut rises, mut falls, mut count) = (0, 0, 0);
     for part in parts {
@@ -313,7 +313,7 @@ fn rises<'a>(parts: impl Iterator<Item = &'a dyn Array>) -> bool {
         }
         count += numbers.len();
     }
-    count >= ENOUGH_ROWS && rises > count / FEW_ROWS && falls <= count / (2 * ENOUGH_ROWS)
+    count >= ENOUGH_ROWS && rises > count / FEW_ROWS && falls <= count / FALL_ROWS
 }
 
 /// Whether a dictionary was begun for a column, and given up because it held too many values.
@@ -550,6 +550,9 @@ const LEAST_GROUP: usize = 1 << 20;
 
 /// For how many rows a value of a column that rises may stay on average.
 const FEW_ROWS: usize = 8;
+
+/// In how many rows a column that rises may fall once, more or less: as one does whose table was written in several places. Each fall makes a block of steps wide.
+const FALL_ROWS: usize = 512;
 
 /// Values that tell whether a column rises.
 const ENOUGH_ROWS: usize = 1024;

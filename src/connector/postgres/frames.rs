@@ -2,7 +2,7 @@
 //!
 //! A server sends every row as a message of its own, and a library frames each, counts who holds it and hands it over: more work than decoding what is
 //! in it. A [`Diverted`] connection lies between the socket, or what decrypts it, and the library; it takes the rows out and sends them to who reads the
-//! COPY, many together, in [`Blocks`]. What they hold and their order stay the server's; rows stay whole where the server sent them whole; other messages pass
+//! COPY, many together, in [`Blocks`], where they lie as they came: nothing is copied. Their order stays the server's, and their messages whole; other messages pass
 //! as they are; nothing that is complete is held back while nothing more comes. Who does not read in time holds up the server, and who has gone away
 //! leaves the rest to the library. Not done: connections by a socket in a folder, which the library opens without asking anybody.
 
@@ -18,13 +18,14 @@ use std::{
     task::{self, Context, Poll},
 };
 
+use bytes::{Bytes, BytesMut};
 use futures::{FutureExt, StreamExt, TryFutureExt, channel::mpsc, future::BoxFuture};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
-use tokio_util::sync::PollSemaphore;
+use tokio_util::{io::poll_read_buf, sync::PollSemaphore};
 
 /// Bytes that are asked of the socket at a time.
 const INPUT_BYTES: usize = 64 << 10;
@@ -33,7 +34,7 @@ const BLOCK_BYTES: usize = 32 << 10;
 /// Bytes of blocks that wait for who reads them. A longer one waits alone.
 const WAITING_BYTES: u32 = 256 << 10;
 /// A message's tag and its length, which counts itself and not the tag.
-const HEAD: usize = 5;
+pub(super) const HEAD: usize = 5;
 /// The tags of a row, of what comes before all rows of a COPY, and of what ends it.
 const ROW: u8 = b'd';
 const BEGIN: u8 = b'H';
@@ -41,24 +42,47 @@ const ENDS: [u8; 3] = [b'c', b'E', b'Z'];
 /// The tag of who is at the other end: the number of its process, and a secret.
 const KEY: u8 = b'K';
 
-/// Rows, without the heads of their messages, and the room that they take while they wait.
-type Block = (Vec<u8>, OwnedSemaphorePermit);
+/// Rows as the server sent them: whole messages, each behind its head.
+#[derive(Debug, Clone)]
+pub(super) struct Block {
+    pub(super) messages: Bytes,
+    /// How many they are.
+    count: usize,
+}
+
+impl Block {
+    /// Bytes of the rows, without the heads.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.messages.len() - HEAD * self.count
+    }
+}
+
+/// What messages hold, one behind the other.
+pub(super) fn without_heads(mut messages: &[u8]) -> Vec<u8> {
+    let mut rows = Vec::with_capacity(messages.len());
+    while let Some((_, length)) = head(messages) {
+        let (message, rest) = messages.split_at_checked(length).unwrap_or((messages, &[]));
+        rows.extend_from_slice(message.get(HEAD..).unwrap_or_default());
+        messages = rest;
+    }
+    rows
+}
 
 /// The rows of one COPY.
 #[derive(Debug)]
-pub(super) struct Blocks(mpsc::UnboundedReceiver<Block>);
+pub(super) struct Blocks(mpsc::UnboundedReceiver<(Block, OwnedSemaphorePermit)>);
 
 impl Blocks {
     /// The next ones; `None` behind the last.
-    pub(super) async fn next(&mut self) -> Option<Vec<u8>> {
-        self.0.next().await.map(|(rows, _)| rows)
+    pub(super) async fn next(&mut self) -> Option<Block> {
+        self.0.next().await.map(|(block, _)| block)
     }
 }
 
 /// Where blocks are sent.
 #[derive(Debug)]
 struct Rows {
-    blocks: mpsc::UnboundedSender<Block>,
+    blocks: mpsc::UnboundedSender<(Block, OwnedSemaphorePermit)>,
     room: PollSemaphore,
 }
 
@@ -101,16 +125,15 @@ pub(super) struct Diverted<S> {
     stream: S,
     binding: fn(&S) -> ChannelBinding,
     next: Next,
-    input: Box<[u8]>,
-    /// Where what has come, and was not handed on yet, begins and ends.
-    start: usize,
-    end: usize,
-    /// How many more bytes of a message pass as they are, and of a row that does not come whole.
+    /// What has come and was not handed on yet: first the rows that go together.
+    input: BytesMut,
+    /// How many bytes they have, and how many they are.
+    ready: usize,
+    count: usize,
+    /// How many more bytes of a message pass as they are.
     passing: usize,
-    of_row: usize,
-    /// Who reads the COPY under way, and what goes there next.
+    /// Who reads the COPY under way.
     rows: Option<Rows>,
-    block: Vec<u8>,
 }
 
 /// What has to happen first, before more is handed on.
@@ -123,100 +146,70 @@ enum Wants {
 
 impl<S> Diverted<S> {
     fn new(stream: S, binding: fn(&S) -> ChannelBinding, next: Next) -> Self {
-        let input = vec![0; INPUT_BYTES].into();
-        Self {
-            stream,
-            binding,
-            next,
-            input,
-            start: 0,
-            end: 0,
-            passing: 0,
-            of_row: 0,
-            rows: None,
-            block: Vec::new(),
-        }
-    }
-
-    /// What has come and was not handed on.
-    fn waiting(&self) -> &[u8] {
-        self.input.get(self.start..self.end).unwrap_or_default()
+        Self { stream, binding, next, input: BytesMut::new(), ready: 0, count: 0, passing: 0, rows: None }
     }
 
     /// Hands on what is complete and has room.
     fn hand_on(&mut self, out: &mut ReadBuf<'_>) -> Wants {
         loop {
-            if self.of_row > 0 {
-                let some = self.of_row.min(self.end - self.start);
-                self.gather(some);
-                self.of_row -= some;
-                return if self.of_row == 0 { Wants::Sending } else { Wants::More };
-            }
             if self.passing > 0 {
-                let some = self.passing.min(out.remaining()).min(self.end - self.start);
-                out.put_slice(self.waiting().get(..some).unwrap_or_default());
-                self.start += some;
+                let some = self.passing.min(out.remaining()).min(self.input.len());
+                out.put_slice(&self.input.split_to(some));
                 self.passing -= some;
                 if self.passing > 0 {
                     return Wants::More;
                 }
             }
-            let waiting = self.waiting();
+            let waiting = self.input.get(self.ready..).unwrap_or_default();
             let Some((tag, length)) = head(waiting) else { return Wants::More };
             let is_row = tag == ROW && self.rows.is_some();
-            if (is_row || tag == KEY) && length <= INPUT_BYTES && waiting.len() < length {
+            if (is_row || tag == KEY && length <= INPUT_BYTES) && waiting.len() < length {
                 return Wants::More;
             }
-            // Rows go before what comes behind them, and a row that does not come whole goes alone.
-            let is_alone = !is_row || waiting.len() < length;
-            if is_alone && !self.block.is_empty() || self.block.len() >= BLOCK_BYTES {
+            // Rows go before what comes behind them.
+            if self.ready > 0 && !is_row || self.ready >= BLOCK_BYTES {
                 return Wants::Sending;
             }
             if is_row {
-                self.start += HEAD;
-                let some = (length - HEAD).min(self.end - self.start);
-                self.gather(some);
-                self.of_row = length - HEAD - some;
-            } else {
-                match tag {
-                    BEGIN => self.rows = self.next.set(None),
-                    KEY => {
-                        if let Some(process) = waiting.get(HEAD..length).and_then(<[u8]>::first_chunk) {
-                            self.next.process.store(i32::from_be_bytes(*process), Ordering::Relaxed);
-                        }
+                self.ready += length;
+                self.count += 1;
+                continue;
+            }
+            match tag {
+                BEGIN => self.rows = self.next.set(None),
+                KEY => {
+                    if let Some(process) = waiting.get(HEAD..length).and_then(<[u8]>::first_chunk) {
+                        self.next.process.store(i32::from_be_bytes(*process), Ordering::Relaxed);
                     }
-                    tag if ENDS.contains(&tag) => self.rows = None,
-                    _ => {}
                 }
-                self.passing = length;
+                tag if ENDS.contains(&tag) => self.rows = None,
+                _ => {}
             }
+            self.passing = length;
         }
     }
 
-    /// Takes bytes of a row.
-    fn gather(&mut self, bytes: usize) {
-        if self.block.capacity() == 0 {
-            self.block.reserve(BLOCK_BYTES + 1024);
-        }
-        let row = self.input.get(self.start..self.start + bytes).unwrap_or_default();
-        self.block.extend_from_slice(row);
-        self.start += bytes;
-    }
-
-    /// Sends the block, as soon as there is room for it.
+    /// Sends the rows that go together, as soon as there is room for them.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut room = None;
         if let Some(rows) = &mut self.rows {
-            let bytes = u32::try_from(self.block.len()).unwrap_or(u32::MAX).min(WAITING_BYTES);
-            let room = task::ready!(rows.room.poll_acquire_many(cx, bytes));
-            let block = room.map(|room| (std::mem::take(&mut self.block), room));
-            if block.is_none_or(|block| rows.blocks.unbounded_send(block).is_err()) {
-                // Nobody reads them any more.
-                self.rows = None;
-            }
+            let bytes = u32::try_from(self.ready).unwrap_or(u32::MAX).min(WAITING_BYTES);
+            room = task::ready!(rows.room.poll_acquire_many(cx, bytes));
         }
-        self.block.clear();
+        let messages = self.input.split_to(std::mem::take(&mut self.ready)).freeze();
+        let block = Block { messages, count: std::mem::take(&mut self.count) };
+        let sent = self.rows.as_ref().zip(room).map(|(rows, room)| rows.blocks.unbounded_send((block, room)));
+        if !matches!(sent, Some(Ok(()))) {
+            // Nobody reads them any more.
+            self.rows = None;
+        }
         Poll::Ready(())
     }
+}
+
+/// Bytes of the message that stands at the beginning of `bytes`, with its head.
+pub(super) fn message_bytes(bytes: &[u8]) -> Option<usize> {
+    head(bytes).map(|(_, length)| length)
 }
 
 /// The tag of a message and its bytes, with both; `None` if too little of it has come. What has a length that cannot be is no row: the library
@@ -242,23 +235,22 @@ impl<S: AsyncRead + Unpin> AsyncRead for Diverted<S> {
                 task::ready!(this.poll_send(cx));
                 continue;
             }
-            this.input.copy_within(this.start..this.end, 0);
-            (this.start, this.end) = (0, this.end - this.start);
-            let mut input = ReadBuf::new(this.input.get_mut(this.end..).unwrap_or_default());
-            let came = match Pin::new(&mut this.stream).poll_read(cx, &mut input) {
-                Poll::Ready(came) => came.map(|()| input.filled().len())?,
+            // Into memory that blocks have left, if they have.
+            this.input.reserve(INPUT_BYTES);
+            match poll_read_buf(Pin::new(&mut this.stream), cx, &mut this.input) {
+                Poll::Ready(came) => {
+                    if came? == 0 {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
                 Poll::Pending => {
-                    if this.of_row == 0 && !this.block.is_empty() {
+                    if this.ready > 0 {
                         // Sent or not: who wakes us is known.
                         task::ready!(this.poll_send(cx));
                     }
                     return Poll::Pending;
                 }
-            };
-            if came == 0 {
-                return Poll::Ready(Ok(()));
             }
-            this.end += came;
         }
     }
 }
@@ -382,7 +374,7 @@ mod unit {
         [tag].into_iter().chain(length.to_be_bytes()).chain(held).collect()
     }
 
-    /// What the library gets of `bytes`, with so much room at a time; and the blocks, of which so many are read before their reader goes away.
+    /// What the library gets of `bytes`, with so much room at a time; and the blocks' rows, of which so many are read before their reader goes away.
     fn read(pieces: VecDeque<Vec<u8>>, rooms: &[usize], read: usize) -> (Vec<u8>, Vec<Vec<u8>>) {
         let next = Next::default();
         let mut blocks = next.blocks();
@@ -391,7 +383,10 @@ mod unit {
             while all.len() < read
                 && let Some(block) = blocks.next().await
             {
-                all.push(block);
+                let rows = without_heads(&block.messages);
+                assert_eq!(rows.len(), block.row_bytes());
+                assert!(messages(&block.messages).iter().all(|(tag, _)| *tag == ROW));
+                all.push(rows);
             }
             all
         };

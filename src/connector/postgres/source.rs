@@ -9,6 +9,7 @@
 //! (a window behind a mark, what a model filters) is left to the server's planner, in one session.
 
 use std::{
+    borrow::Cow,
     pin::Pin,
     sync::{
         Arc,
@@ -21,7 +22,6 @@ use arrow::{
     datatypes::{Field, Schema, SchemaRef},
 };
 use async_trait::async_trait;
-use bytes::Bytes as Frame;
 use chrono::{DateTime, NaiveDate};
 use chrono_tz::Tz;
 use datafusion::physical_plan::SendableRecordBatchStream;
@@ -39,7 +39,7 @@ use super::{
     bounds::{self, condition, text},
     decode::{Bytes, Column, field, shown},
     filter,
-    frames::{Blocks, Next},
+    frames::{Block, Blocks, HEAD, Next, message_bytes, without_heads},
     texts,
     types::{Reading, Wire, declared, wire},
 };
@@ -706,17 +706,24 @@ async fn read_part(
     let mut left: Vec<u8> = Vec::new();
     let (mut begun, mut ended) = (false, false);
     while let Some(frame) = copy.next().await.map_err(|error| failed(&error))? {
-        tap.bytes(frame.len() as u64);
         this.heard();
-        let whole = if left.is_empty() {
-            &frame[..]
-        } else {
-            left.extend_from_slice(&frame);
-            &left[..]
+        let (bytes, came, mut head) = match frame {
+            Frame::Block(block) => (block.row_bytes(), block.messages, HEAD),
+            Frame::Row(row) => (row.len(), row, 0),
         };
+        tap.bytes(bytes as u64);
+        let mut whole = Cow::Borrowed(&came[..]);
+        // What begins elsewhere goes on here: that there are messages means nothing.
+        if head > 0 && (!begun || !left.is_empty()) {
+            (whole, head) = (Cow::Owned(without_heads(&came)), 0);
+        }
+        if !left.is_empty() {
+            left.extend_from_slice(&whole);
+            whole = Cow::Owned(std::mem::take(&mut left));
+        }
         let mut at = 0;
         if !begun {
-            let mut head = Bytes(whole);
+            let mut head = Bytes(&whole);
             if let (Some(signature), Some(_), Some(more)) =
                 (head.take(SIGNATURE.len()), head.i32(), head.i32())
             {
@@ -732,9 +739,13 @@ async fn read_part(
             }
         }
         while begun && !ended {
-            match reader.take(this, whole, at)? {
+            match reader.take(this, &whole, at, head)? {
                 Step::More => break,
                 Step::End => ended = true,
+                Step::Torn => {
+                    let rest = without_heads(whole.get(at..).unwrap_or_default());
+                    (whole, at, head) = (Cow::Owned(rest), 0, 0);
+                }
                 Step::Rows { end } => {
                     at = end;
                     if reader.is_full()
@@ -746,8 +757,7 @@ async fn read_part(
                 }
             }
         }
-        let rest = whole.get(at..).unwrap_or_default().to_vec();
-        left = rest;
+        left.extend_from_slice(whole.get(at..).unwrap_or_default());
     }
     if !ended {
         return Err(Error::temporary(format!("connection `{}`: the answer ended too early", this.name))
@@ -782,10 +792,18 @@ impl Copy {
         if let Some(blocks) = &mut self.blocks
             && let Some(block) = blocks.next().await
         {
-            return Ok(Some(block.into()));
+            return Ok(Some(Frame::Block(block)));
         }
-        self.answer.next().await.transpose()
+        Ok(self.answer.next().await.transpose()?.map(Frame::Row))
     }
+}
+
+/// What comes of a COPY at a time.
+enum Frame {
+    /// Messages, each of which holds a row.
+    Block(Block),
+    /// What the library took out of one.
+    Row(bytes::Bytes),
 }
 
 /// What stands at a place of a frame.
@@ -794,6 +812,8 @@ enum Step {
     Rows { end: usize },
     /// A row whose rest is in the next frame.
     More,
+    /// A message that does not hold one row.
+    Torn,
     /// The end of all rows.
     End,
 }
@@ -873,17 +893,18 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Takes the rows that begin at `at`: all that are whole, column by column, or if one of them does not fit the first.
-    fn take(&mut self, this: &PostgresConnection, frame: &[u8], at: usize) -> Result<Step> {
+    /// Takes the rows that begin at `at`, each behind so many bytes of its message's head: all that are whole, column by column, or if one of them does not
+    /// fit the first.
+    fn take(&mut self, this: &PostgresConnection, frame: &[u8], at: usize, head: usize) -> Result<Step> {
         self.fields.clear();
-        let first = match self.split(frame, at)? {
+        let first = match self.split(frame, at, head)? {
             Step::Rows { end } => end,
             other => return Ok(other),
         };
         if self.in_blocks && self.singly == 0 {
             let (mut rows, mut last) = (1, first);
             while self.count + rows < BATCH_ROWS
-                && let Step::Rows { end } = self.split(frame, last)?
+                && let Step::Rows { end } = self.split(frame, last, head)?
             {
                 (rows, last) = (rows + 1, end);
             }
@@ -897,10 +918,14 @@ impl<'a> Reader<'a> {
         Ok(Step::Rows { end: first })
     }
 
-    /// Finds the fields of the row that begins at `at`.
-    fn split(&mut self, frame: &[u8], at: usize) -> Result<Step> {
-        let mut bytes = Bytes(frame.get(at..).unwrap_or_default());
-        let Some(count) = bytes.i16() else { return Ok(Step::More) };
+    /// Finds the fields of the row that begins at `at`, behind so many bytes of its message's head.
+    fn split(&mut self, frame: &[u8], at: usize, head: usize) -> Result<Step> {
+        let rest = frame.get(at..).unwrap_or_default();
+        // A row that is behind a head lies in its message, and is all of it.
+        let end = at + if head > 0 { message_bytes(rest).unwrap_or(rest.len()) } else { rest.len() };
+        let mut bytes = Bytes(frame.get(at + head..end).unwrap_or_default());
+        let more = if head > 0 && !rest.is_empty() { Step::Torn } else { Step::More };
+        let Some(count) = bytes.i16() else { return Ok(more) };
         if count == -1 {
             return Ok(Step::End);
         }
@@ -911,10 +936,10 @@ impl<'a> Reader<'a> {
             )));
         }
         for _ in 0..count {
-            let Some(length) = bytes.i32() else { return Ok(Step::More) };
-            let start = frame.len() - bytes.0.len();
+            let Some(length) = bytes.i32() else { return Ok(more) };
+            let start = end - bytes.0.len();
             if length != -1 && usize::try_from(length).ok().and_then(|length| bytes.take(length)).is_none() {
-                return Ok(Step::More);
+                return Ok(more);
             }
             let start = u32::try_from(start).map_err(|_| {
                 let source = &self.scan.stream.name;
@@ -922,7 +947,10 @@ impl<'a> Reader<'a> {
             })?;
             self.fields.push(Span { start, length });
         }
-        Ok(Step::Rows { end: frame.len() - bytes.0.len() })
+        if head > 0 && !bytes.0.is_empty() {
+            return Ok(Step::Torn);
+        }
+        Ok(Step::Rows { end: end - bytes.0.len() })
     }
 
     /// Takes so many rows, column by column; false if one of them does not fit, and then none is taken.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use arrow::{
     array::{AsArray, RecordBatch},
+    compute::concat_batches,
     datatypes::{Int32Type, SchemaRef},
     util::display::{ArrayFormatter, FormatOptions, array_value_to_string},
 };
@@ -26,7 +27,7 @@ use crate::{
 };
 
 use super::late::Role;
-use crate::connector::services::{Schema, postgres};
+use crate::connector::services::{Schema, postgres, proxy::Proxy};
 
 fn open(schema: &str) -> Arc<dyn Connection> {
     open_with(schema, &serde_json::json!({ "sslmode": "disable" }))
@@ -335,16 +336,34 @@ async fn read_by_several_sessions(parts: &str) {
     }
 }
 
-/// All rows of a table or view: how many there are.
+/// How many rows a table or view has.
 async fn rows_of(connection: &Arc<dyn Connection>, name: &str) -> Result<usize> {
+    Ok(batches_of(connection, name).await?.iter().map(RecordBatch::num_rows).sum())
+}
+
+/// All rows of a table or view.
+async fn batches_of(connection: &Arc<dyn Connection>, name: &str) -> Result<Vec<RecordBatch>> {
     let source = connection.source().unwrap();
     let stream = table(name);
     let columns = source.describe(&stream).await?;
     let snapshot = source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await?;
     let scan = Scan::new(stream, columns, Window::Whole);
     let rows = source.scan(&snapshot, &scan, Arc::default())?;
-    let batches: Vec<RecordBatch> = futures::TryStreamExt::try_collect(rows).await?;
-    Ok(batches.iter().map(RecordBatch::num_rows).sum())
+    Ok(futures::TryStreamExt::try_collect(rows).await?)
+}
+
+/// A server sends a row in a message; what lies between may make others of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_come_in_pieces_are_the_same_rows() {
+    let schema = Schema::new();
+    schema.execute("CREATE TABLE pieces AS SELECT n, CASE WHEN n % 5 > 0 THEN repeat('x', n % 90) END AS note FROM generate_series(1, 3000) AS n");
+    let proxy = Proxy::recutting(postgres().port);
+    let cut = open_with(&schema.name, &serde_json::json!({ "port": proxy.port, "sslmode": "disable" }));
+    let (cut, whole) =
+        (batches_of(&cut, "pieces").await.unwrap(), batches_of(&open(&schema.name), "pieces").await.unwrap());
+    let all = |batches: &[RecordBatch]| concat_batches(&batches[0].schema(), batches).unwrap();
+    assert_eq!(all(&whole).num_rows(), 3000);
+    assert_eq!(all(&cut), all(&whole));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
