@@ -61,12 +61,14 @@ const OPEN: &str = "SELECT DISTINCT l.virtualtransaction FROM pg_locks AS l LEFT
     WHERE l.locktype IN ('virtualxid', 'transactionid') AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
     AND (l.pid IS NULL OR a.usesysid IS NOT NULL)";
 
-/// Those that have written to a table of this database; a writer locks the table before it takes a number for its row.
+/// Those that have written to a table of this database; a writer locks the table before it takes a number for its row. Who vacuums a table locks its
+/// indexes as a writer does, for as long as that takes, and writes no row.
 const WRITING: &str =
-    "SELECT DISTINCT virtualtransaction FROM pg_locks WHERE locktype = 'relation' AND granted
+    "SELECT DISTINCT virtualtransaction FROM pg_locks AS l WHERE locktype = 'relation' AND granted
     AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND relation >= 16384
-    AND pid IS DISTINCT FROM pg_backend_pid()";
+    AND pid IS DISTINCT FROM pg_backend_pid()
+    AND NOT EXISTS (SELECT 1 FROM pg_class WHERE oid = l.relation AND relkind IN ('i', 'I'))";
 
 pub(super) async fn bounds(
     this: &Arc<PostgresConnection>,

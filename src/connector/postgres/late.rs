@@ -348,7 +348,7 @@ fn no_row_is_lost(cursor: &str, schedules: &[Vec<usize>]) {
                 assert_eq!(error.kind(), ErrorKind::Temporary, "{cursor}: {schedule:?}: {error}");
             }
             if gap != Gap::BesideBounds {
-                assert_eq!(found.is_err(), waits, "{cursor}: {schedule:?}: before step {at}");
+                assert_eq!(found.is_err(), waits, "{cursor}: {schedule:?}: before step {at}: {found:?}");
             }
             taken[who] += 1;
         }
@@ -356,6 +356,30 @@ fn no_row_is_lost(cursor: &str, schedules: &[Vec<usize>]) {
         assert_eq!(reader.ids(), ids(&mut sessions[0]), "{cursor}: {schedule:?}: each row once");
     }
     assert_eq!(reader.seen.len(), 4 * schedules.len());
+}
+
+/// A vacuum locks indexes as a writer does, and may take an hour: nobody waits for it.
+#[test]
+fn a_vacuum_is_no_writer() {
+    let database = Database::new();
+    let mut session = database.session();
+    session.batch_execute("INSERT INTO orders SELECT FROM generate_series(1, 20000); ALTER TABLE orders ADD PRIMARY KEY (id)").unwrap();
+    let mut vacuum = database.session();
+    let stop = vacuum.cancel_token();
+    thread::scope(|scope| {
+        let vacuuming = scope.spawn(move || {
+            vacuum.batch_execute("SET vacuum_cost_delay = 100; SET vacuum_cost_limit = 1").unwrap();
+            vacuum.batch_execute("VACUUM orders")
+        });
+        let locked =
+            "SELECT FROM pg_locks WHERE relation = 'orders_pkey'::regclass AND mode = 'RowExclusiveLock'";
+        at_last(|| session.query_opt(locked, &[]).unwrap());
+        let found = Reader::new(&database, &["id"], &json!({})).run(Gap::AfterScan, || ());
+        stop.cancel_query(NoTls).unwrap();
+        let ended = vacuuming.join().unwrap();
+        assert!(ended.is_err(), "it had ended before anybody could wait for it");
+        assert_eq!(found.unwrap().len(), 20_000);
+    });
 }
 
 /// P10, W4: with the snapshot before the bounds a row is lost, with the bounds before the snapshot none, wherever its writer commits.
