@@ -62,7 +62,8 @@ impl Proxy {
         Self::new(server, Framing::Postgres, false)
     }
 
-    /// Before the PostgreSQL server at this port; what it copies out comes in other messages than it sent, in the middle of rows and of values.
+    /// Before the PostgreSQL server at this port; what it copies out comes in other messages than it sent, cut within rows and values, but for the first of
+    /// them ([`WHOLE_BYTES`]).
     pub fn recutting(server: u16) -> Self {
         Self::new(server, Framing::Postgres, true)
     }
@@ -293,18 +294,24 @@ impl Framing {
     }
 }
 
-/// What was copied out, in messages of other lengths.
-fn recut(mut copied: &[u8]) -> Vec<u8> {
+/// So many bytes of what is copied out come as they were sent, before the rest is cut anew.
+const WHOLE_BYTES: usize = 64 << 10;
+
+/// Rows that are copied out, in other messages: first two in one, then all that is left in pieces.
+fn recut(rows: &[Vec<u8>]) -> Vec<u8> {
+    let (two, rest) = rows.split_at(rows.len().min(2));
+    let (two, rest) = (two.concat(), rest.concat());
+    let mut rest = rest.as_slice();
+    let pieces = [1, 2, 3, 5, 70, 300, 31].into_iter().cycle().map_while(|length| {
+        let (piece, later) = rest.split_at(rest.len().min(length));
+        rest = later;
+        (!piece.is_empty()).then_some(piece)
+    });
     let mut messages = Vec::new();
-    for length in [1, 2, 3, 5, 70, 300, 31].into_iter().cycle() {
-        if copied.is_empty() {
-            break;
-        }
-        let (piece, rest) = copied.split_at(copied.len().min(length));
+    for piece in [two.as_slice()].into_iter().filter(|two| !two.is_empty()).chain(pieces) {
         messages.push(b'd');
         messages.extend(u32::try_from(piece.len() + 4).unwrap().to_be_bytes());
         messages.extend(piece);
-        copied = rest;
     }
     messages
 }
@@ -352,7 +359,7 @@ impl Shared {
             Side::Server => (&connection.server, &connection.client),
         };
         let mut first = side == Side::Client;
-        let mut copied = Vec::new();
+        let (mut whole, mut copied) = (0, Vec::new());
         while let Some(message) = self.framing.next(from, first) {
             if side == Side::Client && self.framing.asks(&message, first) {
                 connection.unanswered.fetch_add(1, SeqCst);
@@ -377,11 +384,17 @@ impl Shared {
                 Some(Fault::Cut | Fault::Tear | Fault::Reset) | None => {}
             }
             if self.recuts && side == Side::Server {
-                if let [b'd', _, _, _, _, row @ ..] = message.as_slice() {
-                    copied.extend_from_slice(row);
-                    continue;
+                match message.as_slice() {
+                    [b'd', ..] if whole < WHOLE_BYTES => whole += message.len(),
+                    [b'd', _, _, _, _, row @ ..] => {
+                        copied.push(row.to_vec());
+                        continue;
+                    }
+                    _ => {
+                        drop(to.write_all(&recut(&std::mem::take(&mut copied))));
+                        whole = 0;
+                    }
                 }
-                drop(to.write_all(&recut(&std::mem::take(&mut copied))));
             }
             // Who has gone away does not want it; what the other side still says is read all the same.
             drop(to.write_all(&message[..passes]));

@@ -356,13 +356,13 @@ async fn batches_of(connection: &Arc<dyn Connection>, name: &str) -> Result<Vec<
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_come_in_pieces_are_the_same_rows() {
     let schema = Schema::new();
-    schema.execute("CREATE TABLE pieces AS SELECT n, CASE WHEN n % 5 > 0 THEN repeat('x', n % 90) END AS note FROM generate_series(1, 3000) AS n");
+    schema.execute("CREATE TABLE pieces AS SELECT n, CASE WHEN n % 5 > 0 THEN repeat('x', n % 90) END AS note FROM generate_series(1, 6000) AS n");
     let proxy = Proxy::recutting(postgres().port);
     let cut = open_with(&schema.name, &serde_json::json!({ "port": proxy.port, "sslmode": "disable" }));
     let (cut, whole) =
         (batches_of(&cut, "pieces").await.unwrap(), batches_of(&open(&schema.name), "pieces").await.unwrap());
     let all = |batches: &[RecordBatch]| concat_batches(&batches[0].schema(), batches).unwrap();
-    assert_eq!(all(&whole).num_rows(), 3000);
+    assert_eq!(all(&whole).num_rows(), 6000);
     assert_eq!(all(&cut), all(&whole));
 }
 

@@ -25,7 +25,7 @@ use proptest::prelude::*;
 
 use super::{texts::STATISTIC_BYTES, *};
 
-const TYPES: [DataType; 14] = [
+const TYPES: [DataType; 18] = [
     DataType::Int8,
     DataType::Int16,
     DataType::Int32,
@@ -38,6 +38,10 @@ const TYPES: [DataType; 14] = [
     DataType::Decimal128(9, 2),
     DataType::Decimal128(18, 4),
     DataType::Utf8,
+    DataType::Utf8,
+    DataType::Utf8,
+    DataType::Utf8,
+    DataType::Binary,
     DataType::Binary,
     DataType::Decimal128(1, 0),
 ];
@@ -279,6 +283,34 @@ proptest! {
             _ => prop_assert!(offsets.len() > 1),
         }
     }
+}
+
+/// A long text is told by a shorter one that is not greater, or not less.
+#[test]
+fn the_ends_of_long_texts_are_told_by_short_ones() {
+    let (texts, bytes) = (Texts::new(true, false), Texts::new(false, false));
+    let told = |values: &Texts, value: &[u8]| {
+        [End::Least, End::Greatest].map(|end| {
+            let (told, is_exact) = values.shown(value, end);
+            assert_eq!(is_exact, told == value);
+            told
+        })
+    };
+    let short = "a".repeat(64);
+    assert_eq!(told(&texts, short.as_bytes()), [short.as_bytes(), short.as_bytes()]);
+    assert_eq!(
+        told(&texts, "a".repeat(65).as_bytes()),
+        [short.as_bytes(), ("a".repeat(63) + "b").as_bytes()]
+    );
+    let wide = told(&texts, ("a".to_owned() + &"ä".repeat(40)).as_bytes());
+    assert_eq!(wide[0], ("a".to_owned() + &"ä".repeat(31)).as_bytes());
+    assert_eq!(wide[1], ("a".to_owned() + &"ä".repeat(30) + "å").as_bytes());
+    // What cannot be raised goes, or nothing is cut.
+    let last = "\u{10ffff}".repeat(20);
+    assert_eq!(told(&texts, ("x".to_owned() + &last).as_bytes())[1], b"y");
+    assert_eq!(told(&texts, last.as_bytes())[1], last.as_bytes());
+    assert_eq!(told(&bytes, &[&[7][..], &[0xff; 70]].concat()), [[&[7][..], &[0xff; 63]].concat(), vec![8]]);
+    assert_eq!(told(&bytes, &[0xff; 70])[1], [0xff; 70]);
 }
 
 /// A decimal of more digits than its column is refused, and not cut; what stands under a null is nobody's.
