@@ -4,7 +4,7 @@
 //! no more memory for it, whichever comes first, so that wide rows do not hold more than narrow ones.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::File,
     sync::{
         Arc, Mutex, PoisonError,
@@ -341,12 +341,13 @@ impl Column {
         rising: &HashSet<ColumnPath>,
     ) -> ::parquet::errors::Result<Vec<Self>> {
         let properties = Arc::new(properties(many, rising));
-        let leaves_of =
-            |at| (0..file.num_columns()).filter(move |leaf| file.get_column_root_idx(*leaf) == at);
+        // The first leaf of each, which is the only one of those that are not nested.
+        let leaves: HashMap<usize, usize> =
+            (0..file.num_columns()).rev().map(|leaf| (file.get_column_root_idx(leaf), leaf)).collect();
         let fields = schema.fields().iter().enumerate();
         fields
             .map(|(at, field)| {
-                let leaf = leaves_of(at).next().map(|leaf| file.column(leaf));
+                let leaf = leaves.get(&at).map(|leaf| file.column(*leaf));
                 let ours = leaf.and_then(|leaf| {
                     let has_dictionary = !many.contains(leaf.path()) && !rising.contains(leaf.path());
                     Chunk::new(&leaf, field.data_type(), has_dictionary)
@@ -518,7 +519,12 @@ impl Writer {
         let mut group = self.file.next_row_group()?;
         for column in columns {
             match column {
-                Encoded::Ours(chunk) => chunk.append_to(&mut group)?,
+                Encoded::Ours(chunk) => {
+                    if chunk.has_many {
+                        self.many.insert(chunk.path().clone());
+                    }
+                    chunk.append_to(&mut group)?;
+                }
                 Encoded::Library(chunks) => {
                     chunks.into_iter().try_for_each(|chunk| chunk.append_to_row_group(&mut group))?;
                 }

@@ -2,7 +2,7 @@
 //!
 //! A server sends every row as a message of its own, and a library frames each, counts who holds it and hands it over: more work than decoding what is
 //! in it. A [`Diverted`] connection lies between the socket, or what decrypts it, and the library; it takes the rows out and sends them to who reads the
-//! COPY, many together, in [`Blocks`], where they lie as they came: nothing is copied. Their order stays the server's, and their messages whole; other messages pass
+//! COPY, many together, in [`Blocks`], where they lie as they came. Their order stays the server's, and their messages whole; other messages pass
 //! as they are; nothing that is complete is held back while nothing more comes. Who does not read in time holds up the server, and who has gone away
 //! leaves the rest to the library. Not done: connections by a socket in a folder, which the library opens without asking anybody.
 
@@ -18,7 +18,7 @@ use std::{
     task::{self, Context, Poll},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use futures::{FutureExt, StreamExt, TryFutureExt, channel::mpsc, future::BoxFuture};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -29,7 +29,7 @@ use tokio_util::{io::poll_read_buf, sync::PollSemaphore};
 
 /// Bytes that are asked of the socket at a time.
 const INPUT_BYTES: usize = 64 << 10;
-/// Bytes of rows that are sent together, though more came. One row that is longer is sent alone.
+/// Bytes of rows that are sent together, though more came. A longer row goes with at most so many before it.
 const BLOCK_BYTES: usize = 32 << 10;
 /// Bytes of blocks that wait for who reads them. A longer one waits alone.
 const WAITING_BYTES: u32 = 256 << 10;
@@ -43,7 +43,7 @@ const ENDS: [u8; 3] = [b'c', b'E', b'Z'];
 const KEY: u8 = b'K';
 
 /// Rows as the server sent them: whole messages, each behind its head.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Block {
     pub(super) messages: Bytes,
     /// How many they are.
@@ -197,6 +197,10 @@ impl<S> Diverted<S> {
             room = task::ready!(rows.room.poll_acquire_many(cx, bytes));
         }
         let messages = self.input.split_to(std::mem::take(&mut self.ready)).freeze();
+        if messages.len() > 2 * INPUT_BYTES {
+            // The memory that a long row needed goes with it.
+            self.input = BytesMut::from(self.input.as_ref());
+        }
         let block = Block { messages, count: std::mem::take(&mut self.count) };
         let sent = self.rows.as_ref().zip(room).map(|(rows, room)| rows.blocks.unbounded_send((block, room)));
         if !matches!(sent, Some(Ok(()))) {
@@ -235,9 +239,15 @@ impl<S: AsyncRead + Unpin> AsyncRead for Diverted<S> {
                 task::ready!(this.poll_send(cx));
                 continue;
             }
-            // Into memory that blocks have left, if they have.
-            this.input.reserve(INPUT_BYTES);
-            match poll_read_buf(Pin::new(&mut this.stream), cx, &mut this.input) {
+            if this.input.capacity() - this.input.len() < INPUT_BYTES / 4 {
+                // What goes now is not copied; what has come of the next row is.
+                if this.ready > 0 {
+                    task::ready!(this.poll_send(cx));
+                    continue;
+                }
+                this.input.reserve(INPUT_BYTES);
+            }
+            match poll_read_buf(Pin::new(&mut this.stream), cx, &mut (&mut this.input).limit(INPUT_BYTES)) {
                 Poll::Ready(came) => {
                     if came? == 0 {
                         return Poll::Ready(Ok(()));

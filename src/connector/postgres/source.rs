@@ -723,9 +723,9 @@ async fn read_part(
         }
         let mut at = 0;
         if !begun {
-            let mut head = Bytes(&whole);
+            let mut start = Bytes(&whole);
             if let (Some(signature), Some(_), Some(more)) =
-                (head.take(SIGNATURE.len()), head.i32(), head.i32())
+                (start.take(SIGNATURE.len()), start.i32(), start.i32())
             {
                 if signature != SIGNATURE {
                     return Err(Error::failed(format!(
@@ -733,8 +733,8 @@ async fn read_part(
                         this.name
                     )));
                 }
-                if head.take(usize::try_from(more).unwrap_or_default()).is_some() {
-                    (at, begun) = (whole.len() - head.0.len(), true);
+                if start.take(usize::try_from(more).unwrap_or_default()).is_some() {
+                    (at, begun) = (whole.len() - start.0.len(), true);
                 }
             }
         }
@@ -757,7 +757,13 @@ async fn read_part(
                 }
             }
         }
-        left.extend_from_slice(whole.get(at..).unwrap_or_default());
+        left = match whole {
+            Cow::Owned(mut rest) => {
+                drop(rest.drain(..at));
+                rest
+            }
+            Cow::Borrowed(rest) => rest.get(at..).unwrap_or_default().to_vec(),
+        };
     }
     if !ended {
         return Err(Error::temporary(format!("connection `{}`: the answer ended too early", this.name))

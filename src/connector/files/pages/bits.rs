@@ -76,7 +76,7 @@ pub(super) fn put_steps<T: Number>(numbers: &[T], out: &mut Vec<u8>) {
 }
 
 /// Appends up to `count` numbers of `width` bits each, the first in the lowest bits, and zeros for those that are missing.
-fn put_bits(numbers: impl Iterator<Item = u64>, count: usize, width: u32, out: &mut Vec<u8>) {
+pub(super) fn put_bits(numbers: impl Iterator<Item = u64>, count: usize, width: u32, out: &mut Vec<u8>) {
     let end = out.len() + count * width as usize / 8;
     out.reserve(end - out.len() + size_of::<u64>());
     let (mut bits, mut filled) = (0, 0);

@@ -6,7 +6,9 @@
 //!
 //! # What is written
 //!
-//! As the library does: data pages of version 1, each with statistics in the page index and none in its header; a dictionary until its words take a megabyte, from then on numbers by their steps and texts plainly; validity as a run, or as the bits that Arrow has; zstd. Dictionaries and pages come in the order of rows, so that the same rows give the same bytes.
+//! Data pages of version 1, each with statistics in the page index and none in its header; a dictionary until its words take a megabyte, from then on numbers by their
+//! steps (`DELTA_BINARY_PACKED`, where the library writes them plainly) and texts plainly; validity as a run, or as the bits that Arrow has; zstd. The same batches
+//! give the same bytes.
 //!
 //! Not done: encryption, Bloom filters, pages of version 2.
 
@@ -39,7 +41,7 @@ use ::parquet::{
         statistics::Statistics,
         writer::{SerializedPageWriter, SerializedRowGroupWriter, TrackedWrite},
     },
-    schema::types::ColumnDescPtr,
+    schema::types::{ColumnDescPtr, ColumnPath},
 };
 use arrow::{
     array::{Array, BooleanBufferBuilder},
@@ -53,7 +55,7 @@ use self::{bits::put_levels, numbers::Numbers, texts::Texts};
 /// Rows of a page at most: what a reader that wants few rows decodes.
 const PAGE_ROWS: usize = 20_000;
 
-/// Bytes of a page's values at most, unless one is longer than that.
+/// Bytes of a page's texts at most, more or less, unless one is longer than that.
 const PAGE_BYTES: usize = 1 << 20;
 
 /// Bytes of a dictionary's words at most.
@@ -92,9 +94,7 @@ impl Workbench {
                     compressor: zstd::bulk::Compressor::new(ZSTD_LEVEL)?,
                 }),
             };
-            bench.page.clear();
             let page = make(&mut bench.page);
-            bench.compressed.clear();
             bench.compressed.reserve(zstd::zstd_safe::compress_bound(bench.page.len()));
             bench.compressor.compress_to_buffer(&bench.page, &mut bench.compressed)?;
             let buf = Bytes::copy_from_slice(&bench.compressed);
@@ -114,12 +114,14 @@ impl Workbench {
                 },
             };
             let content = CompressedPage::new(content, bench.page.len());
+            let offset = out.bytes_written();
             let spec = SerializedPageWriter::new(out).write_page(content)?;
             // One that was very long is not kept for those that are not.
-            bench.page.shrink_to(2 * PAGE_BYTES);
-            bench.compressed.shrink_to(2 * PAGE_BYTES);
-            let written =
-                Written { offset: spec.offset, bytes: spec.compressed_size, plain: spec.uncompressed_size };
+            for buffer in [&mut bench.page, &mut bench.compressed] {
+                buffer.clear();
+                buffer.shrink_to(2 * PAGE_BYTES);
+            }
+            let written = Written { offset, bytes: spec.compressed_size, plain: spec.uncompressed_size };
             Ok((page, written))
         })
     }
@@ -134,14 +136,21 @@ struct NewPage {
 
 /// What a page has become, header and all.
 struct Written {
-    offset: u64,
+    offset: usize,
     bytes: usize,
     plain: usize,
+}
+
+impl Written {
+    fn bytes_of_page(&self) -> Result<i32> {
+        i32::try_from(self.bytes).map_err(|_| ParquetError::General("a page has more than 2 GiB".into()))
+    }
 }
 
 /// A column chunk under construction.
 pub(super) struct Chunk {
     column: ColumnDescPtr,
+    data_type: DataType,
     values: Box<dyn Values>,
     /// Of the open page.
     rows: usize,
@@ -151,6 +160,8 @@ pub(super) struct Chunk {
     pages: TrackedWrite<Vec<u8>>,
     /// Behind them in time, before them in the file.
     dictionary: Option<Vec<u8>>,
+    /// Whether a dictionary holds more values than pay for it.
+    has_many: bool,
     so_far: Sums,
     index: ColumnIndexBuilder,
     offsets: OffsetIndexBuilder,
@@ -169,11 +180,19 @@ struct Sums {
     ends: Option<Ends>,
 }
 
-/// The least and the greatest value, as Parquet writes them.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The least and the greatest value, as statistics tell them.
+#[derive(Debug, Clone)]
 struct Ends {
-    least: Vec<u8>,
-    greatest: Vec<u8>,
+    least: Bound,
+    greatest: Bound,
+}
+
+/// An end, as Parquet writes a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Bound {
+    value: Vec<u8>,
+    /// Whether it is a value, and not only before or behind all.
+    is_exact: bool,
 }
 
 /// Whether both ends of pages rise or fall from page to page.
@@ -209,12 +228,14 @@ impl Chunk {
         };
         Some(Self {
             column: ColumnDescPtr::clone(column),
+            data_type: data_type.clone(),
             values,
             rows: 0,
             nulls: 0,
             valid: BooleanBufferBuilder::new(0),
             pages: TrackedWrite::new(Vec::new()),
             dictionary: None,
+            has_many: false,
             so_far: Sums::default(),
             index: ColumnIndexBuilder::new(column.physical_type()),
             offsets: OffsetIndexBuilder::new(),
@@ -227,8 +248,15 @@ impl Chunk {
         self.column.max_def_level() > 0
     }
 
-    /// Appends the values of `array`, which is of the column's type.
+    /// Appends the values of `array`.
     pub(super) fn write(&mut self, array: &dyn Array) -> Result<()> {
+        let (expected, found) = (&self.data_type, array.data_type());
+        if !expected.equals_datatype(found) {
+            let name = self.column.name();
+            return Err(ParquetError::General(format!(
+                "column `{name}` is of type {expected}, and its values of {found}"
+            )));
+        }
         let nulls = array.logical_nulls().filter(|nulls| nulls.null_count() > 0);
         if nulls.is_some() && !self.is_nullable() {
             let name = self.column.name();
@@ -261,9 +289,11 @@ impl Chunk {
                 self.finish_page()?;
             }
             if outgrown {
+                self.has_many = true;
                 self.finish_dictionary()?;
             }
         }
+        self.values.unload();
         Ok(())
     }
 
@@ -286,21 +316,14 @@ impl Chunk {
         self.index.append_histograms(&None, &histogram);
         self.offsets.append_row_count(signed(rows));
         self.offsets.append_unencoded_byte_array_data_bytes(found.text_bytes);
-        self.offsets.append_offset_and_size(
-            i64::try_from(written.offset).unwrap_or(i64::MAX),
-            i32::try_from(written.bytes).unwrap_or(i32::MAX),
-        );
+        self.offsets.append_offset_and_size(signed(written.offset), written.bytes_of_page()?);
         if let Some(bytes) = found.text_bytes {
             *self.so_far.text_bytes.get_or_insert(0) += bytes;
         }
         match found.ends {
             Some(ends) => {
-                self.index.append(
-                    false,
-                    self.values.shown(&ends.least, End::Least).0,
-                    self.values.shown(&ends.greatest, End::Greatest).0,
-                    signed(nulls),
-                );
+                let (least, greatest) = (ends.least.value.clone(), ends.greatest.value.clone());
+                self.index.append(false, least, greatest, signed(nulls));
                 self.order.next(&*self.values, &ends);
                 widen(&mut self.so_far.ends, &*self.values, ends);
             }
@@ -342,7 +365,7 @@ impl Chunk {
 
     /// Bytes that are ready for the file.
     pub(super) fn encoded_bytes(&self) -> usize {
-        self.so_far.bytes + self.values.page_bytes()
+        self.so_far.bytes + self.values.page_bytes() + self.values.dictionary_bytes().unwrap_or_default()
     }
 
     /// Bytes of memory that are held.
@@ -357,6 +380,8 @@ impl Chunk {
         if self.rows > 0 {
             self.finish_page()?;
         }
+        let values = self.so_far.rows - self.so_far.nulls;
+        self.has_many |= self.values.word_count() > values / 2 && values >= PAGE_ROWS;
         self.finish_dictionary()?;
         let Sums { rows, nulls, bytes, plain, text_bytes, ends } = std::mem::take(&mut self.so_far);
         let histogram =
@@ -394,6 +419,7 @@ impl Chunk {
             close: close.update_dictionary_location(dictionary.len())?,
             dictionary: dictionary.into(),
             pages: self.pages.into_inner()?.into(),
+            has_many: self.has_many,
         })
     }
 }
@@ -403,30 +429,38 @@ pub(super) struct EncodedChunk {
     dictionary: Bytes,
     pages: Bytes,
     close: ColumnCloseResult,
+    /// Whether a dictionary was begun that holds more values than pay for it: the next row group does without.
+    pub(super) has_many: bool,
 }
 
 impl EncodedChunk {
+    pub(super) fn path(&self) -> &ColumnPath {
+        self.close.metadata.column_path()
+    }
+
     pub(super) fn append_to<W: Write + Send>(
         self,
         group: &mut SerializedRowGroupWriter<'_, W>,
     ) -> Result<()> {
-        let close = self.close.clone();
-        group.append_column(&self, close)
+        group.append_column(&Parts(self.dictionary, self.pages), self.close)
     }
 }
 
-impl Length for EncodedChunk {
+/// The bytes of a chunk: a dictionary, and pages.
+struct Parts(Bytes, Bytes);
+
+impl Length for Parts {
     fn len(&self) -> u64 {
-        (self.dictionary.len() + self.pages.len()) as u64
+        (self.0.len() + self.1.len()) as u64
     }
 }
 
-impl ChunkReader for EncodedChunk {
+impl ChunkReader for Parts {
     type T = Chain<Cursor<Bytes>, Cursor<Bytes>>;
 
     /// All of it: nobody asks for a part.
     fn get_read(&self, _start: u64) -> Result<Self::T> {
-        Ok(Cursor::new(self.dictionary.clone()).chain(Cursor::new(self.pages.clone())))
+        Ok(Cursor::new(self.0.clone()).chain(Cursor::new(self.1.clone())))
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes> {
@@ -449,10 +483,15 @@ fn widen(ends: &mut Option<Ends>, values: &dyn Values, by: Ends) {
     match ends {
         None => *ends = Some(by),
         Some(ends) => {
-            if values.compare(&by.least, &ends.least).is_lt() {
+            // Of two that are alike the exact one is the end.
+            let is_wider = |by: &Bound, than: &Bound, wider: Ordering| {
+                let order = values.compare(&by.value, &than.value);
+                order == wider || order.is_eq() && by.is_exact
+            };
+            if is_wider(&by.least, &ends.least, Ordering::Less) {
                 ends.least = by.least;
             }
-            if values.compare(&by.greatest, &ends.greatest).is_gt() {
+            if is_wider(&by.greatest, &ends.greatest, Ordering::Greater) {
                 ends.greatest = by.greatest;
             }
         }
@@ -462,8 +501,8 @@ fn widen(ends: &mut Option<Ends>, values: &dyn Values, by: Ends) {
 impl Order {
     fn next(&mut self, values: &dyn Values, ends: &Ends) {
         if let Some(last) = &self.last {
-            let (least, greatest) =
-                (values.compare(&last.least, &ends.least), values.compare(&last.greatest, &ends.greatest));
+            let least = values.compare(&last.least.value, &ends.least.value);
+            let greatest = values.compare(&last.greatest.value, &ends.greatest.value);
             self.rises &= least.is_le() && greatest.is_le();
             self.falls &= least.is_ge() && greatest.is_ge();
         }
@@ -502,18 +541,20 @@ trait Values: Send {
     }
     /// Puts rows of the batch into the open page, none of which is null.
     fn put(&mut self, rows: Range<usize>);
+    /// Lets go of the batch.
+    fn unload(&mut self);
     /// Bytes of the open page, if it is plain.
     fn page_bytes(&self) -> usize;
     /// Writes the values of the open page, and begins another.
     fn finish_page(&mut self, page: &mut Vec<u8>) -> PageValues;
     /// Bytes of the words, while there is a dictionary.
     fn dictionary_bytes(&self) -> Option<usize>;
+    /// How many words they are.
+    fn word_count(&self) -> usize;
     /// Ends the dictionary: its words, plain, and how many. The open page is empty.
     fn take_dictionary(&mut self) -> Option<(Vec<u8>, usize)>;
     /// The order of two values, as Parquet writes them.
     fn compare(&self, one: &[u8], other: &[u8]) -> Ordering;
-    /// A value as statistics tell it, and whether it is that value: a long text is cut, such that it is still an end.
-    fn shown(&self, value: &[u8], end: End) -> (Vec<u8>, bool);
     fn statistics(&self, ends: Option<&Ends>, nulls: u64) -> Statistics;
     fn held_bytes(&self) -> usize;
 }

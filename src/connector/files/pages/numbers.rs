@@ -15,9 +15,9 @@ use arrow::{
 };
 
 use super::{
-    End, Ends, PageValues, Values,
+    Bound, Ends, PageValues, Values,
     bits::{put_steps, put_words},
-    places::{Places, SEED, mixed},
+    places::{Places, hash_of},
     signed,
 };
 
@@ -84,7 +84,7 @@ impl<T: Number> Numbers<T> {
 const NEAR: u64 = 1 << 16;
 
 /// The words of a dictionary of whole numbers.
-struct NumberWords<T> {
+pub(super) struct NumberWords<T> {
     words: Vec<T>,
     places: NumberPlaces,
 }
@@ -100,11 +100,11 @@ enum NumberPlaces {
 }
 
 impl<T: Number> NumberWords<T> {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { words: Vec::new(), places: NumberPlaces::Near { first: 0, places: Vec::new() } }
     }
 
-    fn number_of(&mut self, value: T) -> u32 {
+    pub(super) fn number_of(&mut self, value: T) -> u32 {
         let far: i64 = value.into();
         if let NumberPlaces::Near { first, places } = &self.places {
             let place = usize::try_from(far.wrapping_sub(*first).cast_unsigned()).unwrap_or(usize::MAX);
@@ -130,10 +130,10 @@ impl<T: Number> NumberWords<T> {
         if apart >= NEAR {
             let mut far = Places::default();
             for word in &self.words {
-                let hash = hash_of(*word);
-                if let Err(place) = far.find(hash, |_| false) {
-                    far.take(place, hash, |word| {
-                        self.words.get(word as usize).map_or(0, |word| hash_of(*word))
+                let hash_of_word = hash(*word);
+                if let Err(place) = far.find(hash_of_word, |_| false) {
+                    far.take(place, hash_of_word, |word| {
+                        self.words.get(word as usize).map_or(0, |word| hash(*word))
                     });
                 }
             }
@@ -169,10 +169,10 @@ impl<T: Number> NumberWords<T> {
 
     fn number_of_far(&mut self, value: T) -> u32 {
         let NumberPlaces::Far(places) = &mut self.places else { return 0 };
-        let (words, hash) = (&mut self.words, hash_of(value));
-        places.find(hash, |word| words.get(word as usize) == Some(&value)).unwrap_or_else(|place| {
+        let (words, own) = (&mut self.words, hash(value));
+        places.find(own, |word| words.get(word as usize) == Some(&value)).unwrap_or_else(|place| {
             words.push(value);
-            places.take(place, hash, |word| words.get(word as usize).map_or(0, |word| hash_of(*word)))
+            places.take(place, own, |word| words.get(word as usize).map_or(0, |word| hash(*word)))
         })
     }
 
@@ -185,10 +185,9 @@ impl<T: Number> NumberWords<T> {
     }
 }
 
-/// A hash whose upper bits are good, of a number.
-fn hash_of<T: Number>(number: T) -> u64 {
+fn hash<T: Number>(number: T) -> u64 {
     let number: i64 = number.into();
-    mixed(number.cast_unsigned() ^ *SEED, 0x9E37_79B9_7F4A_7C15)
+    hash_of(number.cast_unsigned(), 0)
 }
 
 impl<T: Number> Values for Numbers<T> {
@@ -240,15 +239,18 @@ impl<T: Number> Values for Numbers<T> {
         }
     }
 
+    fn unload(&mut self) {
+        self.batch = ScalarBuffer::from(Vec::new());
+    }
+
     fn page_bytes(&self) -> usize {
         size_of_val(self.open.as_slice())
     }
 
     fn finish_page(&mut self, page: &mut Vec<u8>) -> PageValues {
-        let ends = self.ends.take().map(|(least, greatest)| Ends {
-            least: least.to_byte_slice().to_vec(),
-            greatest: greatest.to_byte_slice().to_vec(),
-        });
+        let end = |value: T| Bound { value: value.to_byte_slice().to_vec(), is_exact: true };
+        let ends =
+            self.ends.take().map(|(least, greatest)| Ends { least: end(least), greatest: end(greatest) });
         let encoding = match &self.dictionary {
             None => {
                 put_steps(&self.open, page);
@@ -268,6 +270,10 @@ impl<T: Number> Values for Numbers<T> {
         self.dictionary.as_ref().map(|dictionary| size_of_val(dictionary.words.as_slice()))
     }
 
+    fn word_count(&self) -> usize {
+        self.dictionary.as_ref().map_or(0, |dictionary| dictionary.words.len())
+    }
+
     fn take_dictionary(&mut self) -> Option<(Vec<u8>, usize)> {
         let NumberWords { words, .. } = self.dictionary.take()?;
         self.words = Vec::new();
@@ -278,15 +284,10 @@ impl<T: Number> Values for Numbers<T> {
         T::from_bytes(one).cmp(&T::from_bytes(other))
     }
 
-    fn shown(&self, value: &[u8], _end: End) -> (Vec<u8>, bool) {
-        (value.to_vec(), true)
-    }
-
     fn statistics(&self, ends: Option<&Ends>, nulls: u64) -> Statistics {
-        T::statistics(
-            ends.and_then(|ends| T::from_bytes(&ends.least).zip(T::from_bytes(&ends.greatest))),
-            nulls,
-        )
+        let ends =
+            ends.and_then(|ends| T::from_bytes(&ends.least.value).zip(T::from_bytes(&ends.greatest.value)));
+        T::statistics(ends, nulls)
     }
 
     fn held_bytes(&self) -> usize {

@@ -5,8 +5,25 @@ use std::{
     sync::LazyLock,
 };
 
+use twox_hash::XxHash3_64;
+
 /// Makes hashes of values such that nobody can choose values whose hashes are alike. It does not show in what is written.
-pub(super) static SEED: LazyLock<u64> = LazyLock::new(|| RandomState::new().hash_one(0));
+static SEEDS: LazyLock<[u64; 2]> = LazyLock::new(|| [0, 1].map(|number| RandomState::new().hash_one(number)));
+
+/// A hash whose upper bits are good, of up to sixteen bytes.
+pub(super) fn hash_of(one: u64, other: u64) -> u64 {
+    let [first, second] = *SEEDS;
+    let product = u128::from(one ^ first) * u128::from(other ^ second);
+    #[expect(clippy::cast_possible_truncation, reason = "its halves are meant")]
+    let (low, high) = (product as u64, (product >> 64) as u64);
+    low ^ high
+}
+
+/// The same of any number of bytes.
+pub(super) fn hash_of_bytes(bytes: &[u8]) -> u64 {
+    let [seed, _] = *SEEDS;
+    XxHash3_64::oneshot_with_seed(seed, bytes)
+}
 
 /// Which values a dictionary has, by their hashes: the numbers of words, each at the first free place from where its hash points.
 #[derive(Default)]
@@ -65,12 +82,4 @@ impl Places {
             *free = word + 1;
         }
     }
-}
-
-/// Both halves of a product together.
-pub(super) fn mixed(one: u64, other: u64) -> u64 {
-    let product = u128::from(one) * u128::from(other);
-    #[expect(clippy::cast_possible_truncation, reason = "its halves are meant")]
-    let (low, high) = (product as u64, (product >> 64) as u64);
-    low ^ high
 }

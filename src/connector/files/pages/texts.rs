@@ -1,8 +1,13 @@
 //! Texts and bytes: a dictionary of their words, or each behind its length.
 
-use std::cmp::Ordering;
-use std::ops::Range;
+use std::{cmp::Ordering, ops::Range};
 
+use super::{
+    Bound, End, Ends, PAGE_BYTES, PageValues, Values,
+    bits::put_words,
+    places::{Places, hash_of, hash_of_bytes},
+    signed,
+};
 use ::parquet::{
     basic::Encoding,
     data_type::ByteArray,
@@ -13,14 +18,6 @@ use arrow::{
     array::{Array, AsArray},
     buffer::{Buffer, NullBuffer, OffsetBuffer},
     datatypes::ArrowNativeType,
-};
-use twox_hash::XxHash3_64;
-
-use super::{
-    End, Ends, PAGE_BYTES, PageValues, Values,
-    bits::put_words,
-    places::{Places, SEED, mixed},
-    signed,
 };
 
 /// Bytes of a text that statistics hold at most.
@@ -67,7 +64,7 @@ impl Words {
         let number =
             places.find(hash, |word| is_same(word_at(plain, ends, word), text)).unwrap_or_else(|place| {
                 put_text(text, plain);
-                // A dictionary of a megabyte takes one batch more, whose offsets have 31 bits.
+                // A dictionary of a megabyte takes one step more, of texts whose places have 31 bits.
                 ends.push(u32::try_from(plain.len()).unwrap_or(u32::MAX));
                 places.take(place, hash, |word| hash_of_text(word_at(plain, ends, word)))
             });
@@ -81,7 +78,7 @@ impl Words {
     }
 
     /// The least and the greatest of the words with these numbers.
-    fn ends_of(&self, numbers: &[u32]) -> Option<Ends> {
+    fn range_of(&self, numbers: &[u32]) -> TextRange {
         let mut is_used = vec![false; self.ends.len()];
         for number in numbers {
             if let Some(is_used) = is_used.get_mut(*number as usize) {
@@ -91,44 +88,47 @@ impl Words {
         let mut range = TextRange::default();
         for (number, is_used) in (0..).zip(is_used) {
             if is_used {
-                range.take(word_at(&self.plain, &self.ends, number));
+                range.take(&self.plain, place_of(&self.ends, number));
             }
         }
-        range.ends
+        range
     }
+}
+
+/// Where a word of a dictionary stands, whose words end at `ends`.
+fn place_of(ends: &[u32], number: u32) -> Range<usize> {
+    let number = number as usize;
+    let start = number.checked_sub(1).and_then(|before| ends.get(before)).copied().unwrap_or_default();
+    let end = ends.get(number).copied().unwrap_or(start);
+    start as usize + LENGTH_BYTES..end as usize
 }
 
 /// A word of a dictionary, whose words are `plain` and end at `ends`.
 fn word_at<'a>(plain: &'a [u8], ends: &[u32], number: u32) -> &'a [u8] {
-    let number = number as usize;
-    let start = number.checked_sub(1).and_then(|before| ends.get(before)).copied().unwrap_or_default();
-    let end = ends.get(number).copied().unwrap_or(start);
-    plain.get(start as usize + LENGTH_BYTES..end as usize).unwrap_or_default()
+    plain.get(place_of(ends, number)).unwrap_or_default()
 }
 
-/// The least and the greatest of texts. Most are told by their first eight bytes.
+/// Where the least and the greatest of some texts stand. Most are told by their first eight bytes.
 #[derive(Default)]
 struct TextRange {
-    ends: Option<Ends>,
-    least: u64,
-    greatest: u64,
+    /// The place of each, and its first eight bytes.
+    ends: Option<[(Range<usize>, u64); 2]>,
 }
 
 impl TextRange {
-    fn take(&mut self, text: &[u8]) {
-        let head = head(text);
-        let Some(Ends { least, greatest }) = &mut self.ends else {
-            (self.least, self.greatest) = (head, head);
-            self.ends = Some(Ends { least: text.to_vec(), greatest: text.to_vec() });
+    /// Takes a text that stands in `plain`, as all before it do.
+    fn take(&mut self, plain: &[u8], place: Range<usize>) {
+        let at = |place: &Range<usize>| plain.get(place.clone()).unwrap_or_default();
+        let (text, first) = (at(&place), head(at(&place)));
+        let Some([least, greatest]) = &mut self.ends else {
+            self.ends = Some([(place.clone(), first), (place, first)]);
             return;
         };
-        if head < self.least || head == self.least && text < least.as_slice() {
-            self.least = head;
-            *least = text.to_vec();
+        if first < least.1 || first == least.1 && text < at(&least.0) {
+            *least = (place.clone(), first);
         }
-        if head > self.greatest || head == self.greatest && text > greatest.as_slice() {
-            self.greatest = head;
-            *greatest = text.to_vec();
+        if first > greatest.1 || first == greatest.1 && text > at(&greatest.0) {
+            *greatest = (place, first);
         }
     }
 }
@@ -153,8 +153,8 @@ fn put_text(text: &[u8], out: &mut Vec<u8>) {
 
 fn hash_of_text(text: &[u8]) -> u64 {
     match halves(text) {
-        Some((first, last)) => mixed(first ^ *SEED, last ^ 0x9E37_79B9_7F4A_7C15),
-        None => XxHash3_64::oneshot_with_seed(*SEED, text),
+        Some((first, last)) => hash_of(first, last),
+        None => hash_of_bytes(text),
     }
 }
 
@@ -200,6 +200,26 @@ impl Texts {
             _ => value.get(..STATISTIC_BYTES).unwrap_or(value),
         }
     }
+
+    /// A value as statistics tell it: of a long one the beginning, such that it is still an end.
+    pub(super) fn told(&self, value: &[u8], end: End) -> Bound {
+        let cut = if value.len() > STATISTIC_BYTES { self.cut(value) } else { value };
+        match end {
+            _ if cut.len() == value.len() => Bound { value: value.to_vec(), is_exact: true },
+            End::Least => Bound { value: cut.to_vec(), is_exact: false },
+            End::Greatest => match raised(cut, self.are_texts) {
+                Some(value) => Bound { value, is_exact: false },
+                None => Bound { value: value.to_vec(), is_exact: true },
+            },
+        }
+    }
+
+    /// The ends of texts that stand in `plain`.
+    fn ends(&self, range: &TextRange, plain: &[u8]) -> Option<Ends> {
+        let [least, greatest] = range.ends.as_ref()?;
+        let told = |place: &Range<usize>, end| self.told(plain.get(place.clone()).unwrap_or_default(), end);
+        Some(Ends { least: told(&least.0, End::Least), greatest: told(&greatest.0, End::Greatest) })
+    }
 }
 
 /// The least that is greater than all that begin with `value`, and not longer: its last character, or byte, that can be raised is, and what is behind it goes.
@@ -235,7 +255,8 @@ impl Values for Texts {
     fn fit(&self, rows: Range<usize>) -> usize {
         let Some(ends) = self.batch.0.get(rows.start..=rows.end) else { return rows.len() };
         let first = ends.first().copied().unwrap_or_default();
-        let most = first.saturating_add(i32::try_from(PAGE_BYTES).unwrap_or(i32::MAX));
+        let room = PAGE_BYTES.saturating_sub(self.plain.len());
+        let most = first.saturating_add(i32::try_from(room).unwrap_or(i32::MAX));
         // As many ends as there are rows, and the place where the first begins.
         ends.partition_point(|end| *end <= most).saturating_sub(1).max(1)
     }
@@ -254,11 +275,16 @@ impl Values for Texts {
                 self.plain.reserve(bytes + rows.len() * LENGTH_BYTES);
                 for text in texts {
                     put_text(text, &mut self.plain);
-                    self.range.take(text);
+                    let end = self.plain.len();
+                    self.range.take(&self.plain, end - text.len()..end);
                 }
             }
             Some(words) => self.words.extend(texts.map(|text| words.number_of(text))),
         }
+    }
+
+    fn unload(&mut self) {
+        self.batch = (OffsetBuffer::new_empty(), Buffer::default());
     }
 
     fn page_bytes(&self) -> usize {
@@ -269,13 +295,15 @@ impl Values for Texts {
         let text_bytes = Some(signed(std::mem::take(&mut self.text_bytes)));
         match &self.dictionary {
             None => {
+                let range = std::mem::take(&mut self.range);
+                let ends = self.ends(&range, &self.plain);
                 page.append(&mut self.plain);
-                let ends = std::mem::take(&mut self.range).ends;
+                self.plain.shrink_to(2 * PAGE_BYTES);
                 PageValues { encoding: Encoding::PLAIN, ends, text_bytes }
             }
             Some(words) => {
                 put_words(&self.words, words.ends.len(), page);
-                let ends = words.ends_of(&self.words);
+                let ends = self.ends(&words.range_of(&self.words), &words.plain);
                 self.words.clear();
                 PageValues { encoding: Encoding::RLE_DICTIONARY, ends, text_bytes }
             }
@@ -284,6 +312,10 @@ impl Values for Texts {
 
     fn dictionary_bytes(&self) -> Option<usize> {
         self.dictionary.as_ref().map(|words| words.plain.len())
+    }
+
+    fn word_count(&self) -> usize {
+        self.dictionary.as_ref().map_or(0, |words| words.ends.len())
     }
 
     fn take_dictionary(&mut self) -> Option<(Vec<u8>, usize)> {
@@ -296,27 +328,12 @@ impl Values for Texts {
         one.cmp(other)
     }
 
-    fn shown(&self, value: &[u8], end: End) -> (Vec<u8>, bool) {
-        let cut = if value.len() > STATISTIC_BYTES { self.cut(value) } else { value };
-        match end {
-            End::Greatest if cut.len() < value.len() => match raised(cut, self.are_texts) {
-                Some(raised) => (raised, false),
-                None => (value.to_vec(), true),
-            },
-            _ => (cut.to_vec(), cut.len() == value.len()),
-        }
-    }
-
     fn statistics(&self, ends: Option<&Ends>, nulls: u64) -> Statistics {
-        let least = ends.map(|ends| self.shown(&ends.least, End::Least));
-        let greatest = ends.map(|ends| self.shown(&ends.greatest, End::Greatest));
-        let is_exact =
-            |shown: &Option<(Vec<u8>, bool)>| shown.as_ref().is_some_and(|(_, is_exact)| *is_exact);
-        let (least_is_exact, greatest_is_exact) = (is_exact(&least), is_exact(&greatest));
-        let value = |shown: Option<(Vec<u8>, bool)>| shown.map(|(value, _)| ByteArray::from(value));
-        ValueStatistics::new(value(least), value(greatest), None, Some(nulls), false)
-            .with_min_is_exact(least_is_exact)
-            .with_max_is_exact(greatest_is_exact)
+        let value = |end: &Bound| ByteArray::from(end.value.clone());
+        let (least, greatest) = (ends.map(|ends| &ends.least), ends.map(|ends| &ends.greatest));
+        ValueStatistics::new(least.map(value), greatest.map(value), None, Some(nulls), false)
+            .with_min_is_exact(least.is_some_and(|end| end.is_exact))
+            .with_max_is_exact(greatest.is_some_and(|end| end.is_exact))
             .into()
     }
 
