@@ -157,7 +157,7 @@ fn recipes() -> impl Strategy<Value = Recipe> {
     );
     let nulls = (prop::sample::select(vec![0, 0, 1, 6, 7]), any::<bool>());
     let long = prop::sample::select(vec![0, 0, 1, 8, 64, 700]);
-    let batches = prop::collection::vec(0..50_000_usize, 0..5);
+    let batches = prop::collection::vec(0..30_000_usize, 0..5);
     (values, nulls, long, any::<bool>(), batches).prop_map(
         |((data_type, seed, distinct, run), (nulls, nullable), long, with_dictionary, batches)| Recipe {
             data_type,
@@ -168,7 +168,8 @@ fn recipes() -> impl Strategy<Value = Recipe> {
             nullable,
             long,
             with_dictionary,
-            batches,
+            // So many that they fit into memory.
+            batches: batches.iter().map(|rows| rows / (1 + long / 4)).collect(),
         },
     )
 }
