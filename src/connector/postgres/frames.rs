@@ -484,6 +484,22 @@ mod unit {
     }
 
     #[test]
+    fn the_memory_of_a_long_row_goes_with_it() {
+        let next = Next::default();
+        let mut blocks = next.blocks();
+        let sent = [vec![BEGIN, 0, 0, 0, 4], message(0, ROW, 3 << 20), message(1, b'c', 4)].concat();
+        let mut diverted = Diverted::new(Pieces([sent].into()), |_| ChannelBinding::none(), next);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            while diverted.read(&mut [0; 100]).await.unwrap() > 0 {}
+            assert_eq!(blocks.next().await.unwrap().row_bytes(), 3 << 20);
+        });
+        // Now that nobody holds the block, its memory would be had again.
+        diverted.input.reserve(1);
+        assert!(diverted.input.capacity() <= 4 * INPUT_BYTES, "{}", diverted.input.capacity());
+    }
+
+    #[test]
     fn what_is_complete_is_not_held_back() {
         let row = |value: u8| [&[ROW, 0, 0, 0, 5][..], &[value]].concat();
         let begun = [&[BEGIN, 0, 0, 0, 4][..], &row(1), &row(2)[..5]].concat();
