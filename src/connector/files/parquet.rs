@@ -488,8 +488,8 @@ impl Writer {
         rayon::scope_fifo(|scope| {
             for (at, (column, field)) in work {
                 scope.spawn_fifo(move |_| {
-                    let arrays = batches.iter().map(|batch| batch.column(at));
-                    if let Err(error) = arrays.into_iter().try_for_each(|array| column.write(field, array)) {
+                    let mut arrays = batches.iter().map(|batch| batch.column(at));
+                    if let Err(error) = arrays.try_for_each(|array| column.write(field, array)) {
                         told.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                     }
                 });

@@ -211,14 +211,9 @@ impl<S> Diverted<S> {
     }
 }
 
-/// Bytes of the message that stands at the beginning of `bytes`, with its head.
-pub(super) fn message_bytes(bytes: &[u8]) -> Option<usize> {
-    head(bytes).map(|(_, length)| length)
-}
-
 /// The tag of a message and its bytes, with both; `None` if too little of it has come. What has a length that cannot be is no row: the library
 /// is to see it as it is.
-fn head(bytes: &[u8]) -> Option<(u8, usize)> {
+pub(super) fn head(bytes: &[u8]) -> Option<(u8, usize)> {
     let ([tag, length @ ..], _) = bytes.split_first_chunk::<HEAD>()?;
     match usize::try_from(i32::from_be_bytes(*length)) {
         Ok(length) if length >= HEAD - 1 => Some((*tag, 1 + length)),

@@ -39,7 +39,7 @@ use super::{
     bounds::{self, condition, text},
     decode::{Bytes, Column, field, shown},
     filter,
-    frames::{Block, Blocks, HEAD, Next, message_bytes, without_heads},
+    frames::{self, Block, Blocks, HEAD, Next, without_heads},
     texts,
     types::{Reading, Wire, declared, wire},
 };
@@ -928,7 +928,8 @@ impl<'a> Reader<'a> {
     fn split(&mut self, frame: &[u8], at: usize, head: usize) -> Result<Step> {
         let rest = frame.get(at..).unwrap_or_default();
         // A row that is behind a head lies in its message, and is all of it.
-        let end = at + if head > 0 { message_bytes(rest).unwrap_or(rest.len()) } else { rest.len() };
+        let message = frames::head(rest).filter(|_| head > 0).map(|(_, length)| length);
+        let end = at + message.unwrap_or(rest.len());
         let mut bytes = Bytes(frame.get(at + head..end).unwrap_or_default());
         let more = if head > 0 && !rest.is_empty() { Step::Torn } else { Step::More };
         let Some(count) = bytes.i16() else { return Ok(more) };

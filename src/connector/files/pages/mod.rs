@@ -19,12 +19,7 @@ mod places;
 mod tests;
 mod texts;
 
-use std::{
-    cell::RefCell,
-    cmp::Ordering,
-    io::{Chain, Cursor, Read, Write},
-    ops::Range,
-};
+use std::{cell::RefCell, cmp::Ordering, io::Write, ops::Range};
 
 use ::parquet::{
     basic::{BoundaryOrder, Compression, Encoding, PageType, Type as PhysicalType, ZstdLevel},
@@ -37,7 +32,6 @@ use ::parquet::{
         metadata::{
             ColumnChunkMetaData, ColumnIndexBuilder, LevelHistogram, OffsetIndexBuilder, PageEncodingStats,
         },
-        reader::{ChunkReader, Length},
         statistics::Statistics,
         writer::{SerializedPageWriter, SerializedRowGroupWriter, TrackedWrite},
     },
@@ -80,11 +74,11 @@ struct Workbench {
 pub(super) const ZSTD_LEVEL: i32 = 1;
 
 impl Workbench {
-    /// Lets `make` write a page, compresses it, and appends it to `out`: the bytes that it took there, header and all, and would have taken.
-    fn page(
+    /// Lets `make` write a page, compresses it, and appends it to `out`: what `make` told, and the bytes that it took there, header and all, and would have taken.
+    fn page<T>(
         out: &mut TrackedWrite<Vec<u8>>,
-        make: impl FnOnce(&mut Vec<u8>) -> NewPage,
-    ) -> Result<(NewPage, Written)> {
+        make: impl FnOnce(&mut Vec<u8>) -> (NewPage, T),
+    ) -> Result<(NewPage, T, Written)> {
         WORKBENCH.with_borrow_mut(|bench| {
             let bench = match bench {
                 Some(bench) => bench,
@@ -94,7 +88,7 @@ impl Workbench {
                     compressor: zstd::bulk::Compressor::new(ZSTD_LEVEL)?,
                 }),
             };
-            let page = make(&mut bench.page);
+            let (page, found) = make(&mut bench.page);
             bench.compressed.reserve(zstd::zstd_safe::compress_bound(bench.page.len()));
             bench.compressor.compress_to_buffer(&bench.page, &mut bench.compressed)?;
             let buf = Bytes::copy_from_slice(&bench.compressed);
@@ -122,7 +116,7 @@ impl Workbench {
                 buffer.shrink_to(2 * PAGE_BYTES);
             }
             let written = Written { offset, bytes: spec.compressed_size, plain: spec.uncompressed_size };
-            Ok((page, written))
+            Ok((page, found, written))
         })
     }
 }
@@ -160,8 +154,6 @@ pub(super) struct Chunk {
     pages: TrackedWrite<Vec<u8>>,
     /// Behind them in time, before them in the file.
     dictionary: Option<Vec<u8>>,
-    /// Whether a dictionary holds more values than pay for it.
-    has_many: bool,
     so_far: Sums,
     index: ColumnIndexBuilder,
     offsets: OffsetIndexBuilder,
@@ -235,7 +227,6 @@ impl Chunk {
             valid: BooleanBufferBuilder::new(0),
             pages: TrackedWrite::new(Vec::new()),
             dictionary: None,
-            has_many: false,
             so_far: Sums::default(),
             index: ColumnIndexBuilder::new(column.physical_type()),
             offsets: OffsetIndexBuilder::new(),
@@ -289,7 +280,6 @@ impl Chunk {
                 self.finish_page()?;
             }
             if outgrown {
-                self.has_many = true;
                 self.finish_dictionary()?;
             }
         }
@@ -302,13 +292,12 @@ impl Chunk {
         let (rows, nulls) = (self.rows, self.nulls);
         let levels = self.is_nullable().then(|| self.valid.as_slice());
         let values = &mut self.values;
-        let mut found = PageValues::default();
-        let (page, written) = Workbench::page(&mut self.pages, |page| {
+        let (page, found, written) = Workbench::page(&mut self.pages, |page| {
             if let Some(valid) = levels {
                 put_levels(valid, rows, nulls, page);
             }
-            found = values.finish_page(page);
-            NewPage { kind: PageType::DATA_PAGE, encoding: found.encoding, values: rows }
+            let found = values.finish_page(page);
+            (NewPage { kind: PageType::DATA_PAGE, encoding: found.encoding, values: rows }, found)
         })?;
         self.count(&page, &written);
         let histogram =
@@ -340,9 +329,9 @@ impl Chunk {
     fn finish_dictionary(&mut self) -> Result<()> {
         let Some((words, count)) = self.values.take_dictionary() else { return Ok(()) };
         let mut dictionary = TrackedWrite::new(Vec::new());
-        let (page, written) = Workbench::page(&mut dictionary, |page| {
+        let (page, (), written) = Workbench::page(&mut dictionary, |page| {
             page.extend_from_slice(&words);
-            NewPage { kind: PageType::DICTIONARY_PAGE, encoding: Encoding::PLAIN, values: count }
+            (NewPage { kind: PageType::DICTIONARY_PAGE, encoding: Encoding::PLAIN, values: count }, ())
         })?;
         self.count(&page, &written);
         self.dictionary = Some(dictionary.into_inner()?);
@@ -381,7 +370,8 @@ impl Chunk {
             self.finish_page()?;
         }
         let values = self.so_far.rows - self.so_far.nulls;
-        self.has_many |= self.values.word_count() > values / 2 && values >= PAGE_ROWS;
+        let is_outgrown = self.dictionary.is_some();
+        let has_many = is_outgrown || self.values.word_count() > values / 2 && values >= PAGE_ROWS;
         self.finish_dictionary()?;
         let Sums { rows, nulls, bytes, plain, text_bytes, ends } = std::mem::take(&mut self.so_far);
         let histogram =
@@ -414,20 +404,22 @@ impl Chunk {
             column_index: Some(self.index.build()?),
             offset_index: Some(self.offsets.build()),
         };
-        let dictionary = self.dictionary.unwrap_or_default();
-        Ok(EncodedChunk {
-            close: close.update_dictionary_location(dictionary.len())?,
-            dictionary: dictionary.into(),
-            pages: self.pages.into_inner()?.into(),
-            has_many: self.has_many,
-        })
+        let (mut bytes, mut pages) = (self.dictionary.unwrap_or_default(), self.pages.into_inner()?);
+        let close = close.update_dictionary_location(bytes.len())?;
+        // What has no dictionary, texts above all, is not copied.
+        if bytes.is_empty() {
+            bytes = pages;
+        } else {
+            bytes.append(&mut pages);
+        }
+        Ok(EncodedChunk { bytes: bytes.into(), close, has_many })
     }
 }
 
 /// A column chunk that is ready for the file.
 pub(super) struct EncodedChunk {
-    dictionary: Bytes,
-    pages: Bytes,
+    /// Its dictionary, if it has one, and its pages.
+    bytes: Bytes,
     close: ColumnCloseResult,
     /// Whether a dictionary was begun that holds more values than pay for it: the next row group does without.
     pub(super) has_many: bool,
@@ -442,35 +434,7 @@ impl EncodedChunk {
         self,
         group: &mut SerializedRowGroupWriter<'_, W>,
     ) -> Result<()> {
-        group.append_column(&Parts(self.dictionary, self.pages), self.close)
-    }
-}
-
-/// The bytes of a chunk: a dictionary, and pages.
-struct Parts(Bytes, Bytes);
-
-impl Length for Parts {
-    fn len(&self) -> u64 {
-        (self.0.len() + self.1.len()) as u64
-    }
-}
-
-impl ChunkReader for Parts {
-    type T = Chain<Cursor<Bytes>, Cursor<Bytes>>;
-
-    /// All of it: nobody asks for a part.
-    fn get_read(&self, _start: u64) -> Result<Self::T> {
-        Ok(Cursor::new(self.0.clone()).chain(Cursor::new(self.1.clone())))
-    }
-
-    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes> {
-        let mut bytes = Vec::new();
-        self.get_read(0)?.read_to_end(&mut bytes)?;
-        let bytes = Bytes::from(bytes);
-        let start = usize::try_from(start).unwrap_or(usize::MAX);
-        let missing = || ParquetError::EOF("a chunk ends before its part".into());
-        let end = start.checked_add(length).filter(|end| *end <= bytes.len()).ok_or_else(missing)?;
-        Ok(bytes.slice(start..end))
+        group.append_column(&self.bytes, self.close)
     }
 }
 
@@ -516,12 +480,6 @@ struct PageValues {
     ends: Option<Ends>,
     /// Bytes of the values without what tells them apart, of texts.
     text_bytes: Option<i64>,
-}
-
-impl Default for PageValues {
-    fn default() -> Self {
-        Self { encoding: Encoding::PLAIN, ends: None, text_bytes: None }
-    }
 }
 
 /// Which end of a range a statistic tells.

@@ -120,24 +120,17 @@ impl<T: Number> NumberWords<T> {
     #[cold]
     fn add_near(&mut self, value: T) -> u32 {
         let number: i64 = value.into();
-        let NumberPlaces::Near { first, places } = &mut self.places else { return self.number_of_far(value) };
-        if self.words.is_empty() {
+        let (words, NumberPlaces::Near { first, places }) = (&mut self.words, &mut self.places) else {
+            return self.number_of_far(value);
+        };
+        if words.is_empty() {
             *first = number;
         }
         let last = first.saturating_add(signed(places.len().saturating_sub(1)));
         let (least, greatest) = (number.min(*first), number.max(last));
-        let apart = greatest.wrapping_sub(least).cast_unsigned();
-        if apart >= NEAR {
-            let mut far = Places::default();
-            for word in &self.words {
-                let hash_of_word = hash(*word);
-                if let Err(place) = far.find(hash_of_word, |_| false) {
-                    far.take(place, hash_of_word, |word| {
-                        self.words.get(word as usize).map_or(0, |word| hash(*word))
-                    });
-                }
-            }
-            self.places = NumberPlaces::Far(far);
+        if greatest.wrapping_sub(least).cast_unsigned() >= NEAR {
+            let count = u32::try_from(words.len()).unwrap_or(u32::MAX);
+            self.places = NumberPlaces::Far(Places::of(count, |word| hash_at(words, word)));
             return self.number_of_far(value);
         }
         // Half as many more on the side where one was missing: they come one after the other.
@@ -145,34 +138,27 @@ impl<T: Number> NumberWords<T> {
         let least = if number < *first { least.saturating_sub(spare) } else { least };
         let greatest = if number > last { greatest.saturating_add(spare) } else { greatest };
         let size = usize::try_from(greatest.wrapping_sub(least)).unwrap_or_default() + 1;
+        words.push(value);
+        // All of them if the places are others now, or else the new one.
+        let mut known = words.len() - 1;
         if (least, size) != (*first, places.len()) {
-            *first = least;
-            *places = vec![0; size];
-            let words: Vec<T> = self.words.clone();
-            (1..).zip(words).for_each(|(number, word)| self.put_near(word, number));
+            (*first, *places, known) = (least, vec![0; size], 0);
         }
-        self.words.push(value);
-        let count = u32::try_from(self.words.len()).unwrap_or(u32::MAX);
-        self.put_near(value, count);
-        count - 1
-    }
-
-    fn put_near(&mut self, word: T, number: u32) {
-        let word: i64 = word.into();
-        if let NumberPlaces::Near { first, places } = &mut self.places
-            && let Ok(place) = usize::try_from(word.wrapping_sub(*first))
-            && let Some(place) = places.get_mut(place)
-        {
-            *place = number;
+        for (number, word) in (1..).zip(words.iter()).skip(known) {
+            let place = usize::try_from((*word).into().wrapping_sub(least)).unwrap_or(usize::MAX);
+            if let Some(place) = places.get_mut(place) {
+                *place = number;
+            }
         }
+        u32::try_from(words.len() - 1).unwrap_or(u32::MAX)
     }
 
     fn number_of_far(&mut self, value: T) -> u32 {
         let NumberPlaces::Far(places) = &mut self.places else { return 0 };
-        let (words, own) = (&mut self.words, hash(value));
-        places.find(own, |word| words.get(word as usize) == Some(&value)).unwrap_or_else(|place| {
+        let words = &mut self.words;
+        places.find(hash(value), |word| words.get(word as usize) == Some(&value)).unwrap_or_else(|place| {
             words.push(value);
-            places.take(place, own, |word| words.get(word as usize).map_or(0, |word| hash(*word)))
+            places.take(place, |word| hash_at(words, word))
         })
     }
 
@@ -183,6 +169,11 @@ impl<T: Number> NumberWords<T> {
         };
         places + self.words.capacity() * size_of::<T>()
     }
+}
+
+/// The hash of the word with this number.
+fn hash_at<T: Number>(words: &[T], word: u32) -> u64 {
+    words.get(word as usize).map_or(0, |word| hash(*word))
 }
 
 fn hash<T: Number>(number: T) -> u64 {

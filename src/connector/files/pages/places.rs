@@ -54,19 +54,26 @@ impl Places {
         }
     }
 
-    /// Takes a place that was found free for the next word, whose number it is; `hash_of` tells the hashes of those before.
-    pub(super) fn take(&mut self, place: usize, hash: u64, hash_of: impl Fn(u32) -> u64) -> u32 {
+    /// Of so many words, whose hashes `hash_of` tells.
+    pub(super) fn of(words: u32, hash_of: impl Fn(u32) -> u64) -> Self {
+        let size = (2 * words as usize).next_power_of_two();
+        let mut this = Self { places: vec![0; size.max(128) * 2], taken: words as usize };
+        for word in 0..words {
+            if let Err(place) = this.find(hash_of(word), |_| false) {
+                this.put(place, word);
+            }
+        }
+        this
+    }
+
+    /// Takes a place that was found free for the next word, whose number it is; `hash_of` tells the hashes of all, also of this one.
+    pub(super) fn take(&mut self, place: usize, hash_of: impl Fn(u32) -> u64) -> u32 {
         let number = u32::try_from(self.taken).unwrap_or(u32::MAX);
         self.taken += 1;
         if self.taken * 2 > self.places.len() {
-            let places = (self.places.len() * 4).max(256);
-            self.places = vec![0; places];
-            for word in 0..number {
-                self.put(hash_of(word), word);
-            }
-            self.put(hash, number);
-        } else if let Some(free) = self.places.get_mut(place) {
-            *free = number + 1;
+            *self = Self::of(number + 1, hash_of);
+        } else {
+            self.put(place, number);
         }
         number
     }
@@ -75,10 +82,8 @@ impl Places {
         self.places.capacity() * size_of::<u32>()
     }
 
-    fn put(&mut self, hash: u64, word: u32) {
-        if let Err(place) = self.find(hash, |_| false)
-            && let Some(free) = self.places.get_mut(place)
-        {
+    fn put(&mut self, place: usize, word: u32) {
+        if let Some(free) = self.places.get_mut(place) {
             *free = word + 1;
         }
     }

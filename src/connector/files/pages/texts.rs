@@ -2,12 +2,6 @@
 
 use std::{cmp::Ordering, ops::Range};
 
-use super::{
-    Bound, End, Ends, PAGE_BYTES, PageValues, Values,
-    bits::put_words,
-    places::{Places, hash_of, hash_of_bytes},
-    signed,
-};
 use ::parquet::{
     basic::Encoding,
     data_type::ByteArray,
@@ -18,6 +12,13 @@ use arrow::{
     array::{Array, AsArray},
     buffer::{Buffer, NullBuffer, OffsetBuffer},
     datatypes::ArrowNativeType,
+};
+
+use super::{
+    Bound, End, Ends, PAGE_BYTES, PageValues, Values,
+    bits::put_words,
+    places::{Places, hash_of, hash_of_bytes},
+    signed,
 };
 
 /// Bytes of a text that statistics hold at most.
@@ -66,7 +67,7 @@ impl Words {
                 put_text(text, plain);
                 // A dictionary of a megabyte takes one step more, of texts whose places have 31 bits.
                 ends.push(u32::try_from(plain.len()).unwrap_or(u32::MAX));
-                places.take(place, hash, |word| hash_of_text(word_at(plain, ends, word)))
+                places.take(place, |word| hash_of_text(word_at(plain, ends, word)))
             });
         if let [byte] = text {
             codes.resize(1 << u8::BITS, 0);
