@@ -28,7 +28,7 @@ use datafusion::{
 use floodmark::{
     connector::{
         Attempt, Bounds, Connection, Held,
-        scan::Scan,
+        scan::{Order, Scan},
         spec::{Contract, Mode, OutputSpec, Read, StreamSpec},
         tap::Tap,
     },
@@ -193,7 +193,7 @@ async fn scanned(connection: &Arc<dyn Connection>, read: Read, mut take: impl Fn
     }
     let schema = source.describe(&stream).await.unwrap();
     let snapshot = source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await.unwrap();
-    let scan = Scan { in_order: false, ..Scan::new(stream, schema, Window::Whole) };
+    let scan = Scan { order: Order::Shows, ..Scan::new(stream, schema, Window::Whole) };
     let mut rows = source.scan(&snapshot, &scan, Arc::new(Tap::default())).unwrap();
     let mut count = 0;
     while let Some(batch) = rows.next().await {

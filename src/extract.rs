@@ -165,8 +165,7 @@ impl Extract<'_> {
             open.0.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.tap))).collect();
         let hashed = self.joins == Joins::Hashed;
         let open = Arc::new(open);
-        let in_order = !plan.is_order_free();
-        let partitions = if in_order { 1 } else { runtime::cores() };
+        let partitions = if plan.is_order_free() { runtime::cores() } else { 1 };
         let target = connections.get(&plan.target).and_then(|target| target.target());
         // A database takes rows one behind the other.
         let is_loaded = self.reading == Reading::New && target.is_some_and(|target| !target.has_folders());
@@ -193,7 +192,7 @@ impl Extract<'_> {
                     let window = windows.get(name).map_or(Window::Whole, |bounded| bounded.window.clone());
                     let rows = if knows_rows { open.rows(&stream.spec).await? } else { None };
                     let mut table = scan_table(stream, window);
-                    (table.rows, table.scan.in_order) = (rows, in_order);
+                    (table.rows, table.scan.order) = (rows, plan.order_of(name));
                     table.scan.in_one_stream = is_loaded && plan.is_copied(stream);
                     tables.add_source(name, table)?;
                 }

@@ -3,7 +3,13 @@
 //! Also the limits that a run keeps: memory for DataFusion and spools, a folder for what does not fit, and the
 //! clock.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
 
 use arrow::{datatypes::SchemaRef, record_batch::RecordBatch};
 use chrono::{DateTime, Utc};
@@ -141,6 +147,47 @@ fn begun<T: Send + 'static>(
             Err(_) => Err(Error::new(crate::error::ErrorKind::Interrupted, "interrupted")),
         }
     }
+}
+
+/// Does work for each of `parts`, on so many threads at most, this one among them, where it may block; until one says that nothing more is wanted, with false.
+/// Work looks now and then whether it is over: for that, or since another part failed.
+///
+/// # Errors
+///
+/// What a part that fails says.
+pub fn side_by_side<Part: Sync>(
+    threads: usize,
+    parts: &[Part],
+    work: impl Fn(&Part, &AtomicBool) -> Result<bool> + Sync,
+) -> Result<bool> {
+    /// Says that it is over unless the part was done, also where that panics.
+    struct Turn<'a>(&'a AtomicBool, bool);
+    impl Drop for Turn<'_> {
+        fn drop(&mut self) {
+            self.0.fetch_or(!self.1, Ordering::Relaxed);
+        }
+    }
+    let (next, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let take_turns = || {
+        while !is_over.load(Ordering::Relaxed)
+            && let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed))
+        {
+            let mut turn = Turn(&is_over, false);
+            turn.1 = work(part, &is_over)?;
+        }
+        Ok(!is_over.load(Ordering::Relaxed))
+    };
+    std::thread::scope(|scope| {
+        let other = |_| std::thread::Builder::new().spawn_scoped(scope, take_turns).ok();
+        // Where the system has no more threads, there are fewer.
+        let others: Vec<_> = (1..threads.min(parts.len())).filter_map(other).collect();
+        let all = take_turns();
+        others.into_iter().fold(all, |all, other| {
+            let other = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            // A part that was left since another failed only says that it is over.
+            Ok(all? & other?)
+        })
+    })
 }
 
 /// How many threads compute at once.

@@ -13,12 +13,21 @@ use arrow::{
 use chrono::{DateTime, Utc};
 use datafusion::{
     catalog::TableProvider,
-    common::{DFSchema, tree_node::TreeNodeRecursion},
+    common::{
+        DFSchema,
+        config::ConfigOptions,
+        tree_node::{Transformed, TransformedResult, TreeNode, TreeNodeRecursion},
+    },
     error::DataFusionError,
     execution::{SessionStateBuilder, config::SessionConfig},
     logical_expr::{Distinct, Expr, ExprSchemable, LogicalPlan},
     optimizer::{Analyzer, AnalyzerRule},
-    physical_plan::{SendableRecordBatchStream, stream::RecordBatchStreamAdapter},
+    physical_optimizer::PhysicalOptimizerRule,
+    physical_plan::{
+        ExecutionPlan, ExecutionPlanProperties, SendableRecordBatchStream,
+        coalesce_partitions::CoalescePartitionsExec, execution_plan::replace_children_if_necessary,
+        joins::NestedLoopJoinExec, stream::RecordBatchStreamAdapter,
+    },
     prelude::SessionContext,
     sql::parser::Statement,
 };
@@ -53,6 +62,7 @@ pub fn for_joins(
         .with_runtime_env(Arc::clone(&scratch.environment))
         .with_default_features()
         .with_analyzer_rules(rules_for(None))
+        .with_physical_optimizer_rule(Arc::new(LoopsOverOne))
         .build();
     let context = SessionContext::new_with_state(state);
     context.register_udaf(ExactSum::sum());
@@ -176,6 +186,40 @@ pub async fn plan_of(
     Analyzer::with_rules(rules_for(Some(file))).execute_and_check(plan, state.config_options(), |_, _| {})
 }
 
+/// The other side of a nested loop comes in one partition. One that does not fit into the memory looks in each of them by itself which rows of the
+/// first side have met one (DataFusion 55): a row that met one in this partition came once more, as one without, from that.
+#[derive(Debug)]
+struct LoopsOverOne;
+
+impl PhysicalOptimizerRule for LoopsOverOne {
+    fn optimize(
+        &self,
+        plan: Arc<dyn ExecutionPlan>,
+        _: &ConfigOptions,
+    ) -> Result<Arc<dyn ExecutionPlan>, DataFusionError> {
+        let in_one = |plan: Arc<dyn ExecutionPlan>| {
+            let Some(join) = plan.downcast_ref::<NestedLoopJoinExec>() else {
+                return Ok(Transformed::no(plan));
+            };
+            if join.right().output_partitioning().partition_count() == 1 {
+                return Ok(Transformed::no(plan));
+            }
+            let (left, right) = (Arc::clone(join.left()), Arc::clone(join.right()));
+            let right: Arc<dyn ExecutionPlan> = Arc::new(CoalescePartitionsExec::new(right));
+            Ok(Transformed::yes(replace_children_if_necessary(plan, vec![left, right])?))
+        };
+        plan.transform_up(in_one).data()
+    }
+
+    fn name(&self) -> &'static str {
+        "loops_over_one"
+    }
+
+    fn schema_check(&self) -> bool {
+        true
+    }
+}
+
 /// A session for connectors' own work, with SQL of ours. Without hash joins tables are sorted and merged, which can spill;
 /// DataFusion plans that over two partitions or more, so that rows have no order then.
 pub fn internal(scratch: &Scratch, hash_joins: bool) -> SessionContext {
@@ -214,6 +258,15 @@ pub fn is_order_free(plan: &LogicalPlan) -> bool {
         Ok(if free { TreeNodeRecursion::Continue } else { TreeNodeRecursion::Stop })
     }));
     free
+}
+
+/// Whether rows lose the order in which they are read, whatever it is: all of them are joined or grouped.
+pub fn loses_order(plan: &LogicalPlan) -> bool {
+    match plan {
+        LogicalPlan::Join(_) | LogicalPlan::Aggregate(_) | LogicalPlan::Distinct(_) => true,
+        LogicalPlan::Union(union) => union.inputs.iter().all(|input| loses_order(input)),
+        plan => plan.inputs().into_iter().any(loses_order),
+    }
 }
 
 fn is_order_free_aggregate(expr: &Expr, schema: &DFSchema) -> bool {
@@ -288,4 +341,67 @@ pub fn conformed(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch>
         .collect::<Result<Vec<_>>>()?;
     let options = RecordBatchOptions::new().with_row_count(Some(count));
     Ok(RecordBatch::try_new_with_options(Arc::clone(schema), arrays, &options)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{ArrayRef, Int64Array, StringArray};
+    use datafusion::{
+        catalog::streaming::StreamingTable, execution::TaskContext, physical_plan::streaming::PartitionStream,
+    };
+
+    use super::*;
+    use crate::runtime::Limits;
+
+    /// Rows of which nobody knows how many they are.
+    #[derive(Debug)]
+    struct Part(Vec<RecordBatch>, SchemaRef);
+
+    impl PartitionStream for Part {
+        fn schema(&self) -> &SchemaRef {
+            &self.1
+        }
+
+        fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
+            let rows = futures::stream::iter(self.0.clone().into_iter().map(Ok));
+            Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.1), rows))
+        }
+    }
+
+    /// A row of the first side that meets one in any partition of the other came once, and not as one without too, also where it spills.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_nested_loop_that_spills_has_each_row_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let limits = Limits { memory_bytes: 16 << 20, spill: folder.path().to_owned() };
+        let scratch = Scratch::new(&limits).unwrap();
+        let context = for_joins(&scratch, DateTime::UNIX_EPOCH, Arc::default(), true, 2);
+        let batch = |columns: Vec<(&str, ArrayRef)>| RecordBatch::try_from_iter(columns).unwrap();
+        let numbers = |numbers: Vec<i64>| -> ArrayRef { Arc::new(Int64Array::from(numbers)) };
+        let day = |first: i64| {
+            let at = (first..first + 1000).map(|row| row % 100).collect();
+            let text = StringArray::from_iter_values((0..1000).map(|row| format!("{row:0200}")));
+            vec![batch(vec![("at", numbers(at)), ("text", Arc::new(text))])]
+        };
+        let rates = |lo: i64| vec![batch(vec![("lo", numbers(vec![lo])), ("hi", numbers(vec![lo + 50]))])];
+        let table = |partitions: Vec<Vec<RecordBatch>>| {
+            let schema = partitions[0][0].schema();
+            let parts = partitions.into_iter().map(|rows| Arc::new(Part(rows, Arc::clone(&schema))) as _);
+            Arc::new(StreamingTable::try_new(Arc::clone(&schema), parts.collect()).unwrap())
+        };
+        let days = (0..100).flat_map(|part| day(part * 1000)).collect();
+        context.register_table("days", table(vec![days])).unwrap();
+        context.register_table("rates", table(vec![rates(0), rates(50)])).unwrap();
+        let join = |kind: &str| {
+            format!(
+                "SELECT count(*) AS n, max(text) AS m FROM days {kind} JOIN rates ON at >= lo AND at < hi"
+            )
+        };
+        for (kind, expected) in
+            [("LEFT", 100_000), ("LEFT ANTI", 0), ("LEFT SEMI", 100_000), ("INNER", 100_000)]
+        {
+            let found = context.sql(&join(kind)).await.unwrap().collect().await.unwrap();
+            let found = found[0].column(0).as_any().downcast_ref::<Int64Array>().unwrap().value(0);
+            assert_eq!(found, expected, "{kind}");
+        }
+    }
 }

@@ -348,6 +348,9 @@ impl Sorter {
                 Error::configuration(format!("check `{}` on `{}` is no condition", check.words(), check.on))
                     .hint("Write an expression that is true or false.")
             })?;
+            if column.true_count() + column.null_count() == column.len() {
+                continue;
+            }
             for (row, still) in pass.iter_mut().enumerate() {
                 if column.is_null(row) || column.value(row) {
                     continue;

@@ -7,9 +7,21 @@
 //! Projections reach every source; conditions and limits of models those that apply them. Windows are part of the scan. What a
 //! server leaves out was not extracted.
 
-use std::{any::Any, collections::HashMap, fmt, sync::Arc, task::Poll};
+use std::{
+    any::Any,
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
+};
 
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::{
+    array::RecordBatch,
+    datatypes::{DataType, Field, Schema, SchemaRef},
+};
 use async_trait::async_trait;
 use datafusion::{
     catalog::{Session, TableProvider},
@@ -19,8 +31,8 @@ use datafusion::{
     logical_expr::{Expr, TableProviderFilterPushDown, TableType},
     physical_expr::{EquivalenceProperties, expressions::Column, projection::ProjectionExpr},
     physical_plan::{
-        DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PhysicalExpr, PlanProperties,
-        SendableRecordBatchStream,
+        DisplayAs, DisplayFormatType, EmptyRecordBatchStream, ExecutionPlan, Partitioning, PhysicalExpr,
+        PlanProperties, SendableRecordBatchStream,
         execution_plan::{Boundedness, EmissionType},
         projection::ProjectionExec,
         stream::RecordBatchStreamAdapter,
@@ -38,7 +50,7 @@ use super::{
 use crate::{
     budget::{self, Share},
     error::Error,
-    runtime::{BATCH_BYTES, BATCHES_UNDER_WAY},
+    runtime::{self, BATCH_BYTES, BATCHES_UNDER_WAY},
     watermark::Window,
 };
 
@@ -49,6 +61,20 @@ pub const POSITION_COLUMN: &str = "_source_position";
 pub fn with_position(schema: &SchemaRef) -> SchemaRef {
     let position = Arc::new(Field::new(POSITION_COLUMN, DataType::Utf8, false));
     Arc::new(Schema::new(schema.fields().iter().cloned().chain([position]).collect::<Vec<_>>()))
+}
+
+/// Threads that read one source side by side, at most.
+const MOST_READERS: usize = 4;
+
+/// What the order of rows is to whoever reads them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Values depend on it: rows come as the source has them.
+    Decides,
+    /// They are passed on in it: of a source that has one, as a file does, they come so.
+    Shows,
+    /// They are joined or grouped: it is lost, and they come in any.
+    Unseen,
 }
 
 /// What to read: plain data.
@@ -66,8 +92,8 @@ pub struct Scan {
     pub limit: Option<usize>,
     /// Bytes at which a batch is cut, however few rows it has. A single row may be larger.
     pub batch_bytes: usize,
-    /// Whether rows come as the source has them; else in any order.
-    pub in_order: bool,
+    /// What their order is to whoever reads them.
+    pub order: Order,
     /// Whether they go on in one stream, which one session fills: others would take the server's time from whoever takes the rows.
     pub in_one_stream: bool,
 }
@@ -76,8 +102,18 @@ impl Scan {
     /// All rows of `window`.
     pub fn new(stream: StreamSpec, schema: SchemaRef, window: Window) -> Self {
         let (conditions, limit, batch_bytes) = (Vec::new(), None, BATCH_BYTES);
-        let (in_order, in_one_stream) = (true, false);
-        Self { stream, schema, window, conditions, limit, batch_bytes, in_order, in_one_stream }
+        let (order, in_one_stream) = (Order::Decides, false);
+        Self { stream, schema, window, conditions, limit, batch_bytes, order, in_one_stream }
+    }
+
+    /// How many threads read it side by side, where they can: each holds what it decodes.
+    pub fn readers(&self) -> usize {
+        self.takers().min(MOST_READERS)
+    }
+
+    /// How many partitions share its rows.
+    fn takers(&self) -> usize {
+        if self.order == Order::Unseen { runtime::cores() } else { 1 }
     }
 
     /// The rows, of which the one at hand, and if there is room others under way, are taken from `pool`.
@@ -94,6 +130,8 @@ impl Scan {
         let scan = Self { batch_bytes: budget::batch_bytes(pool.as_ref()), ..self.clone() };
         let mut rows = source.scan(&open.snapshot, &scan, Arc::clone(&open.tap))?;
         let (tap, memory) = (open.tap, Share::of_source(name, pool));
+        // Of each reader and of each taker more than one there is one more.
+        let others = BATCHES_UNDER_WAY - 1 + scan.readers() - 1 + scan.takers() - 1;
         let counted = futures::stream::poll_fn(move |waker| {
             let next = rows.poll_next_unpin(waker);
             match &next {
@@ -101,7 +139,7 @@ impl Scan {
                     tap.hand(batch.num_rows() as u64);
                     // As much again for each of the others that are under way, if there is.
                     let bytes = batch.get_array_memory_size();
-                    memory.wishes(bytes.saturating_mul(BATCHES_UNDER_WAY - 1));
+                    memory.wishes(bytes.saturating_mul(others));
                     if let Err(error) = memory.needs(bytes) {
                         return Poll::Ready(Some(Err(error)));
                     }
@@ -240,7 +278,7 @@ impl TableProvider for ScanTable {
 
     async fn scan(
         &self,
-        _: &dyn Session,
+        session: &dyn Session,
         projection: Option<&Vec<usize>>,
         filters: &[Expr],
         limit: Option<usize>,
@@ -257,35 +295,135 @@ impl TableProvider for ScanTable {
             let all_come = scan.window == Window::Whole && scan.stream.bad_rows == BadRows::Error;
             scan.limit = limit.filter(|_| filters.is_empty() && all_come);
         }
-        if scan.schema.fields().len() == wanted.fields().len() {
-            return Ok(Arc::new(ScanExec::new(scan, self.rows)));
+        // Where their order is lost, whoever is free takes the next rows.
+        let takers = scan.takers().min(session.config().target_partitions());
+        let exec = ScanExec::new(scan, self.rows, takers);
+        if exec.scan.schema.fields().len() == wanted.fields().len() {
+            return Ok(Arc::new(exec));
         }
         let columns = wanted.fields().iter().enumerate().map(|(at, field)| ProjectionExpr {
             expr: Arc::new(Column::new(field.name(), at)),
             alias: field.name().clone(),
         });
-        Ok(Arc::new(ProjectionExec::try_new(columns, Arc::new(ScanExec::new(scan, self.rows)))?))
+        Ok(Arc::new(ProjectionExec::try_new(columns, Arc::new(exec))?))
     }
 }
 
-/// Executes a [`Scan`]: one partition, in the source's order.
+/// Executes a [`Scan`], once for all of its partitions: each batch goes to one of them.
 #[derive(Debug)]
 pub struct ScanExec {
     scan: Scan,
     rows: Option<u64>,
     properties: Arc<PlanProperties>,
+    /// The rows that another partition has asked for, for each that has not.
+    waiting: Mutex<Vec<Option<Begun>>>,
+}
+
+/// Rows of which each taker has some: the next ones go to whoever asks first.
+struct Shared {
+    rows: SendableRecordBatchStream,
+    asking: Arc<Asking>,
+    has_ended: Arc<AtomicBool>,
+}
+
+/// Rows that somebody takes already, for who comes later: gone with the last taker.
+#[derive(Debug, Clone)]
+struct Begun {
+    shared: Weak<Mutex<Shared>>,
+    has_ended: Arc<AtomicBool>,
+}
+
+/// Who waits for rows: of each taker how to wake it.
+#[derive(Default)]
+struct Asking(Mutex<Vec<Option<Waker>>>);
+
+impl Asking {
+    fn list(&self) -> MutexGuard<'_, Vec<Option<Waker>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wake for Asking {
+    fn wake(self: Arc<Self>) {
+        let asking: Vec<Waker> = self.list().iter_mut().filter_map(Option::take).collect();
+        asking.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Shared {
+    fn poll(
+        &mut self,
+        taker: usize,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<DataFusionResult<RecordBatch>>> {
+        if self.has_ended.load(Ordering::Relaxed) {
+            return Poll::Ready(None);
+        }
+        let put = |waker| {
+            if let Some(place) = self.asking.list().get_mut(taker) {
+                *place = waker;
+            }
+        };
+        // In the list before it is looked whether there are any: they may come in between.
+        put(Some(context.waker().clone()));
+        let waker = Waker::from(Arc::clone(&self.asking));
+        let next = self.rows.poll_next_unpin(&mut Context::from_waker(&waker));
+        if next.is_ready() {
+            // Others look for themselves: what would have told them of more rows has been used up.
+            put(None);
+            Arc::clone(&self.asking).wake();
+        }
+        self.has_ended.store(matches!(next, Poll::Ready(None)), Ordering::Relaxed);
+        next
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
 }
 
 impl ScanExec {
-    /// A plan that reads `scan`, of about so many rows if that is known.
-    pub fn new(scan: Scan, rows: Option<u64>) -> Self {
+    /// A plan that reads `scan`, of about so many rows if that is known, in as many partitions as there are `takers`: one has all rows in their order.
+    pub fn new(scan: Scan, rows: Option<u64>, takers: usize) -> Self {
         let properties = PlanProperties::new(
             EquivalenceProperties::new(Arc::clone(&scan.schema)),
-            Partitioning::UnknownPartitioning(1),
+            Partitioning::UnknownPartitioning(takers),
             EmissionType::Incremental,
             Boundedness::Bounded,
         );
-        Self { scan, rows, properties: Arc::new(properties) }
+        let waiting = Mutex::new(vec![None; takers]);
+        Self { scan, rows, properties: Arc::new(properties), waiting }
+    }
+
+    fn takers(&self) -> usize {
+        self.properties.output_partitioning().partition_count()
+    }
+
+    /// The rows that a taker shares with the others: those that they have begun, or from the first one on.
+    fn shared(
+        &self,
+        taker: usize,
+        open: impl FnOnce() -> DataFusionResult<SendableRecordBatchStream>,
+    ) -> DataFusionResult<Option<Arc<Mutex<Shared>>>> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = waiting.get_mut(taker).and_then(Option::take);
+        if let Some(shared) = begun.as_ref().and_then(|begun| begun.shared.upgrade()) {
+            return Ok(Some(shared));
+        }
+        // The others have had them all; or went away before, and all is asked for anew.
+        if begun.is_some_and(|begun| begun.has_ended.load(Ordering::Relaxed)) {
+            return Ok(None);
+        }
+        let asking = Arc::new(Asking(Mutex::new(vec![None; waiting.len()])));
+        let has_ended = Arc::new(AtomicBool::new(false));
+        let shared = Shared { rows: open()?, asking, has_ended: Arc::clone(&has_ended) };
+        let shared = Arc::new(Mutex::new(shared));
+        for (_, other) in waiting.iter_mut().enumerate().filter(|(other, _)| *other != taker) {
+            *other = Some(Begun { shared: Arc::downgrade(&shared), has_ended: Arc::clone(&has_ended) });
+        }
+        Ok(Some(shared))
     }
 }
 
@@ -316,8 +454,9 @@ impl ExecutionPlan for ScanExec {
         Vec::new()
     }
 
-    fn partition_statistics(&self, _: Option<usize>) -> DataFusionResult<Arc<Statistics>> {
+    fn partition_statistics(&self, partition: Option<usize>) -> DataFusionResult<Arc<Statistics>> {
         let rows = self.rows.and_then(|rows| usize::try_from(rows).ok());
+        let rows = rows.map(|rows| if partition.is_some() { rows / self.takers() } else { rows });
         let num_rows = rows.map_or(Precision::Absent, Precision::Inexact);
         Ok(Arc::new(Statistics { num_rows, ..Statistics::new_unknown(&self.scan.schema) }))
     }
@@ -336,9 +475,25 @@ impl ExecutionPlan for ScanExec {
         Ok(self)
     }
 
-    fn execute(&self, _: usize, context: Arc<TaskContext>) -> DataFusionResult<SendableRecordBatchStream> {
-        let sources = context.session_config().get_extension::<OpenSources>();
-        self.scan.open(sources.unwrap_or_default().as_ref(), context.memory_pool())
+    fn execute(
+        &self,
+        partition: usize,
+        context: Arc<TaskContext>,
+    ) -> DataFusionResult<SendableRecordBatchStream> {
+        let open = || {
+            let sources = context.session_config().get_extension::<OpenSources>();
+            self.scan.open(sources.unwrap_or_default().as_ref(), context.memory_pool())
+        };
+        if self.takers() == 1 {
+            return open();
+        }
+        let Some(shared) = self.shared(partition, open)? else {
+            return Ok(Box::pin(EmptyRecordBatchStream::new(Arc::clone(&self.scan.schema))));
+        };
+        let taken = futures::stream::poll_fn(move |context| {
+            shared.lock().unwrap_or_else(PoisonError::into_inner).poll(partition, context)
+        });
+        Ok(Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.scan.schema), taken)))
     }
 }
 

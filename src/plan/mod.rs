@@ -18,14 +18,14 @@ use crate::{
     connector::{
         Connection, NOTHING_YET, columns,
         condition::Condition,
-        scan::{OpenSources, POSITION_COLUMN, Scan, ScanTable, with_position},
+        scan::{OpenSources, Order, POSITION_COLUMN, Scan, ScanTable, with_position},
         spec::{ApiRequest, CursorSpec, Deletes, Guarantee, Mode, OutputSpec, Read, StreamSpec, with_values},
     },
     dimension::{self, Dimension},
     error::{Error, ErrorKind, Place, Problem, Result, nearest},
     functions::rules,
     job::{
-        GuardSpec, JobFile, OverlapSpec, SourceSpec,
+        GuardSpec, JobFile, OnFail, OverlapSpec, SourceSpec,
         param::{Param, ParamError},
     },
     model::plain_schema,
@@ -121,6 +121,27 @@ impl Plan {
     pub fn is_copied(&self, source: &Stream) -> bool {
         let takes = |output: &Output| output.from == source.spec.name && !output.dimension.looks_back();
         !source.spool && self.outputs.iter().any(takes)
+    }
+
+    /// What the order of a source's rows is to those that read it. An output shows it, and so do checks, which count rows; of rows that are set
+    /// aside the number tells one from another.
+    pub fn order_of(&self, source: &str) -> Order {
+        let is_shown = |check: &Check| {
+            check.on == source
+                || check.reads().iter().any(|read| read == source)
+                || check.spec.on_fail == OnFail::Quarantine && self.upstream(&check.on).contains(source)
+        };
+        let mut models = self.models.values().filter(|model| model.select.reads.contains(source));
+        if !self.is_order_free() {
+            Order::Decides
+        } else if self.outputs.iter().any(|output| output.from == source)
+            || self.checks.iter().any(is_shown)
+            || models.any(|model| !model.loses_order)
+        {
+            Order::Shows
+        } else {
+            Order::Unseen
+        }
     }
 
     /// The sources that a source or model is made from.
@@ -257,6 +278,8 @@ pub struct Model {
     pub spool: bool,
     /// Whether the order of the rows that it reads decides about nothing.
     pub order_free: bool,
+    /// Whether its own rows come in another order, whatever that was.
+    pub loses_order: bool,
 }
 
 /// An output in a plan.
@@ -428,8 +451,10 @@ impl Planner<'_> {
                     // Readers see the model as a table of its own columns: so uses are counted per model.
                     tables.add(&name, placeholder(&name, &schema))?;
                     let order_free = session::is_order_free(&logical);
+                    let loses_order = session::loses_order(&logical);
                     let select = select.clone();
-                    models.insert(name.clone(), Model { select, schema, partial, spool: false, order_free });
+                    let model = Model { select, schema, partial, spool: false, order_free, loses_order };
+                    models.insert(name.clone(), model);
                 }
                 Err(problem) => {
                     for source in self.unseen.iter().filter(|source| select.reads.contains(*source)) {

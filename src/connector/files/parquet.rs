@@ -6,9 +6,11 @@
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
+    io::{self, BufReader},
+    os::unix::fs::FileExt,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -22,6 +24,7 @@ use ::parquet::{
     file::{
         metadata::{ColumnChunkMetaData, PageEncodingStats, ParquetMetaData},
         properties::{WriterProperties, WriterPropertiesBuilder},
+        reader::{ChunkReader, Length},
         writer::SerializedFileWriter,
     },
     schema::types::{ColumnPath, SchemaDescriptor},
@@ -34,6 +37,7 @@ use arrow::{
     datatypes::{DataType, Field, Int64Type, Schema, SchemaRef},
     util::display::{ArrayFormatter, FormatOptions},
 };
+use bytes::Bytes;
 use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
 use rayon::prelude::*;
@@ -50,7 +54,7 @@ use crate::{
     connector::{
         columns::Misfit,
         quarantined_schema,
-        scan::{POSITION_COLUMN, Scan},
+        scan::{Order, POSITION_COLUMN, Scan},
         tap::Tap,
     },
     error::{Error, Result},
@@ -80,11 +84,55 @@ pub(super) fn rows(file: &File, path: &str) -> Result<u64> {
     Ok(metadata.metadata().file_metadata().num_rows().unsigned_abs())
 }
 
-/// Sends the rows of one file. False once nobody reads any more.
-pub(super) fn read(file: &File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSender) -> Result<bool> {
+/// A file that is read at several places at once, by who says where each time.
+#[derive(Clone)]
+struct Positioned(Arc<File>);
+
+/// One of these places, and what comes behind it.
+struct Reading {
+    file: Arc<File>,
+    at: u64,
+}
+
+impl io::Read for Reading {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(buffer, self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+impl Length for Positioned {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+}
+
+impl ChunkReader for Positioned {
+    type T = BufReader<Reading>;
+
+    fn get_read(&self, start: u64) -> ::parquet::errors::Result<Self::T> {
+        Ok(BufReader::new(Reading { file: Arc::clone(&self.0), at: start }))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> ::parquet::errors::Result<Bytes> {
+        let mut bytes = vec![0; length];
+        self.0.read_exact_at(&mut bytes, start)?;
+        Ok(bytes.into())
+    }
+}
+
+/// Row groups that are read one behind the other.
+struct Part {
+    groups: Vec<usize>,
+    /// Rows of the file that come before.
+    before: u64,
+}
+
+/// Sends the rows of one file: from its first to its last one, or its row groups side by side where nobody sees their order. False once nobody reads any more.
+pub(super) fn read(file: File, path: &str, scan: &Scan, tap: &Tap, out: &BatchSender) -> Result<bool> {
     let size = file.metadata().map(|meta| meta.len()).unwrap_or(0);
-    let metadata = metadata(file, path)?;
-    let builder = |file| ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata.clone());
+    let metadata = metadata(&file, path)?;
     let file_schema = Arc::clone(metadata.schema());
     let mut wanted = Vec::new();
     for field in scan.schema.fields() {
@@ -109,22 +157,29 @@ pub(super) fn read(file: &File, path: &str, scan: &Scan, tap: &Tap, out: &BatchS
         .enumerate()
         .map(|(group, (rows, wanted))| (group, rows, wanted))
         .collect();
-    let mut number = 0_u64;
-    for groups in groups.chunk_by(|(.., one), (.., other)| one == other) {
+    let (mut parts, mut before) = (Vec::new(), 0_u64);
+    let go_together = |(.., one): &(usize, u64, bool), (.., other): &(usize, u64, bool)| {
+        one == other && !(*one && scan.order == Order::Unseen)
+    };
+    for groups in groups.chunk_by(go_together) {
         let rows: u64 = groups.iter().map(|(_, rows, _)| rows).sum();
-        if groups.iter().any(|(.., wanted)| !wanted) {
+        if groups.iter().all(|(.., wanted)| *wanted) {
+            parts.push(Part { groups: groups.iter().map(|(group, ..)| *group).collect(), before });
+        } else {
             tap.filtered(rows);
             tap.bytes(size * rows / rows_in_all);
-            number += rows;
-            continue;
         }
-        let file = file.try_clone().map_err(|error| io_error("read", path, error))?;
-        let reader = builder(file)
-            .with_row_groups(groups.iter().map(|(group, ..)| *group).collect())
+        before += rows;
+    }
+    let file = Positioned(Arc::new(file));
+    let read_part = |part: &Part, is_over: &AtomicBool| {
+        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file.clone(), metadata.clone())
+            .with_row_groups(part.groups.clone())
             .with_projection(mask.clone())
             .with_batch_size(batch_rows)
             .build()
             .map_err(|error| damaged(path, error))?;
+        let mut number = part.before;
         for batch in reader {
             let batch = batch.map_err(|error| damaged(path, error))?;
             let rows = batch.num_rows() as u64;
@@ -135,12 +190,13 @@ pub(super) fn read(file: &File, path: &str, scan: &Scan, tap: &Tap, out: &BatchS
             };
             number += rows;
             tap.rows(&fitting)?;
-            if !out.send(fitting) {
+            if is_over.load(Ordering::Relaxed) || !out.send(fitting) {
                 return Ok(false);
             }
         }
-    }
-    Ok(true)
+        Ok(true)
+    };
+    runtime::side_by_side(scan.readers(), &parts, read_part)
 }
 
 /// How many rows come to a batch that is not too large, by what the file says of the columns that are read.
@@ -153,6 +209,8 @@ fn batch_rows(metadata: &ParquetMetaData, mask: &ProjectionMask, batch_bytes: us
             let width = match column.column_type() {
                 PhysicalType::INT32 | PhysicalType::FLOAT => 4,
                 PhysicalType::INT64 | PhysicalType::DOUBLE => 8,
+                // A decimal or an identity.
+                PhysicalType::FIXED_LEN_BYTE_ARRAY => 16,
                 _ => 0,
             };
             column.uncompressed_size().max(texts).max(column.num_values() * width)
@@ -543,7 +601,7 @@ impl Writer {
 fn failed(path: &str) -> impl Fn(::parquet::errors::ParquetError) -> Error {
     let shown = path.to_owned();
     move |error| match error {
-        ::parquet::errors::ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
+        ::parquet::errors::ParquetError::External(inner) => match inner.downcast::<io::Error>() {
             Ok(io) => io_error("write", &shown, *io),
             Err(inner) => Error::failed(format!("cannot write `{shown}`")).note(inner.to_string()),
         },

@@ -371,7 +371,7 @@ impl FilesConnection {
         } else {
             kind(&format, path)?
         } {
-            FormatKind::Parquet => parquet::read(&self.place.open(file)?, path, scan, tap, out)?,
+            FormatKind::Parquet => parquet::read(self.place.open(file)?, path, scan, tap, out)?,
             FormatKind::Csv => self.read_csv(file, &format, scan, tap, out)?,
             kind @ (FormatKind::JsonLines | FormatKind::Json) => {
                 self.read_json(file, &format, kind == FormatKind::Json, scan, tap, out)?

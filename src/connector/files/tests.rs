@@ -15,7 +15,7 @@ use arrow::{
     datatypes::{DataType, Field, Int64Type, Schema, TimeUnit, TimestampMicrosecondType},
     util::display::array_value_to_string,
 };
-use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::{ExecutionPlan, stream::RecordBatchStreamAdapter};
 use futures::StreamExt;
 use proptest::{prelude::*, test_runner::TestRunner};
 use serde_json::json;
@@ -23,14 +23,16 @@ use serde_json::json;
 use crate::{
     connector::{
         Bounds, Connection, Connector, Marks, Options, RunTime, Source,
+        condition::{Comparison, Condition, Value},
         contract::{self, Row, World, made_at, orders},
-        scan::{Scan, with_position},
+        scan::{OpenSource, OpenSources, Order, Scan, ScanExec, with_position},
         services,
         spec::{BadRows, Format, Read, StreamSpec},
         tap::{Reject, Tap},
     },
     error::ErrorKind,
     runtime::Limits,
+    session,
     spool::Scratch,
     watermark::Window,
 };
@@ -285,6 +287,110 @@ async fn read_csv(
         }
     }
     (found, tap.rejects(), tap.nulled().values().sum())
+}
+
+/// Where nobody sees their order, row groups are read side by side: the same rows of them, from the same places.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_groups_are_read_side_by_side_as_one_behind_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let fields = [("id", DataType::Int64), ("amount", DataType::Utf8)];
+    let schema = Arc::new(Schema::new(fields.map(|(name, of)| Field::new(name, of, true)).to_vec()));
+    let file = fs::File::create(folder.path().join("lines.parquet")).unwrap();
+    let mut writer = ::parquet::arrow::ArrowWriter::try_new(file, Arc::clone(&schema), None).unwrap();
+    let amount = |id: i64| if id % 97 == 0 { "none".to_owned() } else { format!("{id}.50") };
+    for group in 0..40 {
+        let ids = (0..25).map(|row| group * 25 + row);
+        let amounts: StringArray = ids.clone().map(|id| Some(amount(id))).collect();
+        let columns: Vec<ArrayRef> = vec![Arc::new(ids.collect::<Int64Array>()), Arc::new(amounts)];
+        writer.write(&RecordBatch::try_new(Arc::clone(&schema), columns).unwrap()).unwrap();
+        writer.flush().unwrap();
+    }
+    writer.close().unwrap();
+    let connection = open(folder.path());
+    let source = connection.source().unwrap();
+    let mut stream = orders(Read::File("lines.parquet".to_owned()));
+    stream.columns.shift_remove("note");
+    let mut found = Vec::new();
+    for order in [Order::Decides, Order::Unseen] {
+        let (columns, snapshot) = (
+            with_position(&source.describe(&stream).await.unwrap()),
+            source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await.unwrap(),
+        );
+        let from = |id| Condition::Compares {
+            column: "id".to_owned(),
+            by: Comparison::AtLeast,
+            value: Value::Int(id),
+        };
+        let mut scan = Scan::new(stream.clone(), columns, Window::Whole);
+        (scan.order, scan.conditions) = (order, vec![from(290)]);
+        let read = |scan: &Scan, tap: &Arc<Tap>| {
+            source.scan(&snapshot, scan, Arc::clone(tap)).unwrap().collect::<Vec<_>>()
+        };
+        // One that does not fit ends all.
+        let refused = read(&scan, &Arc::default()).await;
+        assert!(refused.into_iter().any(|batch| batch.is_err()));
+        scan.stream.bad_rows = BadRows::Quarantine;
+        let tap = Arc::new(Tap::default());
+        let mut rows = Vec::new();
+        for batch in read(&scan, &tap).await {
+            let batch = batch.unwrap();
+            let value = |column: &ArrayRef, row| array_value_to_string(column, row).unwrap();
+            rows.extend((0..batch.num_rows()).map(|row| {
+                batch.columns().iter().map(|column| value(column, row)).collect::<Vec<_>>().join("|")
+            }));
+        }
+        let mut rejects: Vec<String> = tap.rejects().into_iter().map(|reject| reject.position).collect();
+        assert_eq!((rows.len(), rejects.len(), tap.filtered_rows()), (1000 - 275 - 8, 8, 275));
+        assert!(tap.is_complete());
+        if order == Order::Unseen {
+            rows.sort_unstable_by_key(|row| row.split('|').next().unwrap().parse::<u64>().unwrap());
+            rejects.sort_unstable_by_key(|place| place.rsplit(' ').next().unwrap().parse::<u64>().unwrap());
+        }
+        assert_eq!(rejects[0], "`lines.parquet` row 292");
+        found.push((rows, rejects, tap.extracted()));
+    }
+    assert_eq!(found[0], found[1]);
+}
+
+/// Where nobody sees their order, rows go to whoever asks first; each once, also when they are asked for anew, and when one who asks goes away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_are_shared_out_come_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let lines: String = (0..50_000).map(|id| format!("{id}\n")).collect();
+    fs::write(folder.path().join("lines.csv"), format!("id\n{lines}")).unwrap();
+    let connection = open(folder.path());
+    let source = connection.source().unwrap();
+    let mut stream = orders(Read::File("lines.csv".to_owned()));
+    stream.columns.retain(|name, _| name == "id");
+    let columns = source.describe(&stream).await.unwrap();
+    let snapshot = source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await.unwrap();
+    let opened = OpenSource { connection: Arc::clone(&connection), snapshot, tap: Arc::default() };
+    let sources = OpenSources([(stream.name.clone(), opened)].into_iter().collect());
+    let limits = Limits { memory_bytes: 64 << 20, spill: folder.path().join("spill") };
+    let scratch = Scratch::new(&limits).unwrap();
+    let context = session::for_joins(&scratch, chrono::DateTime::UNIX_EPOCH, Arc::new(sources), true, 3);
+    let mut scan = Scan::new(stream, columns, Window::Whole);
+    scan.order = Order::Unseen;
+    let plan = ScanExec::new(scan, None, 3);
+    for leaves in [false, true] {
+        let takers = (0..3).map(|taker| {
+            let mut rows = plan.execute(taker, context.task_ctx()).unwrap();
+            async move {
+                let (mut ids, has_left) = (Vec::new(), leaves && taker == 1);
+                while (!has_left || ids.is_empty())
+                    && let Some(batch) = rows.next().await
+                {
+                    ids.extend(batch.unwrap().column(0).as_primitive::<Int64Type>().values());
+                    tokio::task::yield_now().await;
+                }
+                ids
+            }
+        });
+        let takers: tokio::task::JoinSet<Vec<i64>> = takers.collect();
+        let mut found = takers.join_all().await.concat();
+        found.sort_unstable();
+        assert_eq!(found, (0..50_000).collect::<Vec<_>>());
+    }
 }
 
 /// Column by column or row by row: the same rows, the same refusals, at the same places.

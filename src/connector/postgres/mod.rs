@@ -117,7 +117,7 @@ struct PostgresOptions {
     silence_ms: Option<u32>,
     /// How far behind the server's clock the end of a window stays, in milliseconds. Unless set, 5000.
     bound_margin_ms: Option<u32>,
-    /// How many sessions read a table of 32 MiB or more, all in one snapshot, when it is read from its first row; their rows come in no order.
+    /// How many sessions read a table of 32 MiB or more, all in one snapshot, when the server reads all of it; their rows come in no order.
     /// Unless set, 2; and 1 where the rows are copied into a database, which takes them in one stream.
     readers: Option<u8>,
 }

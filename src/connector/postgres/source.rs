@@ -4,9 +4,9 @@
 //! and is a binary COPY of a SELECT. The server applies the projection, and as much of the window and of what
 //! models ask for as surely means the same there; the rest of the window is applied here, to typed values.
 //!
-//! A large table that is read from its first row is read by several sessions at once, each taking the next range of its pages from
-//! one queue, and of the pages of each of its partitions; their rows come in no order. So the table's files are read once, however many there are. What an index may serve
-//! (a window behind a mark, what a model filters) is left to the server's planner, in one session.
+//! A large table that is read from end to end is read by several sessions at once, each taking the next range of its pages from
+//! one queue, and of the pages of each of its partitions; their rows come in no order. So the table's files are read once, however many there are. Of a window behind a mark, and of
+//! what a model filters, the server's planner says whether it would read the table so; what an index serves better is left to one session.
 
 use std::{
     borrow::Cow,
@@ -28,7 +28,7 @@ use datafusion::physical_plan::SendableRecordBatchStream;
 use futures::StreamExt;
 use tokio::sync::watch;
 use tokio_postgres::{
-    CopyOutStream,
+    CopyOutStream, SimpleQueryMessage,
     error::SqlState,
     types::{Kind, Type},
 };
@@ -47,7 +47,7 @@ use crate::{
     connector::{
         Bounds, CatalogTable, Marks, RunTime, Snapshot, Source,
         columns::{ColumnBuilder, Misfit, TextRules, effective, zone},
-        scan::{POSITION_COLUMN, Scan, held},
+        scan::{Order, POSITION_COLUMN, Scan, held},
         spec::{OnNull, Read, StreamSpec},
         tap::Tap,
     },
@@ -243,6 +243,11 @@ impl Shape {
     /// What stands behind FROM.
     pub(super) fn from(&self) -> &str {
         &self.from
+    }
+
+    /// Whether more than one session pays.
+    fn is_large(&self) -> bool {
+        self.all_pages >= FEW_PAGES
     }
 
     /// The column of that name.
@@ -482,17 +487,26 @@ pub(super) async fn discover(this: &Arc<PostgresConnection>) -> Result<Vec<Catal
     Ok(tables.into_iter().map(ordered).collect())
 }
 
-/// One scan: the columns that are built, those that only place a row, and what is counted.
-struct Reader<'a> {
+/// What is asked for of a scan.
+struct Selection<'a> {
     scan: &'a Scan,
-    tap: &'a Tap,
+    shape: &'a Shape,
     /// The columns that are given, as they are selected.
     given: Vec<&'a ColumnShape>,
-    columns: Vec<Column>,
-    /// The cursor's columns and where they are selected; empty if the server applied the window.
+    /// The cursor's columns and where they are selected; empty if the server applies the window.
     cursor: Vec<(usize, &'a ColumnShape)>,
     /// Where the row's place in the table is selected.
     place: Option<usize>,
+    /// What of the window the server applies.
+    window: String,
+}
+
+/// One scan: the columns that are built, and what is counted.
+struct Reader<'a> {
+    scan: &'a Scan,
+    tap: &'a Tap,
+    selection: Selection<'a>,
+    columns: Vec<Column>,
     positions: Option<StringBuilder>,
     count: usize,
     bytes: usize,
@@ -520,17 +534,41 @@ const FEW_PAGES: u64 = 4096;
 /// Pages of a range: so few that no reader is left with the last one for long, and so many that asking for them costs nothing.
 const RANGE_PAGES: std::ops::RangeInclusive<u64> = 256..=16_384;
 
-/// How many sessions read a scan: several only if it is for all of a table, or nearly, in any order.
+/// How many sessions may read a scan: several only in any order.
 fn readers(this: &PostgresConnection, scan: &Scan) -> usize {
+    let may_be_parted = scan.order != Order::Decides && scan.limit.is_none();
+    let unless_set = if scan.in_one_stream { 1 } else { 2 };
+    if may_be_parted { this.options.readers.unwrap_or(unless_set).max(1).into() } else { 1 }
+}
+
+/// Whether the server reads all of a table for a scan, by itself, and nothing else. It is asked where the scan is not for all rows: an index may serve it
+/// better, and of few rows it may look for them with several processes.
+async fn reads_all(this: &PostgresConnection, session: &Session, shape: &Shape, scan: &Scan) -> Result<bool> {
     let from_the_start = match &scan.window {
         Window::Whole => true,
         Window::Cursor { from, .. } => from.is_none(),
         Window::Files { .. } => false,
     };
-    let may_be_parted =
-        from_the_start && !scan.in_order && scan.conditions.is_empty() && scan.limit.is_none();
-    let unless_set = if scan.in_one_stream { 1 } else { 2 };
-    if may_be_parted { this.options.readers.unwrap_or(unless_set).max(1).into() } else { 1 }
+    if from_the_start && scan.conditions.is_empty() {
+        return Ok(true);
+    }
+    let sql = format!("EXPLAIN (FORMAT JSON) {}", Selection::of(scan, shape)?.sql("")?);
+    let doing = || format!("plan source `{}` in", scan.stream.name);
+    let told = session.simple_query(&sql).await.map_err(|error| this.error(&doing(), &error))?;
+    let plan = told.iter().find_map(|told| match told {
+        SimpleQueryMessage::Row(row) => row.get(0),
+        _ => None,
+    });
+    let plan: serde_json::Value = plan.and_then(|plan| serde_json::from_str(plan).ok()).unwrap_or_default();
+    Ok(plan.get(0).and_then(|plan| plan.get("Plan")).is_some_and(scans_only))
+}
+
+/// Whether tables are read from end to end, by one process, and nothing else is, in a plan of the server's.
+fn scans_only(node: &serde_json::Value) -> bool {
+    let below = node.get("Plans").and_then(serde_json::Value::as_array);
+    let kind = node.get("Node Type").and_then(serde_json::Value::as_str);
+    matches!((kind, below), (Some("Seq Scan"), None) | (Some("Append"), Some(_)))
+        && below.into_iter().flatten().all(scans_only)
 }
 
 /// What the readers of one scan share.
@@ -547,7 +585,7 @@ struct Shared {
 impl Shared {
     fn new(shape: Shape, readers: usize) -> Self {
         let mut parts = vec![String::new()];
-        if readers > 1 && shape.all_pages >= FEW_PAGES {
+        if readers > 1 {
             let each = shape.pages / (8 * readers as u64);
             let each = each.clamp(*RANGE_PAGES.start(), *RANGE_PAGES.end());
             let starts: Vec<u64> =
@@ -627,7 +665,9 @@ async fn read(
     let (session, shared) = if let Some(told) = told {
         let session = follow(this, lead, stream).await?;
         let shape = Shape::of(this, &session, stream).await?;
-        let shared = Arc::new(Shared::new(shape, readers(this, scan)));
+        let readers = readers(this, scan);
+        let is_parted = readers > 1 && shape.is_large() && reads_all(this, &session, &shape, scan).await?;
+        let shared = Arc::new(Shared::new(shape, if is_parted { readers } else { 1 }));
         told.send_replace(Some(Arc::clone(&shared)));
         (session, shared)
     } else {
@@ -654,53 +694,40 @@ async fn read(
             }
         }
     };
-    let mut session = session;
+    let (mut session, mut parts) = (session, 0);
+    let mut reader = Reader::new(scan, &shared.shape, tap)?;
     while let Some(part) = shared.take() {
-        session = match read_part(this, session, &shared.shape, part, scan, tap, out).await? {
+        session = match read_part(this, session, &mut reader, part, out).await? {
             Some(session) => session,
             None => return Ok(()),
         };
-        if shared.done.fetch_add(1, Ordering::Relaxed) + 1 == shared.parts.len() {
-            tap.finish();
-        }
+        parts += 1;
+    }
+    // A batch goes on from one part to the next: who filters rows gathers small ones anew, and all that come behind them.
+    if let Some(batch) = reader.flush()?
+        && !out.send(batch).await
+    {
+        return Ok(());
+    }
+    if shared.done.fetch_add(parts, Ordering::Relaxed) + parts == shared.parts.len() {
+        tap.finish();
     }
     Ok(())
 }
 
-/// Sends the rows of one part, and gives the session back; none once nobody reads any more.
-async fn read_part(
+/// Sends the rows of one part, of which the last ones stay with the reader, and gives the session back; none once nobody reads any more.
+async fn read_part<'a>(
     this: &Arc<PostgresConnection>,
     session: Session,
-    shape: &Shape,
-    part: &str,
-    scan: &Scan,
-    tap: &Tap,
+    reader: &mut Reader<'a>,
+    part: &'a str,
     out: &AsyncSender,
 ) -> Result<Option<Session>> {
-    let stream = &scan.stream;
+    let (stream, tap) = (&reader.scan.stream, reader.tap);
     let failed =
         |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
-    let (window, exact) = condition(shape, stream, &scan.window)?;
-    let mut reader = Reader::new(scan, shape, part, tap, exact)?;
-    let mut selected = reader.given.iter().map(|column| column.sql()).collect::<Result<Vec<_>>>()?;
-    for (_, column) in &reader.cursor {
-        selected.push(column.sql()?);
-    }
-    if reader.place.is_some() {
-        selected.push("ctid".to_owned());
-    }
-    let mut wanted: Vec<String> = (!window.is_empty()).then_some(window).into_iter().collect();
-    wanted.extend((!part.is_empty()).then(|| part.to_owned()));
-    for condition in &scan.conditions {
-        wanted.extend(filter::sql(condition, shape, &stream.unfit_as_null)?);
-    }
-    let filter = if wanted.is_empty() { String::new() } else { format!(" WHERE {}", wanted.join(" AND ")) };
-    let limit = scan.limit.map(|rows| format!(" LIMIT {rows}")).unwrap_or_default();
-    let sql = format!(
-        "COPY (SELECT {} FROM {}{filter}{limit}) TO STDOUT (FORMAT binary)",
-        selected.join(", "),
-        shape.from()
-    );
+    (reader.part, reader.number) = (part, 0);
+    let sql = format!("COPY ({}) TO STDOUT (FORMAT binary)", reader.selection.sql(part)?);
     let mut copy = Copy::begin(session, &sql).await.map_err(|error| failed(&error))?;
     // What is left of a frame that ended in the middle of a row: servers send whole rows, what stands between may not.
     let mut left: Vec<u8> = Vec::new();
@@ -769,11 +796,6 @@ async fn read_part(
         return Err(Error::temporary(format!("connection `{}`: the answer ended too early", this.name))
             .hint("Run again: nothing of this run was published."));
     }
-    if let Some(batch) = reader.flush()?
-        && !out.send(batch).await
-    {
-        return Ok(None);
-    }
     Ok(Some(copy.session))
 }
 
@@ -838,9 +860,10 @@ impl Span {
     }
 }
 
-impl<'a> Reader<'a> {
-    fn new(scan: &'a Scan, shape: &'a Shape, part: &'a str, tap: &'a Tap, exact: bool) -> Result<Self> {
+impl<'a> Selection<'a> {
+    fn of(scan: &'a Scan, shape: &'a Shape) -> Result<Self> {
         let stream = &scan.stream;
+        let (window, exact) = condition(shape, stream, &scan.window)?;
         let with_position = scan.schema.field_with_name(POSITION_COLUMN).is_ok();
         let mut given = Vec::new();
         for wanted in scan.schema.fields().iter().filter(|field| field.name() != POSITION_COLUMN) {
@@ -858,8 +881,6 @@ impl<'a> Reader<'a> {
             }
             given.push(column);
         }
-        let rules = TextRules::of(stream)?;
-        let columns = given.iter().map(|column| column.builder(&rules)).collect::<Result<Vec<_>>>()?;
         let mut cursor = Vec::new();
         if let (Some(spec), Window::Cursor { .. }) = (&stream.cursor, &scan.window) {
             let may_be_null = |name: &String| shape.column(name).is_none_or(|column| column.may_be_null);
@@ -877,22 +898,52 @@ impl<'a> Reader<'a> {
         }
         let wants_place = with_position || stream.bad_rows == crate::connector::spec::BadRows::Quarantine;
         let place = (shape.is_table && wants_place).then_some(given.len() + cursor.len());
-        let width = given.len() + cursor.len() + usize::from(place.is_some());
-        let in_blocks = cursor.is_empty() && !with_position && columns.iter().all(Column::takes_blocks);
+        Ok(Self { scan, shape, given, cursor, place, window })
+    }
+
+    /// How many fields a row has.
+    fn width(&self) -> usize {
+        self.given.len() + self.cursor.len() + usize::from(self.place.is_some())
+    }
+
+    /// The SELECT of a part, or of all if that is empty.
+    fn sql(&self, part: &str) -> Result<String> {
+        let columns = self.given.iter().copied().chain(self.cursor.iter().map(|(_, column)| *column));
+        let mut selected = columns.map(ColumnShape::sql).collect::<Result<Vec<_>>>()?;
+        selected.extend(self.place.map(|_| "ctid".to_owned()));
+        let mut wanted = vec![self.window.clone(), part.to_owned()];
+        wanted.retain(|condition| !condition.is_empty());
+        for condition in &self.scan.conditions {
+            wanted.extend(filter::sql(condition, self.shape, &self.scan.stream.unfit_as_null)?);
+        }
+        let filter =
+            if wanted.is_empty() { String::new() } else { format!(" WHERE {}", wanted.join(" AND ")) };
+        let limit = self.scan.limit.map(|rows| format!(" LIMIT {rows}")).unwrap_or_default();
+        Ok(format!("SELECT {} FROM {}{filter}{limit}", selected.join(", "), self.shape.from()))
+    }
+}
+
+impl<'a> Reader<'a> {
+    fn new(scan: &'a Scan, shape: &'a Shape, tap: &'a Tap) -> Result<Self> {
+        let selection = Selection::of(scan, shape)?;
+        let rules = TextRules::of(&scan.stream)?;
+        let columns = selection.given.iter().map(|column| column.builder(&rules));
+        let columns = columns.collect::<Result<Vec<_>>>()?;
+        let with_position = scan.schema.field_with_name(POSITION_COLUMN).is_ok();
+        let in_blocks =
+            selection.cursor.is_empty() && !with_position && columns.iter().all(Column::takes_blocks);
         Ok(Self {
             scan,
             tap,
-            given,
             columns,
-            cursor,
-            place,
             positions: with_position.then(StringBuilder::new),
             count: 0,
             bytes: 0,
             uneven: false,
             number: 0,
-            part,
-            width,
+            part: "",
+            width: selection.width(),
+            selection,
             fields: Vec::new(),
             in_blocks,
             singly: 0,
@@ -989,8 +1040,11 @@ impl<'a> Reader<'a> {
             Read::Table(table) => format!("{} {table}", this.name),
             _ => format!("{} {}", this.name, self.scan.stream.name),
         };
-        let place =
-            self.place.and_then(|index| self.field(frame, index)).and_then(|tid| tid.split_at_checked(4));
+        let place = self
+            .selection
+            .place
+            .and_then(|index| self.field(frame, index))
+            .and_then(|tid| tid.split_at_checked(4));
         match place {
             Some(([a, b, c, d], [e, f])) => {
                 format!(
@@ -1008,7 +1062,7 @@ impl<'a> Reader<'a> {
     fn row(&mut self, this: &PostgresConnection, frame: &[u8]) -> Result<()> {
         self.number += 1;
         let stream = &self.scan.stream;
-        if !self.cursor.is_empty() {
+        if !self.selection.cursor.is_empty() {
             match self.cursor_position(frame) {
                 Ok(Some(at)) if !self.scan.window.holds(&at) => return Ok(()),
                 Ok(Some(_)) => {}
@@ -1042,7 +1096,8 @@ impl<'a> Reader<'a> {
             let value = self.fields.get(index).and_then(|field| field.of(frame));
             bytes += value.map_or(0, <[u8]>::len);
             let Err(why) = column.append(value) else { continue };
-            let unfit = self.given.get(index).filter(|given| stream.unfit_as_null.contains(&given.name));
+            let unfit =
+                self.selection.given.get(index).filter(|given| stream.unfit_as_null.contains(&given.name));
             if let (Some(given), Ok(())) = (unfit, column.append(None)) {
                 nulled.push(given.name.as_str());
             } else {
@@ -1053,7 +1108,7 @@ impl<'a> Reader<'a> {
         if let Some((index, why)) = bad {
             // The columns before it have one value too many, which the flush leaves out.
             self.uneven = true;
-            let name = self.given.get(index).map(|column| column.name.as_str()).unwrap_or_default();
+            let name = self.selection.given.get(index).map(|column| column.name.as_str()).unwrap_or_default();
             let position = self.position(this, frame);
             return self.tap.reject(stream, position, format!("`{name}` {why}"), || self.json(frame));
         }
@@ -1070,8 +1125,8 @@ impl<'a> Reader<'a> {
     }
 
     fn cursor_position(&self, frame: &[u8]) -> Result<Option<Position>, (String, Misfit)> {
-        let mut values = Vec::with_capacity(self.cursor.len());
-        for (index, column) in &self.cursor {
+        let mut values = Vec::with_capacity(self.selection.cursor.len());
+        for (index, column) in &self.selection.cursor {
             let Some(value) = self.field(frame, *index) else { return Ok(None) };
             values.push(column.cursor_value(value).map_err(|why| (column.name.clone(), why))?);
         }
@@ -1081,6 +1136,7 @@ impl<'a> Reader<'a> {
     /// The row as JSON, for the quarantine.
     fn json(&self, frame: &[u8]) -> String {
         let object: serde_json::Map<String, serde_json::Value> = self
+            .selection
             .given
             .iter()
             .enumerate()
@@ -1123,13 +1179,16 @@ mod unit {
 
     #[test]
     fn the_parts_of_a_table_are_all_of_it() {
-        let parts = |pages, readers| {
-            let shape =
-                Shape { columns: Vec::new(), from: String::new(), is_table: true, pages, all_pages: pages };
-            Shared::new(shape, readers).parts
+        let shape = |pages| Shape {
+            columns: Vec::new(),
+            from: String::new(),
+            is_table: true,
+            pages,
+            all_pages: pages,
         };
+        let parts = |pages, readers| Shared::new(shape(pages), readers).parts;
+        assert_eq!([4095, 4096].map(|pages| shape(pages).is_large()), [false, true]);
         assert_eq!(parts(4096, 1), [""]);
-        assert_eq!(parts(4095, 2), [""]);
         let some = parts(4200, 2);
         assert_eq!(some.len(), 17, "{some:?}");
         assert_eq!(some[0], "ctid < '(262,0)'");

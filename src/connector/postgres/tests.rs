@@ -13,8 +13,9 @@ use indexmap::IndexMap;
 use crate::{
     connector::{
         Bounds, Connection, Connector, Options,
+        condition::{Comparison, Condition, Value},
         contract::{self, Row, World, everything, made_at, orders},
-        scan::{OpenSource, OpenSources, Scan, ScanTable, with_position},
+        scan::{OpenSource, OpenSources, Order, Scan, ScanTable, with_position},
         spec::{BadRows, CursorSpec, Mode, OnNull, Read, StreamSpec},
         tap::{Reject, Tap},
     },
@@ -23,7 +24,7 @@ use crate::{
     session,
     spool::Scratch,
     types::describe,
-    watermark::Window,
+    watermark::{CursorValue, Position, Window},
 };
 
 use super::late::Role;
@@ -317,7 +318,7 @@ async fn read_by_several_sessions(parts: &str) {
         let snapshot = source.snapshot(&streams, &bounds).await.unwrap();
         schema.execute("BEGIN; UPDATE wide SET note = 'changed'; INSERT INTO wide SELECT n + 10000, 'new' FROM generate_series(1, 500) AS n; COMMIT");
         let scan = Scan::new(stream.clone(), columns, bounds.windows["wide"].clone());
-        let scan = Scan { in_order: false, ..scan };
+        let scan = Scan { order: Order::Shows, ..scan };
         let tap = Arc::new(Tap::default());
         let rows = source.scan(&snapshot, &scan, Arc::clone(&tap)).unwrap();
         let batches: Vec<RecordBatch> = futures::TryStreamExt::try_collect(rows).await.unwrap();
@@ -333,6 +334,49 @@ async fn read_by_several_sessions(parts: &str) {
         assert_eq!(found, expected, "{cursor:?}");
         assert_eq!((tap.extracted(), tap.is_complete()), (expected.len() as u64, true));
         schema.execute("DELETE FROM wide WHERE id > 10000; UPDATE wide SET note = rpad(id::text, 7000, 'x')");
+    }
+}
+
+/// What is left out by a filter or by a mark is read as all is, unless an index serves it: rows are told by their part then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_sessions_read_what_no_index_serves() {
+    let schema = Schema::new();
+    schema.execute(
+        "CREATE TABLE wide (id bigint NOT NULL, note text, amount numeric(9,2)); ALTER TABLE wide ALTER COLUMN note SET STORAGE PLAIN;
+         INSERT INTO wide SELECT n, rpad(n::text, 7000, 'x'), CASE n WHEN 4590 THEN 'NaN'::numeric ELSE 1 END FROM generate_series(1, 4600) AS n;
+         ALTER TABLE wide SET (parallel_workers = 0); ANALYZE wide",
+    );
+    let connection = open(&schema.name);
+    let source = connection.source().unwrap();
+    let at = |id| Position(vec![CursorValue::Int(id)]);
+    let behind = |id| Window::Cursor { lo: Some(at(id)), from: Some(at(id)), hi: at(9000) };
+    let from = |id| {
+        vec![Condition::Compares { column: "id".to_owned(), by: Comparison::AtLeast, value: Value::Int(id) }]
+    };
+    let cursor = CursorSpec { columns: vec!["id".to_owned()], overlap: None, on_null: OnNull::Error };
+    let cursor = StreamSpec { cursor: Some(cursor), ..table("wide") };
+    for has_index in [false, true] {
+        if has_index {
+            schema.execute("CREATE INDEX ON wide (id)");
+        }
+        for (stream, window, conditions) in [
+            (table("wide"), Window::Whole, from(4580)),
+            (cursor.clone(), behind(4580), Vec::new()),
+            (cursor.clone(), behind(4570), from(4580)),
+        ] {
+            let columns = source.describe(&stream).await.unwrap();
+            let snapshot = source.snapshot(std::slice::from_ref(&stream), &Bounds::default()).await.unwrap();
+            let mut scan = Scan::new(stream, columns, window);
+            (scan.conditions, scan.order) = (conditions, Order::Shows);
+            let read = |scan: &Scan| source.scan(&snapshot, scan, Arc::default()).unwrap();
+            let read_all = |scan: &Scan| futures::TryStreamExt::try_collect::<Vec<RecordBatch>>(read(scan));
+            let error = read_all(&scan).await.unwrap_err().to_string();
+            assert!(error.contains("`amount` is NaN"), "{error}");
+            assert_eq!(error.contains(" where ctid >= "), !has_index, "{error}");
+            scan.stream.unfit_as_null = vec!["amount".to_owned()];
+            let rows: usize = read_all(&scan).await.unwrap().iter().map(RecordBatch::num_rows).sum();
+            assert_eq!(rows, 21);
+        }
     }
 }
 

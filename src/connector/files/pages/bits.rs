@@ -1,7 +1,5 @@
 //! How numbers are packed: runs, bits, steps, lengths.
 
-use super::numbers::Number;
-
 /// How many times a word comes before it is written as a run instead of bits.
 const LEAST_RUN: usize = 32;
 
@@ -44,8 +42,32 @@ const GROUP: usize = 8;
 const BLOCK: usize = 128;
 const PART: usize = 32;
 
+/// A whole number that is told by its step from another one.
+pub(super) trait Step: Copy + Default + Ord + Into<i64> {
+    /// How far it is from another to this one, around the end of the type if need be.
+    fn step_from(self, other: Self) -> Self;
+    fn unsigned(self) -> u64;
+}
+
+macro_rules! step {
+    ($type:ty) => {
+        impl Step for $type {
+            fn step_from(self, other: Self) -> Self {
+                self.wrapping_sub(other)
+            }
+
+            fn unsigned(self) -> u64 {
+                self.cast_unsigned().into()
+            }
+        }
+    };
+}
+
+step!(i32);
+step!(i64);
+
 /// Appends whole numbers by the steps from one to the next, as Parquet's `DELTA_BINARY_PACKED`.
-pub(super) fn put_steps<T: Number>(numbers: &[T], out: &mut Vec<u8>) {
+pub(super) fn put_steps<T: Step>(numbers: &[T], out: &mut Vec<u8>) {
     for count in [BLOCK, BLOCK / PART, numbers.len()] {
         put_varint(count as u64, out);
     }

@@ -1,4 +1,4 @@
-//! Column chunks of Parquet that are encoded here: of whole numbers, dates, times, decimals of up to 18 digits, texts and bytes, not nested.
+//! Column chunks of Parquet that are encoded here: of whole numbers, dates, times, decimals, texts and bytes, not nested.
 //!
 //! They are what most tables have, and what the library takes longest for: it asks for each value by its number, hashes it, and keeps eight bytes of it until its page
 //! is full. Here a batch's values are gone through in their own type. All other columns are the library's ([`Chunk::new`] says which), and so are the file, its footer and its
@@ -7,7 +7,7 @@
 //! # What is written
 //!
 //! Data pages of version 1, each with statistics in the page index and none in its header; a dictionary until its words take a megabyte, from then on numbers by their
-//! steps (`DELTA_BINARY_PACKED`, where the library writes them plainly) and texts plainly; validity as a run, or as the bits that Arrow has; zstd. The same batches
+//! steps (`DELTA_BINARY_PACKED`, where the library writes them plainly), and texts and decimals of more than 18 digits plainly; validity as a run, or as the bits that Arrow has; zstd. The same batches
 //! give the same bytes.
 //!
 //! Not done: encryption, Bloom filters, pages of version 2.
@@ -209,11 +209,18 @@ impl Chunk {
                 | DataType::Date32
                 | DataType::Time32(_)
                 | DataType::Decimal128(..),
-            ) => Box::new(Numbers::<i32>::new(with_dictionary)),
+            ) => Box::new(Numbers::<i32>::new(size_of::<i32>(), with_dictionary)),
             (
                 PhysicalType::INT64,
                 DataType::Int64 | DataType::Timestamp(..) | DataType::Time64(_) | DataType::Decimal128(..),
-            ) => Box::new(Numbers::<i64>::new(with_dictionary)),
+            ) => Box::new(Numbers::<i64>::new(size_of::<i64>(), with_dictionary)),
+            (PhysicalType::FIXED_LEN_BYTE_ARRAY, DataType::Decimal128(..)) => {
+                let width = usize::try_from(column.type_length()).ok()?;
+                if width > size_of::<i128>() {
+                    return None;
+                }
+                Box::new(Numbers::<i128>::new(width, with_dictionary))
+            }
             (PhysicalType::BYTE_ARRAY, DataType::Utf8) => Box::new(Texts::new(true, with_dictionary)),
             (PhysicalType::BYTE_ARRAY, DataType::Binary) => Box::new(Texts::new(false, with_dictionary)),
             _ => return None,

@@ -1,9 +1,11 @@
-//! Whole numbers, and what is written as such: a dictionary of their words, or steps from one to the next.
+//! Whole numbers, and what is written as such: a dictionary of their words; without one the steps from one to the next, or of decimals of more than 18 digits
+//! each value as it is.
 
 use std::{cmp::Ordering, ops::Range};
 
 use ::parquet::{
     basic::Encoding,
+    data_type::FixedLenByteArray,
     errors::{ParquetError, Result},
     file::statistics::{Statistics, ValueStatistics},
 };
@@ -11,7 +13,7 @@ use arrow::{
     array::{Array, AsArray},
     buffer::{NullBuffer, ScalarBuffer},
     compute::cast,
-    datatypes::{ArrowNativeType, DataType, Decimal128Type, ToByteSlice},
+    datatypes::{ArrowNativeType, DataType, Decimal128Type},
 };
 
 use super::{
@@ -21,35 +23,51 @@ use super::{
     signed,
 };
 
-/// A type of Parquet's for whole numbers.
-pub(super) trait Number: ArrowNativeType + ToByteSlice + Ord + Into<i64> + TryFrom<i128> {
+/// A type in which numbers are held until they are written.
+pub(super) trait Number: ArrowNativeType + Ord {
+    /// A decimal's units, if Parquet's type, of so many bytes, holds them.
+    fn of_units(units: i128, width: usize) -> Option<Self>;
+    /// What it is, if that has 64 bits.
+    fn narrow(self) -> Option<i64>;
+    fn hash(self) -> u64;
+    /// Appends it as Parquet writes it plainly, in so many bytes.
+    fn put(self, width: usize, out: &mut Vec<u8>);
     fn from_bytes(bytes: &[u8]) -> Option<Self>;
-    /// How far it is from another to this one, around the end of the type if need be.
-    fn step_from(self, other: Self) -> Self;
-    fn unsigned(self) -> u64;
-    fn statistics(ends: Option<(Self, Self)>, nulls: u64) -> Statistics;
+    /// Appends the values of a page that has no dictionary: how they are encoded.
+    fn put_all(values: &[Self], width: usize, out: &mut Vec<u8>) -> Encoding;
+    fn statistics(ends: Option<&Ends>, nulls: u64) -> Statistics;
 }
 
 macro_rules! number {
     ($type:ty) => {
         impl Number for $type {
+            fn of_units(units: i128, _width: usize) -> Option<Self> {
+                units.try_into().ok()
+            }
+
+            fn narrow(self) -> Option<i64> {
+                Some(self.into())
+            }
+
+            fn hash(self) -> u64 {
+                hash_of(i64::from(self).cast_unsigned(), 0)
+            }
+
+            fn put(self, _width: usize, out: &mut Vec<u8>) {
+                out.extend_from_slice(&self.to_le_bytes());
+            }
+
             fn from_bytes(bytes: &[u8]) -> Option<Self> {
                 bytes.try_into().ok().map(Self::from_le_bytes)
             }
 
-            fn step_from(self, other: Self) -> Self {
-                self.wrapping_sub(other)
+            fn put_all(values: &[Self], _width: usize, out: &mut Vec<u8>) -> Encoding {
+                put_steps(values, out);
+                Encoding::DELTA_BINARY_PACKED
             }
 
-            fn unsigned(self) -> u64 {
-                self.cast_unsigned().into()
-            }
-
-            fn statistics(ends: Option<(Self, Self)>, nulls: u64) -> Statistics {
-                let (least, greatest) = ends.unzip();
-                ValueStatistics::new(least, greatest, None, Some(nulls), false)
-                    .with_backwards_compatible_min_max(true)
-                    .into()
+            fn statistics(ends: Option<&Ends>, nulls: u64) -> Statistics {
+                statistics(ends, nulls, Self::from_bytes).into()
             }
         }
     };
@@ -58,8 +76,59 @@ macro_rules! number {
 number!(i32);
 number!(i64);
 
+/// The units of decimals that Parquet writes as so many bytes, the upper ones first: each as it is, since it has no steps for them.
+impl Number for i128 {
+    fn of_units(units: i128, width: usize) -> Option<Self> {
+        let spare = Self::BITS.saturating_sub(u8::BITS * u32::try_from(width).unwrap_or(u32::MAX));
+        (units << spare >> spare == units).then_some(units)
+    }
+
+    fn narrow(self) -> Option<i64> {
+        self.try_into().ok()
+    }
+
+    fn hash(self) -> u64 {
+        let whole = self.cast_unsigned();
+        #[expect(clippy::cast_possible_truncation, reason = "its halves are meant")]
+        let (low, high) = (whole as u64, (whole >> 64) as u64);
+        hash_of(low, high)
+    }
+
+    fn put(self, width: usize, out: &mut Vec<u8>) {
+        let bytes = self.to_be_bytes();
+        out.extend_from_slice(bytes.get(bytes.len() - width..).unwrap_or_default());
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        // What stands above the sign is as the sign.
+        let first = bytes.first()?.cast_signed().into();
+        Some(bytes.iter().skip(1).fold(first, |number: Self, byte| number << 8 | Self::from(*byte)))
+    }
+
+    fn put_all(values: &[Self], width: usize, out: &mut Vec<u8>) -> Encoding {
+        out.reserve(values.len() * width);
+        values.iter().for_each(|value| value.put(width, out));
+        Encoding::PLAIN
+    }
+
+    fn statistics(ends: Option<&Ends>, nulls: u64) -> Statistics {
+        let value = |bytes: &[u8]| Some(FixedLenByteArray::from(bytes.to_vec()));
+        Statistics::FixedLenByteArray(statistics(ends, nulls, value))
+    }
+}
+
+/// What statistics tell of values that `value` makes of their bytes.
+fn statistics<T>(ends: Option<&Ends>, nulls: u64, value: impl Fn(&[u8]) -> Option<T>) -> ValueStatistics<T> {
+    let (least, greatest) = ends.map(|ends| (&ends.least.value, &ends.greatest.value)).unzip();
+    let value = |bytes: Option<&Vec<u8>>| bytes.and_then(|bytes| value(bytes));
+    ValueStatistics::new(value(least), value(greatest), None, Some(nulls), false)
+        .with_backwards_compatible_min_max(true)
+}
+
 /// Whole numbers, and what is written as such.
 pub(super) struct Numbers<T: Number> {
+    /// Bytes of one, as Parquet writes it.
+    width: usize,
     batch: ScalarBuffer<T>,
     dictionary: Option<NumberWords<T>>,
     /// The open page: numbers of words with a dictionary, values without.
@@ -69,8 +138,10 @@ pub(super) struct Numbers<T: Number> {
 }
 
 impl<T: Number> Numbers<T> {
-    pub(super) fn new(with_dictionary: bool) -> Self {
+    /// Those that Parquet writes in so many bytes.
+    pub(super) fn new(width: usize, with_dictionary: bool) -> Self {
         Self {
+            width,
             batch: ScalarBuffer::from(Vec::new()),
             dictionary: with_dictionary.then(NumberWords::new),
             words: Vec::new(),
@@ -105,10 +176,8 @@ impl<T: Number> NumberWords<T> {
     }
 
     pub(super) fn number_of(&mut self, value: T) -> u32 {
-        let far: i64 = value.into();
         if let NumberPlaces::Near { first, places } = &self.places {
-            let place = usize::try_from(far.wrapping_sub(*first).cast_unsigned()).unwrap_or(usize::MAX);
-            return match places.get(place) {
+            return match places.get(place_of(value, *first)) {
                 Some(&word) if word != 0 => word - 1,
                 _ => self.add_near(value),
             };
@@ -119,24 +188,24 @@ impl<T: Number> NumberWords<T> {
     /// Adds a word while all lie close; or finds that they do no more.
     #[cold]
     fn add_near(&mut self, value: T) -> u32 {
-        let number: i64 = value.into();
         let (words, NumberPlaces::Near { first, places }) = (&mut self.words, &mut self.places) else {
             return self.number_of_far(value);
         };
-        if words.is_empty() {
+        if let (true, Some(number)) = (words.is_empty(), value.narrow()) {
             *first = number;
         }
         let last = first.saturating_add(signed(places.len().saturating_sub(1)));
-        let (least, greatest) = (number.min(*first), number.max(last));
-        if greatest.wrapping_sub(least).cast_unsigned() >= NEAR {
+        let is_near =
+            |number: &i64| number.max(&last).wrapping_sub(*number.min(first)).cast_unsigned() < NEAR;
+        let Some(number) = value.narrow().filter(is_near) else {
             let count = u32::try_from(words.len()).unwrap_or(u32::MAX);
             self.places = NumberPlaces::Far(Places::of(count, |word| hash_at(words, word)));
             return self.number_of_far(value);
-        }
+        };
         // Half as many more on the side where one was missing: they come one after the other.
         let spare = signed(places.len() / 2);
-        let least = if number < *first { least.saturating_sub(spare) } else { least };
-        let greatest = if number > last { greatest.saturating_add(spare) } else { greatest };
+        let least = if number < *first { number.saturating_sub(spare) } else { *first };
+        let greatest = if number > last { number.saturating_add(spare) } else { last };
         let size = usize::try_from(greatest.wrapping_sub(least)).unwrap_or_default() + 1;
         words.push(value);
         // All of them if the places are others now, or else the new one.
@@ -145,8 +214,7 @@ impl<T: Number> NumberWords<T> {
             (*first, *places, known) = (least, vec![0; size], 0);
         }
         for (number, word) in (1..).zip(words.iter()).skip(known) {
-            let place = usize::try_from((*word).into().wrapping_sub(least)).unwrap_or(usize::MAX);
-            if let Some(place) = places.get_mut(place) {
+            if let Some(place) = places.get_mut(place_of(*word, least)) {
                 *place = number;
             }
         }
@@ -156,7 +224,7 @@ impl<T: Number> NumberWords<T> {
     fn number_of_far(&mut self, value: T) -> u32 {
         let NumberPlaces::Far(places) = &mut self.places else { return 0 };
         let words = &mut self.words;
-        places.find(hash(value), |word| words.get(word as usize) == Some(&value)).unwrap_or_else(|place| {
+        places.find(value.hash(), |word| words.get(word as usize) == Some(&value)).unwrap_or_else(|place| {
             words.push(value);
             places.take(place, |word| hash_at(words, word))
         })
@@ -173,12 +241,14 @@ impl<T: Number> NumberWords<T> {
 
 /// The hash of the word with this number.
 fn hash_at<T: Number>(words: &[T], word: u32) -> u64 {
-    words.get(word as usize).map_or(0, |word| hash(*word))
+    words.get(word as usize).map_or(0, |word| word.hash())
 }
 
-fn hash<T: Number>(number: T) -> u64 {
-    let number: i64 = number.into();
-    hash_of(number.cast_unsigned(), 0)
+/// Which place a number has, of those from `first` on.
+fn place_of<T: Number>(number: T, first: i64) -> usize {
+    let place =
+        number.narrow().and_then(|number| usize::try_from(number.wrapping_sub(first).cast_unsigned()).ok());
+    place.unwrap_or(usize::MAX)
 }
 
 impl<T: Number> Values for Numbers<T> {
@@ -192,23 +262,19 @@ impl<T: Number> Values for Numbers<T> {
             DataType::Decimal128(..) => {
                 let values = array.as_primitive::<Decimal128Type>().values();
                 let mut wide = false;
-                let narrow = values.iter().map(|value| {
-                    let narrow = T::try_from(*value);
-                    wide |= narrow.is_err();
-                    narrow.unwrap_or_default()
+                let fitting = values.iter().map(|value| {
+                    let fitting = T::of_units(*value, self.width);
+                    wide |= fitting.is_none();
+                    fitting.unwrap_or_default()
                 });
-                let narrow: Vec<T> = narrow.collect();
+                let fitting: Vec<T> = fitting.collect();
                 // What stands where a value is null may be anything.
                 let is_valid = |row: usize| nulls.is_none_or(|nulls| nulls.is_valid(row));
-                if wide
-                    && values
-                        .iter()
-                        .enumerate()
-                        .any(|(row, value)| T::try_from(*value).is_err() && is_valid(row))
-                {
+                let is_wide = |value: i128| T::of_units(value, self.width).is_none();
+                if wide && values.iter().enumerate().any(|(row, value)| is_wide(*value) && is_valid(row)) {
                     return Err(ParquetError::General("a decimal has more digits than its column".into()));
                 }
-                ScalarBuffer::from(narrow)
+                ScalarBuffer::from(fitting)
             }
             DataType::Int8 | DataType::Int16 => of(&cast(array, &DataType::Int32)?),
             _ => of(array),
@@ -235,18 +301,22 @@ impl<T: Number> Values for Numbers<T> {
     }
 
     fn page_bytes(&self) -> usize {
-        size_of_val(self.open.as_slice())
+        self.open.len() * self.width
     }
 
     fn finish_page(&mut self, page: &mut Vec<u8>) -> PageValues {
-        let end = |value: T| Bound { value: value.to_byte_slice().to_vec(), is_exact: true };
+        let end = |value: T| {
+            let mut bytes = Vec::with_capacity(self.width);
+            value.put(self.width, &mut bytes);
+            Bound { value: bytes, is_exact: true }
+        };
         let ends =
             self.ends.take().map(|(least, greatest)| Ends { least: end(least), greatest: end(greatest) });
         let encoding = match &self.dictionary {
             None => {
-                put_steps(&self.open, page);
+                let encoding = T::put_all(&self.open, self.width, page);
                 self.open.clear();
-                Encoding::DELTA_BINARY_PACKED
+                encoding
             }
             Some(NumberWords { words, .. }) => {
                 put_words(&self.words, words.len(), page);
@@ -258,7 +328,7 @@ impl<T: Number> Values for Numbers<T> {
     }
 
     fn dictionary_bytes(&self) -> Option<usize> {
-        self.dictionary.as_ref().map(|dictionary| size_of_val(dictionary.words.as_slice()))
+        self.dictionary.as_ref().map(|dictionary| dictionary.words.len() * self.width)
     }
 
     fn word_count(&self) -> usize {
@@ -268,7 +338,9 @@ impl<T: Number> Values for Numbers<T> {
     fn take_dictionary(&mut self) -> Option<(Vec<u8>, usize)> {
         let NumberWords { words, .. } = self.dictionary.take()?;
         self.words = Vec::new();
-        Some((words.to_byte_slice().to_vec(), words.len()))
+        let mut plain = Vec::with_capacity(words.len() * self.width);
+        words.iter().for_each(|word| word.put(self.width, &mut plain));
+        Some((plain, words.len()))
     }
 
     fn compare(&self, one: &[u8], other: &[u8]) -> Ordering {
@@ -276,8 +348,6 @@ impl<T: Number> Values for Numbers<T> {
     }
 
     fn statistics(&self, ends: Option<&Ends>, nulls: u64) -> Statistics {
-        let ends =
-            ends.and_then(|ends| T::from_bytes(&ends.least.value).zip(T::from_bytes(&ends.greatest.value)));
         T::statistics(ends, nulls)
     }
 
