@@ -1,7 +1,7 @@
 //! DataFusion sessions, as floodmark sets them up.
 //!
 //! One partition where the order of rows may decide about values: a run can be compared with another. Where it decides about nothing
-//! ([`is_order_free`]), as many as there are cores. Decimal literals, checked arithmetic, UTC. No DDL, no statements, no file functions: models
+//! ([`order_of`]), as many as there are cores. Decimal literals, checked arithmetic, UTC. No DDL, no statements, no file functions: models
 //! are SELECTs.
 
 use std::{collections::HashMap, sync::Arc};
@@ -35,7 +35,7 @@ use futures::StreamExt;
 use indexmap::IndexMap;
 
 use crate::{
-    connector::scan::{OpenSources, ScanTable},
+    connector::scan::{OpenSources, Order, ScanTable},
     error::{Error, Result, SourceText},
     functions::{cast::cast_exactly, now, rules, sum::ExactSum},
     runtime::BATCH_ROWS,
@@ -232,9 +232,20 @@ fn partitioned(scratch: &Scratch, hash_joins: bool, partitions: usize) -> Sessio
     config.with_repartition_joins(!hash_joins || partitions > 2)
 }
 
+/// What the order of the rows that are read is to those that a plan makes of them.
+pub fn order_of(plan: &LogicalPlan) -> Order {
+    if !is_order_free(plan) {
+        Order::Decides
+    } else if loses_order(plan) {
+        Order::Unseen
+    } else {
+        Order::Shows
+    }
+}
+
 /// Whether rows that come in another order give the same rows, in whatever order: no row is chosen by its place, and nothing is
 /// added up that rounds.
-pub fn is_order_free(plan: &LogicalPlan) -> bool {
+fn is_order_free(plan: &LogicalPlan) -> bool {
     let mut free = true;
     // The visitor fails nowhere.
     drop(plan.apply_with_subqueries(|node| {
@@ -261,7 +272,7 @@ pub fn is_order_free(plan: &LogicalPlan) -> bool {
 }
 
 /// Whether rows lose the order in which they are read, whatever it is: all of them are joined or grouped.
-pub fn loses_order(plan: &LogicalPlan) -> bool {
+fn loses_order(plan: &LogicalPlan) -> bool {
     match plan {
         LogicalPlan::Join(_) | LogicalPlan::Aggregate(_) | LogicalPlan::Distinct(_) => true,
         LogicalPlan::Union(union) => union.inputs.iter().all(|input| loses_order(input)),
@@ -365,6 +376,28 @@ mod tests {
         fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
             let rows = futures::stream::iter(self.0.clone().into_iter().map(Ok));
             Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.1), rows))
+        }
+    }
+
+    #[tokio::test]
+    async fn order_is_seen_where_rows_are_passed_on_and_lost_where_they_are_joined_or_grouped() {
+        let folder = tempfile::tempdir().unwrap();
+        let limits = Limits { memory_bytes: 16 << 20, spill: folder.path().to_owned() };
+        let scratch = Scratch::new(&limits).unwrap();
+        let context = for_models(&scratch, DateTime::UNIX_EPOCH, Arc::default());
+        context.sql("CREATE TABLE a AS SELECT 1 AS x, 0.5::double AS y").await.unwrap();
+        for (sql, order) in [
+            ("SELECT x + 1 FROM a WHERE x > 0", Order::Shows),
+            ("SELECT x FROM a UNION ALL SELECT count(*) FROM a", Order::Shows),
+            ("SELECT x, count(*) FROM a GROUP BY x", Order::Unseen),
+            ("SELECT DISTINCT x FROM a UNION ALL SELECT count(*) FROM a", Order::Unseen),
+            ("SELECT a.x FROM a JOIN a AS b ON a.x = b.x WHERE b.y > 0", Order::Unseen),
+            ("SELECT x, sum(y) FROM a GROUP BY x", Order::Decides),
+            ("SELECT x, row_number() OVER () FROM a", Order::Decides),
+            ("SELECT x FROM a LIMIT 1", Order::Decides),
+        ] {
+            let plan = context.sql(sql).await.unwrap().into_unoptimized_plan();
+            assert_eq!(order_of(&plan), order, "{sql}");
         }
     }
 

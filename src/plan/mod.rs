@@ -113,7 +113,7 @@ pub struct Plan {
 impl Plan {
     /// Whether the order in which rows come decides about nothing that outputs hold.
     pub fn is_order_free(&self) -> bool {
-        self.models.values().all(|model| model.order_free)
+        self.models.values().all(|model| model.order != Order::Decides)
             && self.outputs.iter().all(|output| output.latest_by.is_none())
     }
 
@@ -136,7 +136,7 @@ impl Plan {
             Order::Decides
         } else if self.outputs.iter().any(|output| output.from == source)
             || self.checks.iter().any(is_shown)
-            || models.any(|model| !model.loses_order)
+            || models.any(|model| model.order == Order::Shows)
         {
             Order::Shows
         } else {
@@ -276,10 +276,8 @@ pub struct Model {
     pub partial: bool,
     /// Whether its rows are written down.
     pub spool: bool,
-    /// Whether the order of the rows that it reads decides about nothing.
-    pub order_free: bool,
-    /// Whether its own rows come in another order, whatever that was.
-    pub loses_order: bool,
+    /// What the order of the rows that it reads is to its own.
+    pub order: Order,
 }
 
 /// An output in a plan.
@@ -450,11 +448,8 @@ impl Planner<'_> {
                     });
                     // Readers see the model as a table of its own columns: so uses are counted per model.
                     tables.add(&name, placeholder(&name, &schema))?;
-                    let order_free = session::is_order_free(&logical);
-                    let loses_order = session::loses_order(&logical);
-                    let select = select.clone();
-                    let model = Model { select, schema, partial, spool: false, order_free, loses_order };
-                    models.insert(name.clone(), model);
+                    let (select, order) = (select.clone(), session::order_of(&logical));
+                    models.insert(name.clone(), Model { select, schema, partial, spool: false, order });
                 }
                 Err(problem) => {
                     for source in self.unseen.iter().filter(|source| select.reads.contains(*source)) {

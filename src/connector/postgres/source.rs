@@ -503,7 +503,6 @@ struct Selection<'a> {
 
 /// One scan: the columns that are built, and what is counted.
 struct Reader<'a> {
-    scan: &'a Scan,
     tap: &'a Tap,
     selection: Selection<'a>,
     columns: Vec<Column>,
@@ -723,7 +722,7 @@ async fn read_part<'a>(
     part: &'a str,
     out: &AsyncSender,
 ) -> Result<Option<Session>> {
-    let (stream, tap) = (&reader.scan.stream, reader.tap);
+    let (stream, tap) = (&reader.selection.scan.stream, reader.tap);
     let failed =
         |error: &tokio_postgres::Error| this.error(&format!("read source `{}` from", stream.name), error);
     (reader.part, reader.number) = (part, 0);
@@ -933,7 +932,6 @@ impl<'a> Reader<'a> {
         let in_blocks =
             selection.cursor.is_empty() && !with_position && columns.iter().all(Column::takes_blocks);
         Ok(Self {
-            scan,
             tap,
             columns,
             positions: with_position.then(StringBuilder::new),
@@ -990,7 +988,7 @@ impl<'a> Reader<'a> {
         if usize::try_from(count) != Ok(self.width) {
             return Err(Error::failed(format!(
                 "source `{}`: the server sent a row of {count} fields, and {} were asked for",
-                self.scan.stream.name, self.width
+                self.selection.scan.stream.name, self.width
             )));
         }
         for _ in 0..count {
@@ -1000,7 +998,7 @@ impl<'a> Reader<'a> {
                 return Ok(more);
             }
             let start = u32::try_from(start).map_err(|_| {
-                let source = &self.scan.stream.name;
+                let source = &self.selection.scan.stream.name;
                 Error::data(format!("source `{source}`: the server sent a row of more than 4 GiB"))
             })?;
             self.fields.push(Span { start, length });
@@ -1036,9 +1034,9 @@ impl<'a> Reader<'a> {
 
     /// Where the row stands.
     fn position(&self, this: &PostgresConnection, frame: &[u8]) -> String {
-        let name = match &self.scan.stream.read {
+        let name = match &self.selection.scan.stream.read {
             Read::Table(table) => format!("{} {table}", this.name),
-            _ => format!("{} {}", this.name, self.scan.stream.name),
+            _ => format!("{} {}", this.name, self.selection.scan.stream.name),
         };
         let place = self
             .selection
@@ -1061,10 +1059,10 @@ impl<'a> Reader<'a> {
     /// Takes the row at hand, or leaves it out.
     fn row(&mut self, this: &PostgresConnection, frame: &[u8]) -> Result<()> {
         self.number += 1;
-        let stream = &self.scan.stream;
+        let stream = &self.selection.scan.stream;
         if !self.selection.cursor.is_empty() {
             match self.cursor_position(frame) {
-                Ok(Some(at)) if !self.scan.window.holds(&at) => return Ok(()),
+                Ok(Some(at)) if !self.selection.scan.window.holds(&at) => return Ok(()),
                 Ok(Some(_)) => {}
                 Ok(None) => match stream.cursor.as_ref().map(|cursor| cursor.on_null).unwrap_or_default() {
                     OnNull::Include => {}
@@ -1149,7 +1147,7 @@ impl<'a> Reader<'a> {
     }
 
     fn is_full(&self) -> bool {
-        self.count == BATCH_ROWS || self.bytes >= self.scan.batch_bytes || self.uneven
+        self.count == BATCH_ROWS || self.bytes >= self.selection.scan.batch_bytes || self.uneven
     }
 
     /// The rows so far.
@@ -1158,16 +1156,18 @@ impl<'a> Reader<'a> {
         (self.bytes, self.uneven) = (0, false);
         let finished = self.columns.iter_mut().map(|column| Ok(column.finish()?.slice(0, count)));
         let mut arrays: Vec<ArrayRef> = finished.collect::<Result<Vec<_>>>().map_err(|error: Error| {
-            error.while_doing(format!("source `{}` cannot be read", self.scan.stream.name))
+            error.while_doing(format!("source `{}` cannot be read", self.selection.scan.stream.name))
         })?;
         if let Some(positions) = &mut self.positions {
-            arrays.insert(self.scan.schema.index_of(POSITION_COLUMN)?, Arc::new(positions.finish()));
+            arrays
+                .insert(self.selection.scan.schema.index_of(POSITION_COLUMN)?, Arc::new(positions.finish()));
         }
         if count == 0 {
             return Ok(None);
         }
         let options = RecordBatchOptions::new().with_row_count(Some(count));
-        let batch = RecordBatch::try_new_with_options(Arc::clone(&self.scan.schema), arrays, &options)?;
+        let batch =
+            RecordBatch::try_new_with_options(Arc::clone(&self.selection.scan.schema), arrays, &options)?;
         self.tap.rows(&batch)?;
         Ok(Some(batch))
     }
